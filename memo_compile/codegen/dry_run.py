@@ -1,0 +1,67 @@
+"""Runs Inductor up to the finished body of a graph, and no further: no C++ or Triton is compiled, nothing is loaded.
+
+What comes back is the order and the storages that the real compilation of the same graph will emit, since it is the
+same code that makes them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.codegen.emitted import Body
+from memo_compile.codegen.wrapper import BodyCaptured, arena_wrapper
+
+
+def dry_run(
+    gm: fx.GraphModule,
+    *,
+    is_backward: bool,
+    user_visible: Sequence[int] = (),
+    static_inputs: Sequence[int] = (),
+    input_strides: dict[str, tuple[int, ...]] | None = None,
+) -> Body:
+    """The body that Inductor would emit for `gm`.
+
+    Args:
+        user_visible: indices of outputs whose strides the user sees, which Inductor then keeps.
+        static_inputs: indices of inputs at fixed addresses (parameters).
+        input_strides: strides of inputs that differ from those of the trace, by placeholder name.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.utils import BoxedBool
+
+    graph = copy.deepcopy(gm.graph)
+    twin = fx.GraphModule(gm, graph)
+    (output,) = graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(user_visible)
+    inputs = [_restrided(n, (input_strides or {}).get(n.name)) for n in graph.find_nodes(op="placeholder")]
+
+    def capture(body: Body) -> Any:
+        raise BodyCaptured(body)
+
+    with arena_wrapper(capture):
+        try:
+            compile_fx_inner(
+                twin,
+                inputs,
+                static_input_idxs=list(static_inputs),
+                cudagraphs=BoxedBool(False),
+                graph_id=None,
+                is_inference=False,
+                is_backward=is_backward,
+            )
+        except BodyCaptured as captured:
+            return captured.args[0]
+    raise AssertionError("Inductor emitted no body for this graph")
+
+
+def _restrided(node: fx.Node, stride: tuple[int, ...] | None) -> Any:
+    value = node.meta["val"]
+    if stride is None or not isinstance(value, torch.Tensor) or tuple(value.stride()) == stride:
+        return value
+    return value.as_strided(value.shape, stride)

@@ -1,0 +1,179 @@
+"""Reads the body that Inductor emitted for one graph: its statements, its storages, and who uses which when.
+
+The emitted text is the one truth about order: fusion, reordering and in-place reuse have all happened. A step is one
+statement. Names that share a storage (reuse, views, items of a kernel's results) are followed to it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_ALLOCATION = re.compile(r"^empty_strided_(cpu|cuda|xpu)$")
+_ALIASES = frozenset({"reinterpret_tensor", "alloc_from_pool", "as_strided"})
+_DTYPE_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "complex64": 8,
+    "complex128": 16,
+    "float32": 4,
+    "int32": 4,
+    "uint32": 4,
+    "uint64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "int16": 2,
+    "uint16": 2,
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One storage of a body. `end` is one past the last statement that reads or writes it; `inputs` start at 0.
+
+    kind: "allocated" (a line of the body makes it, so memo can place it), "kernel" (a fallback kernel makes its own
+    output) or "input" (the caller's).
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Body:
+    """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body."""
+
+    steps: int
+    storages: dict[str, Storage]
+    outputs: tuple[str | None, ...]
+    inputs: tuple[str, ...]
+    strides: tuple[tuple[int, ...] | None, ...] = ()
+
+
+def dense_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
+    """Bytes that a strided tensor spans.
+
+    >>> dense_bytes((2, 3), (4, 1), 4)
+    28
+    """
+    if any(s == 0 for s in shape):
+        return 0
+    return (1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True))) * itemsize
+
+
+def allocation_of(call: ast.expr) -> int | None:
+    """The bytes that `empty_strided_*(shape, stride, dtype)` asks for; None for any other expression."""
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or not _ALLOCATION.match(call.func.id):
+        return None
+    shape = [int(v) for v in ast.literal_eval(call.args[0])]
+    stride = [int(v) for v in ast.literal_eval(call.args[1])]
+    dtype = call.args[2]
+    assert isinstance(dtype, ast.Attribute)
+    return dense_bytes(shape, stride, _DTYPE_BYTES.get(dtype.attr, 1))
+
+
+def read_body(
+    source: str, outputs: Sequence[str], inputs: Sequence[str], kernel_bytes: Callable[[str], int | None]
+) -> Body:
+    """Read a body.
+
+    Args:
+        source: the statements of Inductor's `call`, without its `return`.
+        outputs: the returned expressions.
+        inputs: names of the graph's inputs.
+        kernel_bytes: bytes of a name that a fallback kernel allocates; None where it makes no storage of its own.
+    """
+    statements = _flatten(ast.parse(source).body)
+    home: dict[str, str] = {name: name for name in inputs}  # name -> the storage it lies in
+    kind: dict[str, str] = dict.fromkeys(inputs, "input")
+    size: dict[str, int] = dict.fromkeys(inputs, 0)
+    start: dict[str, int] = dict.fromkeys(inputs, 0)
+    end: dict[str, int] = dict.fromkeys(inputs, 0)
+    for step, statement in enumerate(statements):
+        if isinstance(statement, ast.Delete):
+            continue
+        for name in _names(statement):
+            if name in home:
+                end[home[name]] = step + 1
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            continue
+        target, value = statement.targets[0].id, statement.value
+        source_name = _alias_source(value)
+        if (size_here := allocation_of(value)) is not None:
+            kind[target], size[target] = "allocated", size_here
+        elif source_name is not None and source_name in home:
+            own = kernel_bytes(target) if isinstance(value, ast.Subscript) else None
+            if own is None:
+                home[target] = home[source_name]
+                continue
+            kind[target], size[target] = "kernel", own
+        elif isinstance(value, ast.Call):
+            own = kernel_bytes(target)
+            aliased = _single_tensor_argument(value, home) if own is None else None
+            if aliased is not None:
+                home[target] = aliased
+                continue
+            kind[target], size[target] = "kernel", own or 0
+        else:
+            continue
+        home[target], start[target], end[target] = target, step, step + 1
+    out = []
+    for expression in outputs:
+        names = [n for n in _names(ast.parse(expression)) if n in home]
+        out.append(home[names[0]] if names else None)
+        if names:
+            end[home[names[0]]] = len(statements)
+    storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}
+    return Body(len(statements), storages, tuple(out), tuple(inputs))
+
+
+def _flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """Statements in order; the bodies of `with` blocks stand in line."""
+    flat: list[ast.stmt] = []
+    for statement in body:
+        if isinstance(statement, ast.With):
+            flat.extend(_flatten(statement.body))
+        else:
+            flat.append(statement)
+    return flat
+
+
+def _names(tree: ast.AST) -> list[str]:
+    return [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+
+
+def _alias_source(value: ast.expr) -> str | None:
+    """The name whose storage an expression shares: `b`, `b[0]`, `reinterpret_tensor(b, …)`."""
+    while isinstance(value, ast.Subscript):
+        value = value.value
+    if isinstance(value, ast.Name):
+        return value.id
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in _ALIASES:
+        first = value.args[0]
+        return first.id if isinstance(first, ast.Name) else None
+    return None
+
+
+def _single_tensor_argument(call: ast.Call, home: dict[str, str]) -> str | None:
+    """The storage that a kernel's result may share when it owns none: that of the one tensor it is given."""
+    storages = {home[n] for a in call.args for n in _names(a) if n in home}
+    return next(iter(storages)) if len(storages) == 1 else None
+
+
+def live_bytes(ranges: Sequence[tuple[int, int, int]], steps: int) -> list[int]:
+    """Sum of bytes over time for (start, end, bytes) triples, one number for each step."""
+    change = [0] * (steps + 1)
+    for start, end, size in ranges:
+        if end > start:
+            change[start] += size
+            change[min(end, steps)] -= size
+    total, out = 0, []
+    for step in range(steps):
+        total += change[step]
+        out.append(total)
+    return out

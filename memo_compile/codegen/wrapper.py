@@ -1,0 +1,148 @@
+"""The Inductor wrapper that emits the arena: constant offsets in place of allocations.
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `PythonWrapperCodegen.generate_return` is called when the body
+of `call` is complete and has not been joined to the rest; `wrapper_call._lines` are its lines; `V.graph` knows the
+buffers. The wrapper class is swapped in for the time of one compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from memo_compile.codegen.emitted import Body, read_body
+from memo_compile.schema import ArenaBuffer, ArenaSegment
+
+# Called with the finished body. Returns the buffers and segments to emit; an empty pair leaves the text as it is.
+Planner = Callable[[Body], tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]]
+
+_EMPTY = re.compile(r"^(?P<indent>\s*)(?P<name>\w+) = (?P<make>empty_strided_\w+)\((?P<args>.*)\)\s*(?:#.*)?$")
+
+
+class BodyCaptured(BaseException):
+    """Ends a dry run of Inductor once the body has been read. Not an `Exception`: nothing wraps it."""
+
+
+@contextlib.contextmanager
+def arena_wrapper(planner: Planner) -> Iterator[None]:
+    """Within, every Inductor graph is emitted with the buffers that `planner` places in segments of an arena."""
+    from torch._inductor.codegen.common import device_codegens, init_backend_registration
+
+    init_backend_registration()
+    swapped = {device: codegen.wrapper_codegen for device, codegen in device_codegens.items()}
+    try:
+        for device, base in swapped.items():
+            device_codegens[device].wrapper_codegen = _subclass(base, planner)
+        yield
+    finally:
+        for device, base in swapped.items():
+            device_codegens[device].wrapper_codegen = base
+
+
+def _subclass(base: Any, planner: Planner) -> Any:
+    if not isinstance(base, type):
+        return base
+
+    class ArenaWrapper(base):
+        @staticmethod
+        def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
+            if is_subgraph:
+                return base.create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures)
+            return ArenaWrapper()
+
+        def generate_return(self, output_refs: list[str]) -> None:
+            lines = [line if isinstance(line, str) else _text(line) for line in self.wrapper_call._lines]
+            kept = [line for line in lines if line is not None]
+            body = _read(kept, output_refs)
+            buffers, segments = planner(body)
+            if buffers:
+                self.wrapper_call._lines[:] = rewrite(kept, buffers, segments)
+            super().generate_return(output_refs)
+
+    return ArenaWrapper
+
+
+def _text(line: Any) -> str | None:
+    """A deferred line's text, or None where it emits nothing."""
+    made = line() if callable(line) else None
+    return made if isinstance(made, str) else None
+
+
+def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
+    from torch._inductor.virtualized import V
+
+    graph = V.graph
+
+    def kernel_bytes(name: str) -> int | None:
+        from torch._inductor import ir
+
+        buffer = graph.name_to_buffer.get(name)
+        if buffer is None or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
+            return None if buffer is None else 0
+        if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
+            # Shapes are static, so that sizes are numbers.
+            return int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
+        return None
+
+    source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    body = read_body(textwrap.dedent(source), output_refs, list(graph.graph_input_names), kernel_bytes)
+    return replace(body, strides=tuple(_stride(output) for output in graph.graph_outputs))
+
+
+def _stride(output: Any) -> tuple[int, ...] | None:
+    """The strides that Inductor chose for an output; None for a scalar."""
+    try:
+        return tuple(int(s) for s in output.get_stride())
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequence[ArenaSegment]) -> list[str]:
+    """Replace the allocation lines of placed buffers by views into their segment.
+
+    A segment is taken before its first buffer and its name dropped behind its last: from then on its buffers alone
+    hold it, and it is free when they are gone.
+    """
+    places = {b.name.split(":", 1)[1]: b for b in buffers}
+    sizes = {s.name: s.size for s in segments}
+    left = {s.name: sum(1 for b in buffers if b.segment == s.name) for s in segments}
+    taken: set[str] = set()
+    out: list[str] = []
+    for line in lines:
+        match = _EMPTY.match(line)
+        place = places.get(match["name"]) if match else None
+        if match is None or place is None:
+            out.append(line)
+            continue
+        shape, stride, dtype = split_arguments(match["args"])
+        indent, segment = match["indent"], place.segment
+        if segment not in taken:
+            taken.add(segment)
+            out.append(f"{indent}{segment} = {match['make']}(({sizes[segment]}, ), (1, ), torch.uint8)")
+        view = f"alloc_from_pool({segment}, {place.offset}, {dtype}, {shape}, {stride})"
+        out.append(f"{indent}{match['name']} = {view}")
+        left[segment] -= 1
+        if not left[segment]:
+            out.append(f"{indent}del {segment}")
+    return out
+
+
+def split_arguments(text: str) -> list[str]:
+    """Split an argument list at its top-level commas.
+
+    >>> split_arguments("(2, 3), (3, 1), torch.float32")
+    ['(2, 3)', '(3, 1)', 'torch.float32']
+    """
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
+        if character == "," and not depth:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += character
+    return [*parts, current.strip()] if current.strip() else parts

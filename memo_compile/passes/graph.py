@@ -1,0 +1,181 @@
+"""Facts about one FX node: bytes, storage, kind of op, source line. Read only."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.fx as fx
+
+_FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
+
+# Ops that make no new storage although their schema does not say so.
+_VIEW_LIKE = frozenset({"aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::lift_fresh_copy"})
+
+# Collectives have side effects on other ranks: they run once, where the user put them.
+_COLLECTIVE_NAMESPACES = frozenset({"_c10d_functional", "c10d_functional", "_dtensor", "symm_mem"})
+
+
+def tensors(node: fx.Node) -> list[torch.Tensor]:
+    """The fake tensors of a node's value, flattened; none for a scalar."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [v for v in value if isinstance(v, torch.Tensor)]
+    return []
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of a node's value as dense storage; 0 for scalars and for tuples (their items are counted)."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return 0
+    return int(value.numel()) * value.element_size()
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line: code` of the user's line that made this node, or "" where torch kept none.
+
+    The innermost frame outside torch and memo is taken, since that is the line that a user can change.
+    """
+    trace = node.meta.get("stack_trace") or ""
+    frames = list(_FILE_LINE.finditer(trace))
+    for match in reversed(frames):
+        if "/torch/" not in match["file"]:
+            return f"{match['file']}:{match['line']}: {match['code'].strip()}"
+    return f"{frames[-1]['file']}:{frames[-1]['line']}: {frames[-1]['code'].strip()}" if frames else ""
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.mm.default` and the like; the node's op where it calls nothing."""
+    return str(node.target) if node.op == "call_function" else node.op
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the value shares the storage of its first tensor argument."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target._schema.name in _VIEW_LIKE:
+        return True
+    returns = target._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node that made the storage in which this node's value lies: views and tuple items are followed."""
+    while True:
+        if node.op == "call_function" and node.all_input_nodes:
+            if is_view(node) or _is_item_of_view(node):
+                node = node.all_input_nodes[0]
+                continue
+        return node
+
+
+def _is_item_of_view(node: fx.Node) -> bool:
+    return node.target is operator.getitem and is_view(node.all_input_nodes[0])
+
+
+def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
+    """Whether the op carries a torch tag."""
+    return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether running the op twice may give two values."""
+    return has_tag(node, torch.Tag.nondeterministic_seeded)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Elementwise ops, casts among them: a compiler fuses them into what reads them."""
+    if has_tag(node, torch.Tag.pointwise):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _POINTWISE
+
+
+_POINTWISE = frozenset(
+    {
+        "prims::convert_element_type",
+        "aten::_to_copy",
+        "aten::clone",
+        "aten::expand",
+        "aten::where",
+        "aten::full",
+        "aten::full_like",
+        "aten::scalar_tensor",
+        "aten::arange",
+        "prims::iota",
+        "prims::fma",
+        "aten::slice_backward",
+        "aten::select_backward",
+        "aten::constant_pad_nd",
+        "aten::cat",
+        "aten::embedding",
+        "aten::index",
+        "aten::gather",
+    }
+)
+
+_REDUCTIONS = frozenset(
+    {
+        "aten::sum",
+        "aten::mean",
+        "aten::amax",
+        "aten::amin",
+        "aten::var_mean",
+        "aten::var",
+        "aten::max",
+        "aten::min",
+        "aten::any",
+        "aten::all",
+        "aten::argmax",
+        "aten::argmin",
+        "aten::prod",
+        "aten::_softmax",
+        "aten::_log_softmax",
+        "aten::_softmax_backward_data",
+        "aten::_log_softmax_backward_data",
+        "aten::native_layer_norm",
+    }
+)
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Reductions that a compiler emits as loops, into which pointwise producers are fused."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _REDUCTIONS
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Ops so cheap that computing them again beats holding their result: views, casts, arithmetic on elements."""
+    if node.op != "call_function" or is_random(node) or not is_pure(node):
+        return False
+    if node.target is operator.getitem:
+        return _is_item_of_view(node)
+    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    return is_view(node) or (is_pointwise(node) and name not in {"aten::cat", "aten::embedding", "aten::index"})
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether the node may be run a second time, in the backward, and give the same value with no other effect."""
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    if node.target is operator.getitem:
+        return is_pure(node.all_input_nodes[0])
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False  # higher-order ops and Python functions: nothing says that they are pure
+    if target.namespace in _COLLECTIVE_NAMESPACES or target._schema.is_mutable:
+        return False
+    return not is_random(node)
+
+
+def ordered(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Nodes in graph order, each once."""
+    unique = set(nodes)
+    if not unique:
+        return []
+    graph = next(iter(unique)).graph
+    return [n for n in graph.nodes if n in unique]

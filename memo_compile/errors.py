@@ -5,6 +5,75 @@ Every message names what was asked, what is possible, and what to change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MemoError(RuntimeError):
     """Base of every error that memo raises on purpose."""
+
+
+class UnknownOption(MemoError):
+    """An option that memo does not know."""
+
+    def __init__(self, key: str, known: Sequence[str]) -> None:
+        super().__init__(f"memo has no option {key!r}. Known options: {', '.join(sorted(known))}.")
+
+
+class InvalidOption(MemoError):
+    """An option with a value of the wrong type, or one that cannot be."""
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"memo option {key!r} = {value!r} is not valid. Allowed: {allowed}.")
+
+
+class BudgetTooSmall(MemoError):
+    """A budget below the least that any plan needs. `budget` and `least` are bytes."""
+
+    def __init__(self, budget: int, least: int, obstacles: Sequence[str] = ()) -> None:
+        self.budget, self.least, self.obstacles = budget, least, tuple(obstacles)
+        lines = [
+            f"memory_budget = {budget:,} bytes cannot be kept: the least that any plan holds is {least:,} bytes",
+            f"({least / 2**20:,.1f} MiB).",
+        ]
+        if obstacles:
+            lines.append("At that moment these stand in the way:\n  " + "\n  ".join(obstacles) + "\n")
+        lines.append("Raise memory_budget to at least that, or shorten the sequence or the batch")
+        lines.append('(memory_budget="min" takes the least there is).')
+        super().__init__(" ".join(lines))
+
+    def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[int, int, tuple[str, ...]]]:
+        return type(self), (self.budget, self.least, self.obstacles)
+
+
+class HostBudgetExceeded(MemoError):
+    """The host arena would grow beyond `host_budget`."""
+
+    def __init__(self, asked: int, held: int, budget: int) -> None:
+        super().__init__(
+            f"the host arena needs {asked:,} bytes more and holds {held:,}, which is beyond host_budget = {budget:,}. "
+            "Raise host_budget, or let memo recompute more (recompute=True)."
+        )
+
+
+class TransferFailed(MemoError):
+    """A copy between device and host failed; the step that needed it cannot go on."""
+
+
+class PlacementOverlap(MemoError):
+    """Two buffers that are live at the same time share bytes: the placement is wrong."""
+
+
+class InvalidBuffer(MemoError):
+    """A buffer of negative size or with an empty lifetime, a name given twice, an alias of nothing."""
+
+
+class EmittedOrderChanged(MemoError):
+    """The code that Inductor emitted does not follow the plan."""
+
+
+class UnsupportedTorch(MemoError):
+    """A torch version, or a setting of it, that memo does not know how to work with."""
+
+
+class RecompileLimit(MemoError):
+    """Too many input shapes: Dynamo would silently run eagerly from here on."""

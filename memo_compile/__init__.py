@@ -1,3 +1,55 @@
-"""memo: a torch.compile backend that trains models whose activations do not fit on the device."""
+"""memo: a torch.compile backend that trains models whose activations do not fit on the device.
+
+    torch.compile(model, backend="memo", options={"memory_budget": "48GiB"})
+
+Public names are loaded when they are first asked for: importing the package imports neither Inductor nor HiGHS.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BudgetTooSmall": "memo_compile.errors",
+    "MemoError": "memo_compile.errors",
+    "Options": "memo_compile.options",
+    "Plan": "memo_compile.schema",
+    "empty_cache": "memo_compile.api",
+    "measure_peak": "memo_compile.measure",
+    "plan": "memo_compile.api",
+    "plans": "memo_compile.api",
+    "reset": "memo_compile.api",
+    "transfer_stats": "memo_compile.runtime.ops",
+}
+
+if TYPE_CHECKING:
+    from memo_compile.api import empty_cache, plan, plans, reset
+    from memo_compile.errors import BudgetTooSmall, MemoError
+    from memo_compile.measure import measure_peak
+    from memo_compile.options import Options
+    from memo_compile.runtime.ops import transfer_stats
+    from memo_compile.schema import Plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+__all__ = [
+    "BudgetTooSmall",
+    "MemoError",
+    "Options",
+    "Plan",
+    "empty_cache",
+    "measure_peak",
+    "plan",
+    "plans",
+    "reset",
+    "transfer_stats",
+]

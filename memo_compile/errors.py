@@ -55,6 +55,10 @@ class HostBudgetExceeded(MemoError):
         )
 
 
+class NothingToPlan(MemoError):
+    """A model that needs no gradient, or that makes no graph."""
+
+
 class TransferFailed(MemoError):
     """A copy between device and host failed; the step that needed it cannot go on."""
 

@@ -158,7 +158,8 @@ def _choose_cuts(timeline: _Timeline) -> tuple[int, ...]:
     live = live_bytes([(b.start, b.end, _aligned(b.size)) for b in timeline.buffers], timeline.steps)
     bound = max((a + o for a, o in zip(live, timeline.outside, strict=True)), default=0)
     arena_bound = max(live, default=0)
-    cuts: tuple[int, ...] = ()
+    # What is kept is handed from one graph to the other; scratch is not: no segment spans the border but theirs.
+    cuts: tuple[int, ...] = (timeline.forward_steps,)
 
     def cost(candidate: tuple[int, ...]) -> float:
         held = _held_estimate(timeline, candidate)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 _ALLOCATION = re.compile(r"^empty_strided_(cpu|cuda|xpu)$")
 _ALIASES = frozenset({"reinterpret_tensor", "alloc_from_pool", "as_strided"})
-_DTYPE_BYTES = {
+DTYPE_BYTES = {
     "float64": 8,
     "int64": 8,
     "complex64": 8,
@@ -74,7 +74,7 @@ def allocation_of(call: ast.expr) -> int | None:
     stride = [int(v) for v in ast.literal_eval(call.args[1])]
     dtype = call.args[2]
     assert isinstance(dtype, ast.Attribute)
-    return dense_bytes(shape, stride, _DTYPE_BYTES.get(dtype.attr, 1))
+    return dense_bytes(shape, stride, DTYPE_BYTES.get(dtype.attr, 1))
 
 
 def read_body(
@@ -88,7 +88,7 @@ def read_body(
         inputs: names of the graph's inputs.
         kernel_bytes: bytes of a name that a fallback kernel allocates; None where it makes no storage of its own.
     """
-    statements = _flatten(ast.parse(source).body)
+    statements = flatten(ast.parse(source).body)
     home: dict[str, str] = {name: name for name in inputs}  # name -> the storage it lies in
     kind: dict[str, str] = dict.fromkeys(inputs, "input")
     size: dict[str, int] = dict.fromkeys(inputs, 0)
@@ -103,7 +103,7 @@ def read_body(
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             continue
         target, value = statement.targets[0].id, statement.value
-        source_name = _alias_source(value)
+        source_name = alias_source(value)
         if (size_here := allocation_of(value)) is not None:
             kind[target], size[target] = "allocated", size_here
         elif source_name is not None and source_name in home:
@@ -112,6 +112,8 @@ def read_body(
                 home[target] = home[source_name]
                 continue
             kind[target], size[target] = "kernel", own
+            home[target], start[target], end[target] = target, start[home[source_name]], step + 1
+            continue  # an item of a kernel's results was made when the kernel ran
         elif isinstance(value, ast.Call):
             own = kernel_bytes(target)
             aliased = _single_tensor_argument(value, home) if own is None else None
@@ -132,12 +134,12 @@ def read_body(
     return Body(len(statements), storages, tuple(out), tuple(inputs))
 
 
-def _flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+def flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:
     """Statements in order; the bodies of `with` blocks stand in line."""
     flat: list[ast.stmt] = []
     for statement in body:
         if isinstance(statement, ast.With):
-            flat.extend(_flatten(statement.body))
+            flat.extend(flatten(statement.body))
         else:
             flat.append(statement)
     return flat
@@ -147,7 +149,7 @@ def _names(tree: ast.AST) -> list[str]:
     return [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
 
 
-def _alias_source(value: ast.expr) -> str | None:
+def alias_source(value: ast.expr) -> str | None:
     """The name whose storage an expression shares: `b`, `b[0]`, `reinterpret_tensor(b, …)`."""
     while isinstance(value, ast.Subscript):
         value = value.value

@@ -15,10 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 from memo_compile.codegen.emitted import Body, read_body
+from memo_compile.codegen.workspace import workspace_bytes
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 # Called with the finished body. Returns the buffers and segments to emit; an empty pair leaves the text as it is.
 Planner = Callable[[Body], tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]]
+
+# Called with the text that was emitted, the returned expressions and the inputs' names: a check of the result.
+Inspector = Callable[[Sequence[str], Sequence[str], Sequence[str]], None]
 
 _EMPTY = re.compile(r"^(?P<indent>\s*)(?P<name>\w+) = (?P<make>empty_strided_\w+)\((?P<args>.*)\)\s*(?:#.*)?$")
 
@@ -28,22 +32,25 @@ class BodyCaptured(BaseException):
 
 
 @contextlib.contextmanager
-def arena_wrapper(planner: Planner) -> Iterator[None]:
-    """Within, every Inductor graph is emitted with the buffers that `planner` places in segments of an arena."""
+def arena_wrapper(planner: Planner, inspect: Inspector | None = None) -> Iterator[None]:
+    """Within, every Inductor graph is emitted with the buffers that `planner` places in segments of an arena.
+
+    `inspect` sees what came of it.
+    """
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 
     init_backend_registration()
     swapped = {device: codegen.wrapper_codegen for device, codegen in device_codegens.items()}
     try:
         for device, base in swapped.items():
-            device_codegens[device].wrapper_codegen = _subclass(base, planner)
+            device_codegens[device].wrapper_codegen = _subclass(base, planner, inspect)
         yield
     finally:
         for device, base in swapped.items():
             device_codegens[device].wrapper_codegen = base
 
 
-def _subclass(base: Any, planner: Planner) -> Any:
+def _subclass(base: Any, planner: Planner, inspect: Inspector | None) -> Any:
     if not isinstance(base, type):
         return base
 
@@ -60,7 +67,10 @@ def _subclass(base: Any, planner: Planner) -> Any:
             body = _read(kept, output_refs)
             buffers, segments = planner(body)
             if buffers:
-                self.wrapper_call._lines[:] = rewrite(kept, buffers, segments)
+                kept = rewrite(kept, buffers, segments)
+                self.wrapper_call._lines[:] = kept
+            if inspect is not None:
+                inspect(kept, output_refs, _input_names())
             super().generate_return(output_refs)
 
     return ArenaWrapper
@@ -72,6 +82,12 @@ def _text(line: Any) -> str | None:
     return made if isinstance(made, str) else None
 
 
+def _input_names() -> list[str]:
+    from torch._inductor.virtualized import V
+
+    return list(V.graph.graph_input_names)
+
+
 def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
     from torch._inductor.virtualized import V
 
@@ -81,16 +97,26 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
         from torch._inductor import ir
 
         buffer = graph.name_to_buffer.get(name)
-        if buffer is None or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
-            return None if buffer is None else 0
+        if _is_host_lease(buffer):
+            return 0
+        if buffer is None:
+            return None
+        if isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
+            node = getattr(buffer, "fx_node", None)
+            return 0 if node is None else workspace_bytes(node)
         if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
             # Shapes are static, so that sizes are numbers.
             return int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
     source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    body = read_body(textwrap.dedent(source), output_refs, list(graph.graph_input_names), kernel_bytes)
+    body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_bytes)
     return replace(body, strides=tuple(_stride(output) for output in graph.graph_outputs))
+
+
+def _is_host_lease(buffer: Any) -> bool:
+    schema = getattr(getattr(buffer, "op_overload", None), "_schema", None)
+    return getattr(schema, "name", "") == "memo::host_lease"
 
 
 def _stride(output: Any) -> tuple[int, ...] | None:

@@ -11,6 +11,8 @@ import torch.fx as fx
 
 _FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 
+HOST_LEASE = "memo_host_lease"  # the placeholder through which a backward receives its forward's host lease
+
 # Ops that make no new storage although their schema does not say so.
 _VIEW_LIKE = frozenset({"aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::lift_fresh_copy"})
 
@@ -31,9 +33,25 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
 def nbytes(node: fx.Node) -> int:
     """Bytes of a node's value as dense storage; 0 for scalars and for tuples (their items are counted)."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or is_on_host(node):
         return 0
     return int(value.numel()) * value.element_size()
+
+
+def is_on_host(node: fx.Node) -> bool:
+    """Whether the value is a lease on the host arena: its bytes are not the device's."""
+    return node.name == HOST_LEASE or getattr(getattr(node.target, "_schema", None), "name", "") == "memo::host_lease"
+
+
+def is_dense(node: fx.Node) -> bool:
+    """Whether the elements fill their storage without gaps or overlaps, in whatever order of dimensions."""
+    value: torch.Tensor = node.meta["val"]
+    expected = 1
+    for stride, size in sorted((int(t), int(s)) for s, t in zip(value.shape, value.stride(), strict=True) if s != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def source_line(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from memo_compile.passes.graph import is_cheap, is_pure, is_view, nbytes
+from memo_compile.passes.graph import is_cheap, is_pure, is_view, nbytes, storage_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ def split_min_cut(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, stat
 
 
 def split_saving(joint: fx.GraphModule, saved: Collection[fx.Node], num_fwd_outputs: int) -> Split:
-    """Split so that the backward receives exactly `saved`, and computes what else it needs from them.
+    """Split so that the backward receives `saved` and what it reads of the inputs, and computes what else it needs.
 
     The order of the backward is left as extracted (recomputation first): `order_backward` comes after the slices.
     """
     partitioners = _torch_partitioner()
-    values = [n for n in joint.graph.nodes if n in set(saved)]
+    # What the backward does not read of these, torch leaves out again.
+    wanted = set(saved) | readable_inputs(joint)
+    values = [n for n in joint.graph.nodes if n in wanted]
     symbols = [n for n in values if partitioners.is_sym_node(n)]
     values = [n for n in values if not partitioners.is_sym_node(n)]
     forward, backward = partitioners._extract_fwd_bwd_modules(
@@ -89,14 +91,36 @@ def recompute_chain(value: fx.Node, available: Collection[fx.Node]) -> list[fx.N
     return sorted(chain, key=position.__getitem__)
 
 
+def readable_inputs(joint: fx.GraphModule) -> set[fx.Node]:
+    """The inputs that hold in the backward what they held in the forward: no tangents, nothing that is mutated."""
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    described = {d.mutated_input for d in _output_descriptors(joint) if hasattr(d, "mutated_input")}
+    mutated = {n for n in placeholders if n.meta.get("desc") in described}
+    for node in joint.graph.nodes:
+        if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            mutated.update(a for a in node.all_input_nodes[:1] if a.op == "placeholder")
+    return {n for n in placeholders if "tangents" not in str(n.target)} - mutated
+
+
+def num_mutated_outputs(gm: fx.GraphModule) -> int:
+    """How many leading outputs are not the user's, but new values of inputs that AOTAutograd copies back."""
+    return sum(1 for d in _output_descriptors(gm) if hasattr(d, "mutated_input"))
+
+
+def _output_descriptors(gm: fx.GraphModule) -> list[Any]:
+    """AOTAutograd's description of each output; private: `output.meta["desc"]`, `InputMutationAOTOutput`."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return [d for d in output.meta.get("desc", ()) if d is not None]
+
+
 def canonical_saved(joint: fx.GraphModule, saved: Collection[fx.Node]) -> list[fx.Node]:
     """What min-cut saved, made small and alike in every layer.
 
     A view, expand or cast gives way to its smallest ancestor; a value that cheap ops make from inputs and from other
     saved values is not saved at all. The result is in graph order, and still gives the backward all that it needs.
     """
-    inputs = {n for n in joint.graph.nodes if n.op == "placeholder"}
-    chosen = {_smallest_ancestor(n) for n in saved}
+    inputs = readable_inputs(joint)
+    chosen = {_smallest_ancestor(n, inputs) for n in saved}
     position = {n: i for i, n in enumerate(joint.graph.nodes)}
     # Latest first: a later value is made from earlier ones, and dropping it cannot take away what they need.
     for node in sorted(chosen - inputs, key=position.__getitem__, reverse=True):
@@ -106,12 +130,20 @@ def canonical_saved(joint: fx.GraphModule, saved: Collection[fx.Node]) -> list[f
     return sorted(chosen, key=position.__getitem__)
 
 
-def _smallest_ancestor(node: fx.Node) -> fx.Node:
-    """Follow views and casts of a single value up, to the smallest of them; the oldest among equals."""
+def _smallest_ancestor(node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node:
+    """Follow views and casts of a single value up, to the smallest of them; the oldest among equals.
+
+    A view holds its whole storage, so that the storage itself is saved in its place: once, however many views.
+    """
+    storage = storage_of(node)
+    if storage.op == "call_function" or storage in inputs:
+        node = storage
     best = current = node
     while current.op == "call_function" and is_cheap(current) and len(current.all_input_nodes) == 1:
         parent = current.all_input_nodes[0]
         if not (is_view(current) or _is_copy(current)) or not nbytes(parent):
+            break
+        if parent.op == "placeholder" and parent not in inputs:
             break
         current = parent
         if nbytes(current) <= nbytes(best):

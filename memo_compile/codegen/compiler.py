@@ -1,0 +1,307 @@
+"""`memo`: plan a graph within Inductor's compilation, and emit it with the arena.
+
+Inductor hands the joint graph to `_Compilation.partition`, which plans and looks at dry runs of what it decided, and
+then both graphs to `_Compilation.inner`, which compiles them with buffers at the offsets of one layout.
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx(inner_compile, config_patches)`,
+`custom_partitioner_fn`, `TracingContext.fw_metadata.bw_donated_idxs`, and
+`torch._C._autograd._get_current_graph_task_keep_graph`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.codegen.arena import ArenaLayout, Link, plan_arena
+from memo_compile.codegen.dry_run import dry_run
+from memo_compile.codegen.emitted import Body
+from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
+from memo_compile.codegen.wrapper import arena_wrapper
+from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.options import Options
+from memo_compile.passes.partition import num_mutated_outputs
+from memo_compile.planner import Decided, Prepared, prepare
+from memo_compile.report.dumps import Dump
+from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
+from memo_compile.settle import Settled, settle
+
+log = logging.getLogger(__name__)
+
+
+def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Compile a Dynamo graph with Inductor, planned and placed."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    run = _Compilation(setting_for(options, inputs), _num_outputs(gm))
+    patches: dict[str, Any] = {
+        **(list_mode_options(options.mode) if options.mode else {}),
+        **options.inductor,
+        "custom_partitioner_fn": _partitioner(run),
+        # Reuse merges live ranges before memo sees them; partitions would cut the body in pieces.
+        "allow_buffer_reuse": False,
+        "graph_partition": False,
+        # Neither cache knows of plans: a hit would bring another plan's offsets, or none.
+        "fx_graph_cache": False,
+    }
+    with functorch_config.patch(
+        enable_autograd_cache=False, donated_buffer=False, force_non_lazy_backward_lowering=True
+    ):
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=run.inner, config_patches=patches)
+    return compiled
+
+
+def _num_outputs(gm: fx.GraphModule) -> int:
+    (output,) = gm.graph.find_nodes(op="output")
+    return len(output.args[0]) if isinstance(output.args[0], (tuple, list)) else 1
+
+
+def _partitioner(run: _Compilation) -> Any:
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            static = kwargs.get("static_lifetime_input_indices")
+            return run.partition(gm, joint_inputs, kwargs["num_fwd_outputs"], static)
+
+        def uuid(self) -> None:
+            return None  # not to be cached
+
+    return Partitioner()
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What a dry run of both graphs showed, and where their buffers would lie."""
+
+    forward: Body
+    backward: Body
+    layout: ArenaLayout
+
+
+@dataclass
+class _Compilation:
+    """One graph's way through Inductor. Inductor calls `partition`, then `inner` for the forward and the backward."""
+
+    setting: Setting
+    num_user_outputs: int
+    decided: Decided | None = None
+    plan: Plan | None = None
+    evidence: _Evidence | None = None
+    layout: ArenaLayout | None = None
+    links: tuple[Link, ...] = ()
+    num_forward_outputs: int = 0
+    static: tuple[int, ...] = ()
+    dump: Dump | None = None
+    forward_body: Body | None = None
+    regions: EmittedRegions | None = None
+
+    def partition(
+        self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Plan the joint graph; returns its forward and backward."""
+        started = time.perf_counter()
+        self.num_forward_outputs, self.static = num_forward_outputs, tuple(static or ())
+        self.dump = Dump.open(self.setting.options.dump, self.setting.name)
+        self.dump.graph("joint", joint)
+        p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
+        budget = self.setting.options.memory_budget
+        if isinstance(budget, (int, float)):
+            p = replace(p, unplanned_peak=self._unplanned_peak(p))
+        limits = limits_for(self.setting, p.unplanned_peak)
+        settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
+        self.decided, self.evidence = settled.decided, settled.evidence
+        self.plan = replace(
+            self.decided.plan,
+            budget=limits.budget,
+            rounds=settled.rounds,
+            seconds=time.perf_counter() - started,
+        )
+        self.links = _links(self.decided, num_forward_outputs)
+        self.dump.annotated(p, self.decided)
+        self.dump.graph("forward", self.decided.forward)
+        self.dump.graph("backward", self.decided.backward)
+        return self.decided.forward, self.decided.backward
+
+    def _unplanned_peak(self, p: Prepared) -> int:
+        split = p.unplanned
+        plain = Decided(_NO_PLAN, split.forward, split.backward, split.saved)
+        return self._dry(plain).layout.peak
+
+    def _looked_at(self, decided: Decided) -> tuple[int, _Evidence]:
+        evidence = self._dry(decided)
+        return evidence.layout.peak, evidence
+
+    def _dry(self, decided: Decided) -> _Evidence:
+        with _settings_for(decided):
+            forward = dry_run(
+                decided.forward,
+                is_backward=False,
+                user_visible=self._user_visible(decided.forward),
+                static_inputs=self.static,
+            )
+            backward = self._dry_backward(decided, forward)
+        links = _links(decided, self.num_forward_outputs)
+        return _Evidence(forward, backward, plan_arena(forward, backward, links, self.num_forward_outputs))
+
+    def _dry_backward(self, decided: Decided, forward: Body) -> Body:
+        links = _links(decided, self.num_forward_outputs)
+        strides = {link.input: forward.strides[link.output] for link in links}
+        (output,) = decided.backward.graph.find_nodes(op="output")
+        with _settings_for(decided), _donated(_donatable(decided, forward, self.num_forward_outputs)):
+            return dry_run(
+                decided.backward,
+                is_backward=True,
+                user_visible=[i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)],
+                input_strides={name: s for name, s in strides.items() if s is not None},
+            )
+
+    def _user_visible(self, forward: fx.GraphModule) -> list[int]:
+        first = num_mutated_outputs(forward)
+        (output,) = forward.graph.find_nodes(op="output")
+        shown = range(first, first + self.num_user_outputs)
+        return [i for i in shown if isinstance(output.args[0][i], fx.Node)]
+
+    def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """Compile one graph; called by Inductor in place of `compile_fx_inner`."""
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        if self.decided is None:  # an inference graph: nothing lives beyond the call
+            with config.patch(allow_buffer_reuse=True):
+                return compile_fx_inner(gm, inputs, **kwargs)
+        backward = bool(kwargs.get("is_backward"))
+        donated: list[int] = []
+        if backward:
+            assert self.forward_body is not None
+            donated = _donatable(self.decided, self.forward_body, self.num_forward_outputs)
+        place = self._place_backward if backward else self._place_forward
+        inspect = self._inspect_backward if backward else self._inspect_forward
+        with _settings_for(self.decided), _donated(donated), arena_wrapper(place, inspect):
+            compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
+        assert self.dump is not None
+        self.dump.code("backward" if backward else "forward", compiled)
+        if not backward:
+            return compiled
+        self._finish()
+        return _guarded(compiled, donated)
+
+    def _place_forward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
+        self.forward_body = body
+        assert self.evidence is not None
+        if self.evidence.forward != body:
+            log.debug("%s: the forward differs from its dry run and is placed again", self.setting.name)
+            layout = plan_arena(body, self.evidence.backward, self.links, self.num_forward_outputs)
+            self.evidence = _Evidence(body, self.evidence.backward, layout)
+        self.layout = self.evidence.layout
+        return [b for b in self.layout.buffers if b.name.startswith("fw:")], self.layout.segments
+
+    def _place_backward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
+        assert self.evidence is not None
+        assert self.layout is not None
+        if body != self.evidence.backward:
+            # What is kept lies where the forward's code has put it; its segments hold nothing born in the backward.
+            log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
+            self.layout = plan_arena(self.evidence.forward, body, self.links, self.num_forward_outputs)
+        return [b for b in self.layout.buffers if b.name.startswith("bw:")], self.layout.segments
+
+    def _inspect_forward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
+        self.regions = read_regions(lines, outputs, inputs)
+        verify_emitted(self.regions)
+
+    def _inspect_backward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
+        assert self.regions is not None
+        links = [(link.output, link.input) for link in self.links]
+        verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)
+
+    def _finish(self) -> None:
+        assert self.plan is not None
+        assert self.layout is not None
+        assert self.dump is not None
+        layout = self.layout
+        plan = replace(
+            self.plan,
+            predicted_peak=layout.peak,
+            least_peak=layout.peak if self.setting.options.memory_budget == "min" else self.plan.least_peak,
+            unplanned_peak=self.plan.unplanned_peak if self.decided and self.decided.homes else layout.peak,
+            arena_bytes=layout.arena_bytes,
+            lower_bound=layout.lower_bound,
+            coverage=layout.coverage,
+            segments=layout.segments,
+            buffers=layout.buffers,
+        )
+        record(plan)
+        self.dump.plan(plan)
+
+
+_NO_PLAN = Plan("", "memo", None, 0, 0, 0, 0.0, 0, 0, 0, "", 0.0, "", "", ())
+
+
+def _links(decided: Decided, num_forward_outputs: int) -> tuple[Link, ...]:
+    """Which forward output is which backward input: saved values come first among the backward's inputs."""
+    placeholders = [n.name for n in decided.backward.graph.find_nodes(op="placeholder")]
+    return tuple(Link(num_forward_outputs + i, placeholders[i]) for i in range(len(decided.saved)))
+
+
+def _donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> list[int]:
+    """Backward inputs into whose bytes the backward may write once it has read them: memo's own, and no one else's."""
+    for_user = set(forward.outputs[:num_forward_outputs])
+    storages = forward.outputs[num_forward_outputs : num_forward_outputs + len(decided.saved)]
+    return [
+        i
+        for i, name in enumerate(storages)
+        if name is not None
+        and forward.storages[name].kind == "allocated"
+        and name not in for_user
+        and storages.count(name) == 1
+    ]
+
+
+@contextlib.contextmanager
+def _donated(indices: list[int]) -> Iterator[None]:
+    """Within, Inductor may write in place over these backward inputs; AOTAutograd does not get to know."""
+    from torch._guards import TracingContext
+
+    context: Any = TracingContext.get()
+    before = context.fw_metadata
+    # In a dry run, before AOTAutograd has stored its own, nothing else of it is read.
+    context.fw_metadata = copy.copy(before) if before is not None else SimpleNamespace()
+    context.fw_metadata.bw_donated_idxs = indices
+    try:
+        yield
+    finally:
+        context.fw_metadata = before
+
+
+@contextlib.contextmanager
+def _settings_for(decided: Decided) -> Iterator[None]:
+    """Transfers stay where the plan put them: Inductor's reordering for memory would undo their overlap."""
+    from torch._inductor import config
+
+    moves = any(h.offloaded for h in decided.homes.values())
+    with config.patch(reorder_for_peak_memory=config.reorder_for_peak_memory and not moves):
+        yield
+
+
+def _guarded(compiled: Any, donated: list[int]) -> Callable[[list[Any]], Any]:
+    """The backward; where autograd keeps the graph for another one, it works on copies of what it overwrites."""
+
+    def run(args: list[Any]) -> Any:
+        if donated and torch._C._autograd._get_current_graph_task_keep_graph():
+            for i in donated:
+                args[i] = args[i].clone()
+        return compiled(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,35 @@
+"""Bytes that a fallback kernel allocates for itself while it runs, beyond its outputs.
+
+They lie outside every arena, and count. A formula an op, each from the kernel's source; an op without one counts 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+
+def workspace_bytes(node: fx.Node) -> int:
+    """The scratch of one call; threads are those that torch has now."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+        return _flash_on_cpu(node.args[0], node.args[1], backward=False)
+    if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
+        return _flash_on_cpu(node.args[1], node.args[2], backward=True)
+    return 0
+
+
+def _flash_on_cpu(query: Any, key: Any, *, backward: bool) -> int:
+    """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: one block of scores for each thread, two in the backward."""
+    q: torch.Tensor = query.meta["val"]
+    rows, head, columns = int(q.shape[2]), int(q.shape[3]), int(key.meta["val"].shape[2])
+    split = 256 if rows >= 768 else 64 if rows >= 192 else 32
+    split, columns = min(split, rows), min(512, columns)
+    each = 2 * split * columns if backward else split * columns + 2 * split + split * head
+    accumulated = 8 if q.dtype == torch.float64 else 4
+    reduced = 0
+    if q.dtype in (torch.bfloat16, torch.float16):
+        reduced = split * columns * 2 * (2 if backward else 1)
+    return torch.get_num_threads() * (each * accumulated + reduced)

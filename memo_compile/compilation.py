@@ -1,0 +1,103 @@
+"""What both backends share: from options and a joint graph to limits, a name, and a recorded plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memo_compile.hardware import DeviceProfile, free_host_memory, resolve
+from memo_compile.options import Options
+from memo_compile.planner import Limits
+from memo_compile.registry import registry
+from memo_compile.schema import Plan
+
+log = logging.getLogger("memo_compile")
+
+HOST_SHARE = 0.5  # of the free host memory, for host_budget="auto": the rest is for data loaders and the system
+MARGIN = 0.05  # of the free device memory, which "auto" leaves alone: fragmentation, libraries' workspaces
+BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: what "auto" leaves room for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The surroundings of one graph's compilation."""
+
+    name: str
+    options: Options
+    device: torch.device
+    profile: DeviceProfile
+    host: int
+    trainable: int
+
+
+def setting_for(options: Options, inputs: Sequence[Any]) -> Setting:
+    """Resolve what does not depend on the graph: device, profile, host budget, a name.
+
+    `trainable` counts the elements of the parameters that want gradients.
+    """
+    device = next((v.device for v in inputs if isinstance(v, torch.Tensor) and v.device.type != "cpu"), None)
+    device = device or torch.device("cpu")
+    trainable = sum(v.numel() for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
+    profile = resolve(options.hardware, device.type)
+    return Setting(registry().next_name(), options, device, profile, _host_budget(options), trainable)
+
+
+def _host_budget(options: Options) -> int:
+    if isinstance(options.host_budget, int):
+        return options.host_budget
+    from memo_compile.runtime.ops import pool
+
+    return pool().held_bytes + int(free_host_memory() * HOST_SHARE)
+
+
+def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
+    """The limits in bytes. `unplanned_peak` is what a ratio is of."""
+    o = setting.options
+    budget: int | None = None
+    if isinstance(o.memory_budget, float):
+        budget = int(o.memory_budget * unplanned_peak)
+    elif isinstance(o.memory_budget, int):
+        budget = o.memory_budget
+    elif o.memory_budget == "auto" and setting.device.type == "cuda":
+        budget = _free_on_device(setting)
+    return Limits(
+        budget=budget,
+        host=setting.host,
+        offload=o.offload,
+        recompute=o.recompute,
+        slice_tokens=o.token_slice if isinstance(o.token_slice, int) else 0,
+        time_limit=o.solver_time_limit,
+        objective="memory" if o.memory_budget == "min" else "time",
+    )
+
+
+def _free_on_device(setting: Setting) -> int:
+    free, _ = torch.cuda.mem_get_info(setting.device)
+    idle = torch.cuda.memory_reserved(setting.device) - torch.cuda.memory_allocated(setting.device)
+    reserve = setting.options.reserve
+    reserve = BYTES_PER_TRAINABLE * setting.trainable if reserve is None else reserve
+    return max(1, int((free + idle) * (1 - MARGIN)) - reserve)
+
+
+def record(plan: Plan) -> None:
+    """Keep a plan for `plans()`, and say in one line what it is."""
+    registry().add(plan)
+    mib = 2**20
+    log.info(
+        "%s (%s): budget %s, peak %.1f MiB planned of %.1f MiB unplanned, arena %.1f MiB (%.3f of the lower bound), "
+        "offloaded %.1f MiB, recomputed %.1f %% of the forward, planned in %.1f s",
+        plan.name,
+        plan.backend,
+        "unlimited" if plan.budget is None else f"{plan.budget / mib:.1f} MiB",
+        plan.predicted_peak / mib,
+        plan.unplanned_peak / mib,
+        plan.arena_bytes / mib,
+        plan.arena_bytes / plan.lower_bound if plan.lower_bound else 1.0,
+        plan.offloaded_bytes / mib,
+        100 * plan.recomputed_flops_share,
+        plan.seconds,
+    )

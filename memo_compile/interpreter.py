@@ -1,0 +1,54 @@
+"""`memo_eager`: the planned graphs, run op by op by an FX interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.fx as fx
+
+from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.options import Options
+from memo_compile.planner import Decided, prepare
+from memo_compile.settle import settle
+
+
+def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Trace forward and backward, plan them, and return a callable that runs both through autograd."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    setting = setting_for(options, inputs)
+
+    def partition(
+        joint: fx.GraphModule,
+        joint_inputs: Any,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: list[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        decided = _plan(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, setting)
+        return decided.forward, decided.backward
+
+    return aot_autograd(fw_compiler=_interpreted, bw_compiler=_interpreted, partition_fn=partition)(gm, inputs)
+
+
+def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
+    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
+    limits = limits_for(setting, p.unplanned_peak)
+    settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
+    decided = settled.decided
+    plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
+    record(plan)
+    return replace(decided, plan=plan)
+
+
+def _interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    """A boxed call: the interpreter owns its inputs, and drops each value behind its last reader."""
+
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,211 @@
+"""`Options`: what a user may ask of memo. Parsed and checked at once, before anything is traced.
+
+Every option can be overridden from the environment, `MEMO_` and its name in capitals: `MEMO_DUMP=DIR`,
+`MEMO_MEMORY_BUDGET=48GiB`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from memo_compile.errors import InvalidOption, UnknownOption
+
+_UNITS = {"": 1, "b": 1}
+for _i, _letter in enumerate("kmgt", start=1):
+    _UNITS[f"{_letter}ib"] = 1024**_i
+    _UNITS[f"{_letter}b"] = 1000**_i
+_SIZE = re.compile(r"^\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)\s*$")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `torch.compile(model, backend="memo", options={...})`.
+
+    Attributes:
+        memory_budget: device bytes that the compiled forward and backward may hold: a number of bytes, a string with a
+            unit ("48GiB"), a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto".
+        reserve: bytes that "auto" leaves for what does not exist yet; None: 8 for each trainable element.
+        host_budget: bytes of host memory for offloaded slices, or "auto": half of what is free.
+        offload: whether activations may go to the host.
+        recompute: whether activations may be recomputed beyond what Inductor itself would.
+        token_slice: rows of a slice, or "auto": a 64th of the tokens.
+        solver_time_limit: seconds that one linear or integer program may take.
+        hardware: "auto", the name of a built-in profile, or the path of a profile's JSON file.
+        dump: a folder for graphs, plan and arena; None: no dump.
+        verify: check placements at compile time, and compare the first step with the unplanned graph.
+        inductor: config patches that are passed on to Inductor.
+        mode: Inductor's mode (`torch.compile(mode=...)`).
+    """
+
+    memory_budget: int | float | str = "auto"
+    reserve: int | None = None
+    host_budget: int | str = "auto"
+    offload: bool = True
+    recompute: bool = True
+    token_slice: int | str = "auto"
+    solver_time_limit: float = 10.0
+    hardware: str = "auto"
+    dump: str | None = None
+    verify: bool = False
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+
+    @staticmethod
+    def parse(raw: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
+        """Read a user's options; what the environment says wins.
+
+        Raises:
+            UnknownOption: a key that memo does not know.
+            InvalidOption: a value of the wrong type, or one that cannot be.
+
+        >>> Options.parse({"memory_budget": "2KiB"}, {}).memory_budget
+        2048
+        """
+        values = {**(raw or {}), **_from_environment(os.environ if environment is None else environment)}
+        for key in values:
+            if key not in _CHECKS:
+                raise UnknownOption(key, list(_CHECKS))
+        checked: dict[str, Any] = {key: _CHECKS[key](key, value) for key, value in values.items()}
+        return replace(Options(), **checked)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for option in fields(Options):
+        text = environment.get(f"MEMO_{option.name.upper()}")
+        if text is not None and option.name != "inductor":
+            found[option.name] = _typed(option.name, text)
+    return found
+
+
+def _typed(key: str, text: str) -> Any:
+    """An environment's text as the type that the option has."""
+    if key in {"offload", "recompute", "verify"}:
+        known = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+        return known.get(text.lower(), text)
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    if re.fullmatch(r"\d*\.\d+", text):
+        return float(text)
+    return text
+
+
+def _bytes(text: str) -> int | None:
+    match = _SIZE.match(text)
+    unit = _UNITS.get(match["unit"].lower()) if match else None
+    return None if match is None or unit is None else int(float(match["number"]) * unit)
+
+
+_BUDGETS = 'bytes (an int), "48GiB", a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto"'
+
+
+def _budget(key: str, value: Any) -> int | float | str:
+    if value in ("min", "auto") and isinstance(value, str):
+        return str(value)
+    if isinstance(value, str) and (size := _bytes(value)):
+        return size
+    if isinstance(value, float) and 0.0 < value <= 1.0:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise InvalidOption(key, value, _BUDGETS)
+
+
+def _host_budget(key: str, value: Any) -> int | str:
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if isinstance(value, str) and (size := _bytes(value)) is not None:
+        return size
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise InvalidOption(key, value, 'bytes (an int), "48GiB" or "auto"')
+
+
+def _reserve(key: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and (size := _bytes(value)) is not None:
+        return size
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise InvalidOption(key, value, 'bytes (an int), "8GiB" or None')
+
+
+def _flag(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise InvalidOption(key, value, "True or False")
+
+
+def _rows(key: str, value: Any) -> int | str:
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise InvalidOption(key, value, 'a positive number of token rows, or "auto"')
+
+
+def _seconds(key: str, value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    raise InvalidOption(key, value, "a positive number of seconds")
+
+
+def _hardware(key: str, value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        from memo_compile.hardware import resolve
+
+        if str(value) != "auto":
+            resolve(str(value))
+        return str(value)
+    raise InvalidOption(key, value, 'a profile\'s name, a path, or "auto"')
+
+
+def _path(key: str, value: Any) -> str | None:
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return None if value is None else os.fspath(value)
+    raise InvalidOption(key, value, "the path of a folder, or None")
+
+
+def _patches(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+        raise InvalidOption(key, value, "a dict of Inductor config names and values")
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    for name in value:
+        if name not in known:
+            raise InvalidOption(f"{key}[{name!r}]", value[name], "a name in torch._inductor.config")
+    if value.get("cpp_wrapper"):
+        raise InvalidOption(f"{key}['cpp_wrapper']", True, "False: memo places buffers in the Python wrapper")
+    return dict(value)
+
+
+def _mode(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    from torch._inductor import list_mode_options
+
+    if value not in list_mode_options():
+        raise InvalidOption(key, value, f"None or one of {', '.join(sorted(list_mode_options()))}")
+    return str(value)
+
+
+_CHECKS = {
+    "memory_budget": _budget,
+    "reserve": _reserve,
+    "host_budget": _host_budget,
+    "offload": _flag,
+    "recompute": _flag,
+    "token_slice": _rows,
+    "solver_time_limit": _seconds,
+    "hardware": _hardware,
+    "dump": _path,
+    "verify": _flag,
+    "inductor": _patches,
+    "mode": _mode,
+}

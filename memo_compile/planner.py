@@ -1,0 +1,438 @@
+"""From a joint graph to a plan: annotates with the passes, asks the linear program, says why.
+
+Pure: nothing is compiled, no tensor data is touched. `backend` and the `memo plan` command both come here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch.fx as fx
+
+from memo_compile import residency
+from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
+from memo_compile.cost import node_cost
+from memo_compile.hardware import DeviceProfile
+from memo_compile.passes.graph import is_dense, is_view, nbytes, op_name, source_line, storage_of
+from memo_compile.passes.lifetimes import last_reads, lifetimes
+from memo_compile.passes.partition import (
+    Split,
+    canonical_saved,
+    order_backward,
+    readable_inputs,
+    recompute_chain,
+    split_min_cut,
+    split_saving,
+)
+from memo_compile.passes.slices import Homes, Sliced, apply_homes
+from memo_compile.passes.token_rules import TokenAxis
+from memo_compile.passes.tokens import META, TokenInfo, TokenReport, annotate_tokens
+from memo_compile.passes.transfers import schedule_offloads, schedule_prefetches
+from memo_compile.schema import ActivationPlan, Plan, Stop
+
+SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the plan may use, in bytes and seconds. `budget` is None for no limit, `slice_tokens` 0 for automatic."""
+
+    budget: int | None
+    host: int
+    offload: bool = True
+    recompute: bool = True
+    slice_tokens: int = 0
+    time_limit: float = 10.0
+    objective: Literal["time", "memory"] = "time"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A joint graph with everything found out about it that no decision changes.
+
+    `forward` and `backward` are the split that saves `saved`, the canonical saved activations. `chains[name]` is what
+    runs to make one again from the others, None where it must not run twice.
+    """
+
+    joint: fx.GraphModule
+    num_forward_outputs: int
+    unplanned: Split
+    saved: tuple[fx.Node, ...]
+    tokens: TokenReport
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    chains: Mapping[str, tuple[fx.Node, ...] | None]
+    seconds: Mapping[str, float]
+    flops: Mapping[str, int]
+    fused: bool
+    profile: DeviceProfile
+    unplanned_peak: int
+    forward_flops: int
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words."""
+
+    plan: Plan
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[str, ...]
+    homes: Mapping[str, Homes] = field(default_factory=dict)
+    obstacles: tuple[str, ...] = ()
+
+
+def prepare(
+    joint: fx.GraphModule,
+    inputs: Any,
+    num_forward_outputs: int,
+    static_inputs: list[int] | None,
+    profile: DeviceProfile,
+    *,
+    fused: bool,
+) -> Prepared:
+    """Annotate a joint graph: token axes, live ranges, costs, what may be recomputed and from what.
+
+    Args:
+        inputs: the joint graph's inputs, as the partitioner got them.
+        static_inputs: indices of the inputs that are parameters or buffers.
+        profile: the device that the costs are of.
+        fused: whether a fusing compiler runs the graphs.
+    """
+    unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
+    by_name = {n.name: n for n in joint.graph.nodes}
+    tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
+    # Where torch rewrote random ops for the user's own checkpoints, its split holds nodes that the joint graph lacks.
+    replayable = all(name in by_name for name in unplanned.saved)
+    saved = canonical_saved(joint, [by_name[name] for name in unplanned.saved]) if replayable else []
+    split = split_saving(joint, saved, num_forward_outputs) if replayable else unplanned
+    costs = {n.name: node_cost(n, profile) for n in joint.graph.nodes if n.op == "call_function"}
+    return Prepared(
+        joint,
+        num_forward_outputs,
+        unplanned,
+        tuple(n for n in saved if n.name in split.saved),
+        tokens,
+        split.forward,
+        order_backward(split.backward),
+        _chains(joint, saved),
+        {k: c.seconds for k, c in costs.items()},
+        {k: int(c.flops) for k, c in costs.items()},
+        fused,
+        profile,
+        graph_peak(unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused),
+        sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
+    )
+
+
+def _data_inputs(joint: fx.GraphModule, static_inputs: list[int] | None) -> list[fx.Node]:
+    """Inputs that are no parameters: what torch does not hold at fixed addresses."""
+    static = set(static_inputs or ())
+    placeholders = [n for n in joint.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    return [n for i, n in enumerate(placeholders) if i not in static]
+
+
+def _chains(joint: fx.GraphModule, saved: list[fx.Node]) -> dict[str, tuple[fx.Node, ...] | None]:
+    chains: dict[str, tuple[fx.Node, ...] | None] = {}
+    available = set(saved) | readable_inputs(joint)
+    for node in saved:
+        chain = None if node.op == "placeholder" else recompute_chain(node, available)
+        chains[node.name] = tuple(chain) if chain is not None else None
+    return chains
+
+
+def graph_peak(
+    forward: fx.GraphModule, backward: fx.GraphModule, saved: tuple[str, ...], num_forward_outputs: int, fused: bool
+) -> int:
+    """The most bytes live at once while the two graphs run, in their own order: a model that the arena corrects."""
+    front = lifetimes(forward, fused=fused)
+    results = _results(forward, num_forward_outputs)
+    held = sum(nbytes(n) for n in results if n.op != "placeholder")
+    inputs = {n.name for n in forward.graph.find_nodes(op="placeholder")}
+    # A saved value that is also a result is the user's: it is counted once, as a result.
+    owned = frozenset(saved) - inputs - {n.name for n in results}
+    back = lifetimes(backward, fused=fused, owned_inputs=owned)
+    return max(max(front.live_bytes(), default=0), max(back.live_bytes(), default=0) + held)
+
+
+def _results(forward: fx.GraphModule, num_forward_outputs: int) -> set[fx.Node]:
+    """The storages that the forward gives to the user."""
+    (output,) = forward.graph.find_nodes(op="output")
+    return {storage_of(n) for n in output.args[0][:num_forward_outputs] if isinstance(n, fx.Node)}
+
+
+@dataclass(frozen=True)
+class _View:
+    """The linear program's view of a prepared graph: the problem for one set of anchors can be made from it."""
+
+    order: tuple[str, ...]
+    activations: Mapping[str, residency.Activation]
+    needs: Mapping[str, tuple[str, ...]]
+    axes: Mapping[str, TokenAxis | None]
+    problem: residency.Problem  # without activations
+
+
+def _view_of(p: Prepared, limits: Limits) -> _View:
+    front_nodes, back_nodes = list(p.forward.graph.nodes), list(p.backward.graph.nodes)
+    steps = len(front_nodes)
+    results = _results(p.forward, p.num_forward_outputs)
+    held = sum(nbytes(n) for n in results if n.op != "placeholder")
+    movable = _movable(p, results)
+    names = frozenset(n.name for n in p.saved)
+    fixed = names - frozenset(movable) - {n.name for n in results} - {n.name for n in p.saved if n.op == "placeholder"}
+    front = lifetimes(p.forward, fused=p.fused)
+    back = lifetimes(p.backward, fused=p.fused, owned_inputs=names)
+    base = front.live_bytes(skip=frozenset(movable))
+    base += [b + held for b in back.live_bytes(skip=names - fixed)]
+    seconds = [p.seconds.get(n.name, 0.0) for n in (*front_nodes, *back_nodes)]
+    reads = last_reads(p.forward, fused=p.fused, ignore_output=True)
+    born = {n.name: i for i, n in enumerate(front_nodes)}
+    first_read = _first_reads(p.backward)
+    activations = {}
+    axes: dict[str, TokenAxis | None] = {}
+    for name, node in movable.items():
+        info: TokenInfo | None = node.meta.get(META)
+        axis = info.axis if info is not None and info.axis.tokens > 1 else None
+        axes[name] = axis
+        chain = p.chains[name] if limits.recompute else None
+        activations[name] = residency.Activation(
+            name=name,
+            bytes=nbytes(node),
+            tokens=axis.tokens if axis is not None else 1,
+            produced=born[name],
+            last_forward=reads.get(name, born[name]),
+            first_backward=steps + first_read.get(name, 0),
+            last_backward=steps + max(back.ranges[name].end - 1, 0) if name in back.ranges else steps,
+            recompute_seconds=None if chain is None else sum(p.seconds.get(n.name, 0.0) for n in chain),
+            can_offload=limits.offload,
+            recompute_whole=axis is not None and not (info is not None and info.sliceable),
+        )
+    problem = residency.Problem(
+        seconds=tuple(seconds),
+        base_bytes=tuple(base),
+        forward_steps=steps,
+        activations=(),
+        budget=limits.budget,
+        host_budget=limits.host,
+        d2h=p.profile.d2h,
+        h2d=p.profile.h2d,
+        slice_tokens=limits.slice_tokens or max(1, p.tokens.tokens // 64),
+    )
+    needs = {name: _needs(p.chains[name], movable) for name in movable}
+    return _View(tuple(movable), activations, needs, axes, problem)
+
+
+def _movable(p: Prepared, results: set[fx.Node]) -> dict[str, fx.Node]:
+    """Saved values that can leave: memo's own storage, dense, no other's, and large enough to be worth it."""
+    storages = [storage_of(n) for n in p.saved]
+    result_names = {n.name for n in results}
+    return {
+        n.name: n
+        for n in p.saved
+        if n.op != "placeholder"
+        and nbytes(n) >= SMALL
+        and storage_of(n) is n
+        and storages.count(n) == 1
+        and n.name not in result_names
+        and is_dense(n)
+    }
+
+
+def _first_reads(backward: fx.GraphModule) -> dict[str, int]:
+    """The step of the first reader of each input of the backward, views followed."""
+    first: dict[str, int] = {}
+    for step, node in enumerate(backward.graph.nodes):
+        if node.op == "call_function" and not is_view(node):
+            for argument in node.all_input_nodes:
+                first.setdefault(storage_of(argument).name, step)
+    return first
+
+
+def _needs(chain: tuple[fx.Node, ...] | None, movable: Mapping[str, fx.Node]) -> tuple[str, ...]:
+    inside = set(chain or ())
+    found = {a.name for n in inside for a in n.all_input_nodes if a not in inside and a.name in movable}
+    return tuple(sorted(found))
+
+
+def _problems(view: _View) -> list[residency.Problem]:
+    """One problem for each set of anchors worth a try."""
+    remakable = {name for name, a in view.activations.items() if a.recompute_seconds is not None}
+    nbytes_of = {name: a.bytes for name, a in view.activations.items()}
+    first = {name: a.first_backward for name, a in view.activations.items()}
+    found = bottlenecks(view.order, view.needs, nbytes_of)
+    sets = anchor_sets(found, view.order) if remakable else [frozenset(view.order)]
+    problems = []
+    for anchors in sets:
+        needed = first_needed(view.order, first, view.needs, remakable - anchors)
+        activations = tuple(
+            replace(a, first_backward=needed[name], recompute_seconds=None if name in anchors else a.recompute_seconds)
+            for name, a in view.activations.items()
+        )
+        problems.append(replace(view.problem, activations=activations))
+    return problems
+
+
+def _best(problems: list[residency.Problem], limits: Limits) -> tuple[residency.Problem, residency.Decision, bool]:
+    """The best answer over all sets of anchors, and whether it keeps the budget."""
+    if limits.objective == "time":
+        answers = [(p, residency.decide(p, time_limit=limits.time_limit)) for p in problems]
+        fitting = [(p, d) for p, d in answers if d is not None]
+        if fitting:
+            problem, decision = min(fitting, key=lambda answer: answer[1].seconds)
+            return problem, decision, True
+    least = [(p, residency.least(p, time_limit=limits.time_limit)) for p in problems]
+    problem, decision = min(least, key=lambda answer: (answer[1].peak, answer[1].seconds))
+    return problem, decision, limits.budget is None or decision.peak <= limits.budget
+
+
+def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
+    """Choose homes within `limits` and build the graphs that carry them out.
+
+    Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
+    """
+    started = time.perf_counter()
+    if limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
+        return _unplanned(p, limits, name, backend, started)
+    view = _view_of(p, limits)
+    problem, decision, fits = _best(_problems(view), limits)
+    homes = {
+        a.name: Homes(a.tokens, r.kept, r.offloaded, r.recomputed, view.axes[a.name])
+        for a in problem.activations
+        for r in [decision.residency[a.name]]
+    }
+    sliced = carry_out(p, homes, ahead=limits.objective == "time" and fits, host_budget=limits.host)
+    peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
+    plan = replace(
+        _blank_plan(p, limits, name, backend),
+        predicted_peak=peak,
+        predicted_seconds=decision.seconds,
+        host_bytes=sliced.host_bytes,
+        recomputed_flops=_recomputed_flops(p, homes),
+        solver="highs",
+        seconds=time.perf_counter() - started,
+        binding=decision.binding,
+        activations=_activation_plans(p, homes, limits),
+    )
+    obstacles = _obstacles(p, residency.worst_moment(problem, decision.residency))
+    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, obstacles)
+
+
+def carry_out(p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int) -> Sliced:
+    """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
+
+    With `ahead`, transfers overlap with computation; without, nothing waits in memory for a link.
+    """
+    dropped = {key for key, h in homes.items() if h.recomputed == h.tokens}
+    split = split_saving(p.joint, [n for n in p.saved if n.name not in dropped], p.num_forward_outputs)
+    sliced = apply_homes(p.joint, split, {k: h for k, h in homes.items() if k not in dropped}, host_budget)
+
+    def seconds(node: fx.Node) -> float:
+        return p.seconds.get(node.name, 0.0)
+
+    forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead)
+    backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead)
+    return replace(sliced, forward=forward, backward=backward)
+
+
+def _recomputed_flops(p: Prepared, homes: Mapping[str, Homes]) -> int:
+    total = 0.0
+    for key, h in homes.items():
+        chain = p.chains[key]
+        if h.recomputed and chain is not None:
+            total += sum(p.flops.get(n.name, 0) for n in chain) * h.recomputed / h.tokens
+    return int(total)
+
+
+def _obstacles(p: Prepared, live: list[residency.Activation]) -> tuple[str, ...]:
+    nodes = {n.name: n for n in p.saved}
+    return tuple(_in_words(nodes[a.name]) for a in live[:6]) or _largest(p)
+
+
+def _largest(p: Prepared) -> tuple[str, ...]:
+    nodes = [n for g in (p.forward, p.backward) for n in g.graph.nodes if n.op == "call_function"]
+    return tuple(_in_words(n) for n in sorted(nodes, key=lambda n: (-nbytes(n), n.name))[:6])
+
+
+def _in_words(node: fx.Node) -> str:
+    where = source_line(node)
+    return f"{node.name}: {nbytes(node):,} bytes, {op_name(node)}{', ' + where if where else ''}"
+
+
+def _blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:
+    forward = {n.name for n in p.forward.graph.nodes}
+    return Plan(
+        name=name,
+        backend=backend,
+        budget=limits.budget,
+        predicted_peak=p.unplanned_peak,
+        least_peak=0,
+        unplanned_peak=p.unplanned_peak,
+        predicted_seconds=0.0,
+        host_bytes=0,
+        forward_flops=p.forward_flops,
+        recomputed_flops=0,
+        solver="none: everything fits",
+        seconds=0.0,
+        binding="nothing",
+        token_axis=str(p.tokens.axis),
+        activations=(),
+        stops=tuple(Stop(s.node, s.op, s.source, s.reason) for s in p.tokens.stops if s.node in forward),
+    )
+
+
+def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: float) -> Decided:
+    split = p.unplanned
+    nodes = {n.name: n for n in split.forward.graph.nodes}
+    scheduled = [*split.forward.graph.nodes, *split.backward.graph.nodes]
+    kept = [nodes[n] for n in split.saved if n in nodes and nodes[n].op != "placeholder"]
+    whole = Homes(1, 1, 0, 0, None)
+    plan = replace(
+        _blank_plan(p, limits, name, backend),
+        predicted_seconds=sum(p.seconds.get(n.name, 0.0) for n in scheduled),
+        seconds=time.perf_counter() - started,
+        activations=tuple(_activation_plan(n, whole, "kept: the budget allows it") for n in kept if nbytes(n)),
+    )
+    return Decided(plan, split.forward, split.backward, split.saved)
+
+
+def _activation_plans(p: Prepared, homes: Mapping[str, Homes], limits: Limits) -> tuple[ActivationPlan, ...]:
+    plans = []
+    for node in p.saved:
+        if node.op == "placeholder" or not nbytes(node):
+            continue
+        home = homes.get(node.name)
+        if home is not None:
+            plans.append(_activation_plan(node, home, _reason(p, node, home, limits)))
+            continue
+        small = nbytes(node) < SMALL
+        reason = f"kept: below {SMALL} bytes" if small else "kept: its storage is an output's or another value's"
+        plans.append(_activation_plan(node, Homes(1, 1, 0, 0, None), reason))
+    return tuple(plans)
+
+
+def _reason(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> str:
+    if home.axis is None:
+        return "whole: no token axis reaches it"
+    if p.chains[node.name] is None and limits.recompute:
+        return "sliced; not recomputed: random numbers, collectives or effects must not run twice"
+    info: TokenInfo = node.meta[META]
+    return "sliced" if info.sliceable else f"sliced; recomputed whole or not at all: {info.reason}"
+
+
+def _activation_plan(node: fx.Node, home: Homes, reason: str) -> ActivationPlan:
+    value = node.meta["val"]
+    return ActivationPlan(
+        node.name,
+        tuple(int(s) for s in value.shape),
+        str(value.dtype).removeprefix("torch."),
+        nbytes(node),
+        source_line(node),
+        home.tokens,
+        home.kept,
+        home.offloaded,
+        home.recomputed,
+        reason,
+    )

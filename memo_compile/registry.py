@@ -1,0 +1,48 @@
+"""What this process has compiled: its plans, and the shapes that each frame has been given."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from memo_compile.schema import Plan
+
+MAX_PLANS = 512  # older ones are forgotten, so that a long process does not grow
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Registry:
+    """Plans, newest last, and shapes by the code object that Dynamo compiled. Safe to use from several threads."""
+
+    plans: list[Plan] = field(default_factory=list)
+    shapes: dict[Any, list[Shapes]] = field(default_factory=dict)
+    count: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next_name(self) -> str:
+        """A name for the next graph, unique in this process."""
+        with self.lock:
+            name = f"graph_{self.count}"
+            self.count += 1
+            return name
+
+    def add(self, plan: Plan) -> None:
+        """Record a plan; it replaces one of the same name."""
+        with self.lock:
+            others = [p for p in self.plans if p.name != plan.name]
+            self.plans = [*others[1 - MAX_PLANS :], plan]
+
+    def clear(self) -> None:
+        """Forget everything but the running number."""
+        with self.lock:
+            self.plans, self.shapes = [], {}
+
+
+@cache
+def registry() -> Registry:
+    """The process's registry."""
+    return Registry()

@@ -1,0 +1,62 @@
+"""The closed loop: plan, look at what the plan really holds, and lower the target by the excess."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from memo_compile.errors import BudgetTooSmall
+from memo_compile.planner import Decided, Limits, Prepared, decide
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 2  # with the smallest plan as the third
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settled(Generic[T]):
+    """A plan with what it was found to hold: `peak` bytes, and the evidence for it."""
+
+    decided: Decided
+    peak: int
+    evidence: T
+    rounds: int
+
+
+def settle(
+    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], *, name: str, backend: str
+) -> Settled[T]:
+    """The fastest plan that `evaluate` finds within `limits.budget`.
+
+    Args:
+        evaluate: the bytes that the graphs of a plan hold at most, and what tells so.
+
+    Raises:
+        BudgetTooSmall: not even the smallest plan is within the budget.
+    """
+    smallest = replace(limits, objective="memory")
+    if limits.objective == "memory":
+        return Settled(*_looked_at(p, smallest, evaluate, name, backend), rounds=1)
+    target = limits.budget
+    rounds = 0
+    for rounds in range(1, ROUNDS + 1):
+        decided, peak, evidence = _looked_at(p, replace(limits, budget=target), evaluate, name, backend)
+        if limits.budget is None or peak <= limits.budget:
+            return Settled(decided, peak, evidence, rounds)
+        log.debug("%s: the plan for %s bytes holds %s, over a budget of %s", name, target, peak, limits.budget)
+        assert target is not None
+        target = max(1, min(target, decided.plan.predicted_peak) - (peak - limits.budget))
+    decided, peak, evidence = _looked_at(p, smallest, evaluate, name, backend)
+    if limits.budget is not None and peak > limits.budget:
+        raise BudgetTooSmall(limits.budget, peak, decided.obstacles)
+    return Settled(decided, peak, evidence, rounds + 1)
+
+
+def _looked_at(
+    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], name: str, backend: str
+) -> tuple[Decided, int, T]:
+    decided = decide(p, limits, name=name, backend=backend)
+    return (decided, *evaluate(decided))

@@ -1,0 +1,46 @@
+"""HiGHS, without its banner."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+
+def quiet_highs(time_limit: float) -> Any:
+    """A solver that prints nothing, uses one thread and a fixed seed, and stops after `time_limit` seconds."""
+    import highspy
+
+    _print_banner_nowhere()
+    highs = highspy.Highs()
+    options = {"output_flag": False, "threads": 1, "random_seed": 0, "time_limit": float(time_limit)}
+    for option, value in options.items():
+        highs.setOptionValue(option, value)
+    return highs
+
+
+@cache
+def _print_banner_nowhere() -> None:
+    """The first solver of a process writes a banner to the C library's stdout, before any option can be set."""
+    import highspy
+
+    with _no_stdout():
+        highspy.Highs()
+
+
+@contextlib.contextmanager
+def _no_stdout() -> Iterator[None]:
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+        libc.fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

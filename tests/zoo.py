@@ -1,0 +1,112 @@
+"""The models that the tests train: tiny, in float64, training, the same from one seed."""
+
+import torch
+import transformers
+
+from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
+
+TOKENS = 128
+SMALL = {"vocab": 64, "layers": 2, "width": 32, "heads": 4}
+
+
+def _hf(model):
+    model.loss_type = "ForCausalLM"  # left to itself, transformers looks it up with a warning, which breaks the graph
+    return model
+
+
+def llama():
+    return Llama(LlamaConfig(**SMALL, kv_heads=2, ffn=96))
+
+
+def gpt(dropout=0.0):
+    return GPT(GPTConfig(**SMALL, tokens=TOKENS, dropout=dropout))
+
+
+def hf_llama():
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    return _hf(transformers.LlamaForCausalLM(config))
+
+
+def hf_gpt2(dropout=0.0):
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_positions=TOKENS,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    return _hf(transformers.GPT2LMHeadModel(config))
+
+
+def hf_bert(dropout=0.0):
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=TOKENS,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+MODELS = {
+    "llama": llama,
+    "gpt": gpt,
+    "gpt-dropout": lambda: gpt(0.1),
+    "hf-llama": hf_llama,
+    "hf-gpt2": hf_gpt2,
+    "hf-gpt2-dropout": lambda: hf_gpt2(0.1),
+    "hf-bert": hf_bert,
+    "hf-bert-dropout": lambda: hf_bert(0.1),
+}
+
+
+def make(name):
+    """The model of that name, from seed 0, in float64, training."""
+    torch.manual_seed(0)
+    return MODELS[name]().double().train()
+
+
+def batch(size, tokens=TOKENS):
+    return torch.randint(0, 64, (size, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(result):
+    return result if isinstance(result, torch.Tensor) else result.loss
+
+
+def gradients(model, fn, x):
+    """Loss and gradients of one step of `fn`, which runs `model`, from one seed."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    loss = loss_of(fn(x, labels=x))
+    loss.backward()
+    return loss.detach().clone(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(got, expected):
+    """Every gradient within 1e-10 of its norm, or of a thousandth of the largest norm in the model."""
+    largest = max(g.norm() for g in expected.values())
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        allowed = 1e-10 * max(gradient.norm(), 1e-3 * largest)
+        assert (got[name] - gradient).norm() <= allowed, name

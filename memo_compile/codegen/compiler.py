@@ -193,6 +193,7 @@ class _Compilation:
         assert self.dump is not None
         self.dump.code("backward" if backward else "forward", compiled)
         if not backward:
+            _nothing_donated()
             return compiled
         self._finish()
         return _guarded(compiled, donated)
@@ -266,6 +267,14 @@ def _donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> lis
         and name not in for_user
         and storages.count(name) == 1
     ]
+
+
+def _nothing_donated() -> None:
+    """Tell AOTAutograd that it donated nothing: it would refuse a second backward, which `_guarded` provides for."""
+    from torch._guards import TracingContext
+
+    metadata: Any = TracingContext.get().fw_metadata
+    metadata.bw_donated_idxs = []
 
 
 @contextlib.contextmanager

@@ -1,0 +1,302 @@
+"""The autograd contract: what a training loop may do with a compiled model."""
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import memo_compile
+from memo_compile.runtime.ops import engine, pool
+
+BACKENDS = ["memo_eager", "memo"]
+LEAST = {"memory_budget": "min"}
+
+
+class MLP(nn.Module):
+    """Three wide layers over rows: small to compile, with activations worth planning."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(layer(x)) + x
+        return x
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return MLP().double()
+
+
+def rows(seed=1):
+    return torch.randn(256, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def grads(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def reference(*losses):
+    """Gradients of eager for a sequence of inputs, accumulated."""
+    model = make()
+    for x in losses:
+        model(x).square().mean().backward()
+    return grads(model)
+
+
+def check(model, *inputs):
+    for got, expected in zip(grads(model), reference(*inputs), strict=True):
+        assert (got - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=[LEAST, {"memory_budget": "min", "offload": False}, {}], ids=["offload", "recompute", "none"])
+def options(request):
+    return request.param
+
+
+def compiled(model, backend, options=LEAST):
+    return torch.compile(model, backend=backend, options=options)
+
+
+def test_two_forwards_before_either_backward(backend, options):
+    model = make()
+    fn = compiled(model, backend, options)
+    first, second = fn(rows(1)).square().mean(), fn(rows(2)).square().mean()
+    second.backward()
+    first.backward()
+    check(model, rows(1), rows(2))
+
+
+def test_gradients_accumulate(backend):
+    model = make()
+    fn = compiled(model, backend)
+    for seed in range(4):
+        fn(rows(seed)).square().mean().backward()
+    check(model, *(rows(seed) for seed in range(4)))
+
+
+def test_a_second_backward_through_a_kept_graph(backend, options):
+    model = make()
+    loss = compiled(model, backend, options)(rows()).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    check(model, rows(), rows())
+
+
+def test_saved_tensors_hooks_that_clone(backend):
+    model = make()
+    fn = compiled(model, backend)
+    fn(rows()).square().mean().backward()
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        loss = fn(rows()).square().mean()
+    loss.backward()
+    check(model, rows())
+
+
+def test_inference_and_training_in_turn(backend):
+    model = make()
+    fn = compiled(model, backend)
+    expected = model(rows())
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(fn(rows()), expected.detach())
+        model.zero_grad()
+        fn(rows()).square().mean().backward()
+        check(model, rows())
+    model.eval()
+    torch.testing.assert_close(fn(rows()), expected)
+
+
+def test_an_exception_and_a_dropped_loss_leave_nothing_behind(backend):
+    model = make()
+    fn = compiled(model, backend)
+    fn(rows(3))  # dropped
+    loss = fn(rows(4)).square().mean()
+
+    def fail(grad):
+        raise ZeroDivisionError
+
+    loss.register_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    del loss
+    model.zero_grad()
+    fn(rows()).square().mean().backward()
+    check(model, rows())
+    assert pool().leased_bytes == 0
+    assert engine(torch.device("cpu")).pending == 0
+
+
+def test_outputs_and_gradients_are_the_users_to_keep(backend, options):
+    model = make()
+    fn = compiled(model, backend, options)
+    outputs, kept = [], []
+    for seed in range(3):
+        x = rows(seed).requires_grad_()
+        out = fn(x)
+        out.square().mean().backward()
+        outputs.append((out, out.detach().clone()))
+        kept.append((x.grad, x.grad.clone()))
+    for held, copy in (*outputs, *kept):
+        assert torch.equal(held, copy)
+
+
+def test_model_compile(backend):
+    model = make()
+    model.compile(backend=backend, options=LEAST)
+    model(rows()).square().mean().backward()
+    check(model, rows())
+
+
+def test_reset_frees_all(backend):
+    fn = compiled(make(), backend)
+    fn(rows()).square().mean().backward()
+    assert memo_compile.plans()
+    torch.compiler.reset()
+    memo_compile.reset()
+    assert not memo_compile.plans()
+    assert pool().held_bytes == 0
+
+
+def test_a_second_length_is_planned_again(backend):
+    model = make()
+    fn = compiled(model, backend)
+    for n in (256, 320):
+        model.zero_grad()
+        fn(rows()[:1].expand(n, 32).clone()).square().mean().backward()
+        check(model, rows()[:1].expand(n, 32).clone())
+    assert len(memo_compile.plans()) == 2
+    assert {a.tokens for p in memo_compile.plans() for a in p.activations if a.tokens > 1} == {256, 320}
+
+
+def test_at_the_recompile_limit_memo_raises():
+    model = make()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        fn = compiled(model, "memo_eager")
+        for n in (256, 320):
+            fn(torch.ones(n, 32, dtype=torch.float64))
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"256, 320, 384.*recompile_limit"):
+            fn(torch.ones(384, 32, dtype=torch.float64))
+
+
+def test_a_graph_break_is_said(caplog):
+    model = make()
+
+    def broken(x):
+        x = model.layers[0](x)
+        torch._dynamo.graph_break()
+        return model.layers[1](x.sin()).square().mean()
+
+    with caplog.at_level("WARNING", logger="memo_compile"):
+        torch.compile(broken, backend="memo_eager", options=LEAST)(rows()).backward()
+    assert any("graph break" in r.message for r in caplog.records)
+    assert len(memo_compile.plans()) == 2
+
+
+def test_checkpoint_inside_the_model_keeps_its_meaning(backend):
+    model = make()
+
+    def run(x):
+        for layer in model.layers:
+            x = torch.utils.checkpoint.checkpoint(lambda y, layer=layer: layer(y).sin() + y, x, use_reentrant=False)
+        return x.square().mean()
+
+    run(rows()).backward()
+    expected = grads(model)
+    model.zero_grad()
+    compiled(run, backend, {})(rows()).backward()
+    for got, want in zip(grads(model), expected, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()
+
+
+class Odd(nn.Module):
+    """Buffers updated, inputs changed in place, views and unused results, integers, frozen and tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(32)
+        self.frozen = nn.Linear(32, 32).requires_grad_(False)
+        self.lora = nn.Linear(32, 32, bias=False)
+        self.tied = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x, picks, counter):
+        counter.add_(1)
+        x = self.norm(x)
+        x = self.frozen(x) + self.lora(x)
+        y = (x @ self.tied).sin() @ self.tied.t()
+        y = y.clone().mul_(2.0)
+        return y[picks].sum(), y.t(), y.view(-1)[:10], x.argmax(-1), x.cos()
+
+
+@pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
+def test_odd_models_are_as_in_eager(backend, options):
+    def run(wrap):
+        torch.manual_seed(0)
+        model = Odd().double().train()
+        counter, picks = torch.zeros(3), torch.tensor([1, 5, 7])
+        results = wrap(model)(rows(), picks, counter)
+        (results[0] + results[1].square().sum() + results[2].sum()).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return [r.detach() for r in results], grads, dict(model.named_buffers()), counter
+
+    expected = run(lambda model: model)
+    got = run(lambda model: compiled(model, backend, options))
+    torch.testing.assert_close(got[0], expected[0])
+    assert got[1].keys() == expected[1].keys()
+    for part in (1, 2):
+        for name, value in expected[part].items():
+            torch.testing.assert_close(got[part][name], value)
+    assert torch.equal(got[3], expected[3])
+
+
+def test_a_model_without_token_axis_keeps_tensors_whole(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()).double()
+    x = torch.randn(1, 3, 24, 24, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled(model, backend)(x).square().sum().backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_two_models_in_turn(backend):
+    first, second = make(), make(5)
+    one, two = compiled(first, backend), compiled(second, backend)
+    a, b = one(rows(1)).square().mean(), two(rows(2)).square().mean()
+    a.backward()
+    b.backward()
+    check(first, rows(1))
+
+
+def test_backward_in_another_thread(backend):
+    import threading
+
+    model = make()
+    loss = compiled(model, backend)(rows()).square().mean()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    check(model, rows())
+
+
+def test_random_delays_change_nothing(backend):
+    import random
+
+    model, x = zoo.make("llama"), zoo.batch(1)
+    fn = compiled(model, backend)
+    _, expected = zoo.gradients(model, fn, x)
+    for seed in range(3):
+        draw = random.Random(seed)
+        with engine(torch.device("cpu")).delays(lambda kind, draw=draw: draw.choice([0, 0, 0.002, 0.01])):
+            _, got = zoo.gradients(model, fn, x)
+        assert all(torch.equal(got[n], g) for n, g in expected.items())

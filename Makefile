@@ -3,18 +3,35 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export OMP_NUM_THREADS ?= 1
+TORCH := 2.13.0
 
-.PHONY: test lint clean
+.PHONY: demo test test-all test-compat lint clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet torch==$(TORCH)
 	$(BIN)/pip install --quiet -e '.[test,dev]'
 	touch $@
 
+demo: $(STAMP)
+	$(BIN)/memo demo
+
+# One thread a worker: two workers share the cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+
+# A smoke set against the oldest and the newest torch, each in a virtual environment of its own.
+test-compat: compat-2.11.0 compat-2.15.0
+
+compat-%:
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet torch==$*
+	$(VENV)-$*/bin/pip install --quiet -e '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 -m 'not grid' tests/compat.txt || \
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 tests/test_contract.py tests/runtime tests/passes
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ called, to know which code object Dynamo compiles.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch.fx as fx
 from memo_compile.errors import RecompileLimit
 from memo_compile.options import Options
 from memo_compile.registry import registry
+from memo_compile.verification import verified
 from memo_compile.versions import check_torch
 
 log = logging.getLogger("memo_compile")
@@ -41,7 +43,10 @@ def memo(
     parsed = _start(options, mode, inputs)
     from memo_compile.codegen.compiler import compile_planned
 
-    return compile_planned(gm, list(inputs), parsed)
+    if not parsed.verify:
+        return compile_planned(gm, list(inputs), parsed)
+    plain = copy.deepcopy(gm)
+    return verified(compile_planned(gm, list(inputs), parsed), plain, "inductor")
 
 
 def memo_eager(
@@ -54,7 +59,10 @@ def memo_eager(
     parsed = _start(options, mode, inputs)
     from memo_compile.interpreter import run_planned
 
-    return run_planned(gm, list(inputs), parsed)
+    if not parsed.verify:
+        return run_planned(gm, list(inputs), parsed)
+    plain = copy.deepcopy(gm)
+    return verified(run_planned(gm, list(inputs), parsed), plain, "aot_eager")
 
 
 def _start(options: Mapping[str, Any] | None, mode: str | None, inputs: Sequence[Any]) -> Options:

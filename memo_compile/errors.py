@@ -75,6 +75,10 @@ class EmittedOrderChanged(MemoError):
     """The code that Inductor emitted does not follow the plan."""
 
 
+class VerificationFailed(MemoError):
+    """With verify=True: the first step differs from that of the unplanned graph."""
+
+
 class UnsupportedTorch(MemoError):
     """A torch version, or a setting of it, that memo does not know how to work with."""
 

@@ -11,6 +11,7 @@ import torch.fx as fx
 from memo_compile.compilation import Setting, limits_for, record, setting_for
 from memo_compile.options import Options
 from memo_compile.planner import Decided, prepare
+from memo_compile.report.dumps import Dump
 from memo_compile.settle import settle
 
 
@@ -35,12 +36,18 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
+    dump = Dump.open(setting.options.dump, setting.name)
+    dump.graph("joint", joint)
     p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
     limits = limits_for(setting, p.unplanned_peak)
     settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
     decided = settled.decided
     plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
     record(plan)
+    dump.annotated(p, decided)
+    dump.graph("forward", decided.forward)
+    dump.graph("backward", decided.backward)
+    dump.plan(plan)
     return replace(decided, plan=plan)
 
 

@@ -23,6 +23,10 @@ from memo_compile.schema import ArenaBuffer, ArenaSegment
 ALIGNMENT = 64  # bytes: what torch's own CPU allocator gives, and enough for vector loads and for CUDA's TMA
 GOOD_ENOUGH = 1.002  # of the lower bound: below that another segment costs more than it saves
 MAX_CUTS = 48
+SMALLEST = 256  # bytes: alignment would cost a scalar more than it takes, so that torch's allocator keeps those
+# The C library serves blocks beyond 32 MiB by fresh mappings, every page of which faults in again at every step: a
+# sixth of a step of a small model. Below it, freed blocks are used again.
+CHUNK = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,35 @@ class _Timeline:
     buffers: tuple[Buffer, ...]
     outside: tuple[int, ...]
     kernels: tuple[int, ...]
+    chunk: int
 
 
-def plan_arena(forward: Body, backward: Body, links: Sequence[Link], user_outputs: int) -> ArenaLayout:
+def plan_arena(
+    forward: Body,
+    backward: Body,
+    links: Sequence[Link],
+    user_outputs: int,
+    *,
+    tangent_bytes: int = 0,
+    chunk: int = CHUNK,
+) -> ArenaLayout:
     """Place the buffers of both bodies.
 
     Args:
         forward, backward: what was emitted.
         links: which forward outputs are which backward inputs.
         user_outputs: the first so many outputs of the forward go to the user.
+        tangent_bytes: what autograd holds for the backward to start from.
+        chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
     """
-    timeline = _timeline(forward, backward, links, user_outputs)
+    timeline = _timeline(forward, backward, links, user_outputs, tangent_bytes, chunk)
     cuts = _choose_cuts(timeline)
     return _lay_out(timeline, cuts)
 
 
-def _timeline(forward: Body, backward: Body, links: Sequence[Link], user_outputs: int) -> _Timeline:
+def _timeline(
+    forward: Body, backward: Body, links: Sequence[Link], user_outputs: int, tangent_bytes: int, chunk: int
+) -> _Timeline:
     f, steps = forward.steps, forward.steps + backward.steps
     for_user = {s for s in forward.outputs[:user_outputs] if s is not None}
     returned = {s for s in backward.outputs if s is not None}
@@ -107,32 +124,53 @@ def _timeline(forward: Body, backward: Body, links: Sequence[Link], user_outputs
             received = backward.storages[link.input]
             death[storage] = max(death.get(storage, 0), f + received.end)
     inside: list[Buffer] = []
-    gone: list[tuple[int, int, int]] = []
+    gone: list[tuple[int, int, int]] = [(f, steps, tangent_bytes)]
     kernels: list[tuple[int, int, int]] = []
     for s in forward.storages.values():
         end = steps if s.name in for_user else max(s.end, death.get(s.name, 0))
-        if s.kind == "allocated" and s.bytes and s.name not in for_user:
+        if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in for_user:
             inside.append(Buffer(f"fw:{s.name}", s.bytes, s.start, end))
-        elif s.kind != "input":
+        elif s.kind != "input":  # outputs, kernels' own, scalars
             gone.append((s.start, end, s.bytes))
-            if s.name not in for_user:
+            if s.kind == "kernel" and s.name not in for_user:
                 kernels.append((s.start, end, s.bytes))
     for s in backward.storages.values():
         end = backward.steps if s.name in returned else s.end
-        if s.kind == "allocated" and s.bytes and s.name not in returned:
+        if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in returned:
             inside.append(Buffer(f"bw:{s.name}", s.bytes, f + s.start, f + end))
         elif s.kind != "input":
             gone.append((f + s.start, f + end, s.bytes))
-            if s.name not in returned:
+            if s.kind == "kernel" and s.name not in returned:
                 kernels.append((f + s.start, f + end, s.bytes))
-    return _Timeline(steps, f, tuple(inside), tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps)))
+    outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
+    return _Timeline(steps, f, tuple(inside), outside, kernel_bytes, chunk)
 
 
-def _groups(buffers: Sequence[Buffer], cuts: Sequence[int]) -> dict[tuple[int, int], list[Buffer]]:
+def _groups(timeline: _Timeline, cuts: Sequence[int]) -> list[list[Buffer]]:
+    """The buffers of each segment."""
     groups: dict[tuple[int, int], list[Buffer]] = defaultdict(list)
-    for b in buffers:
+    for b in timeline.buffers:
         groups[_window(b.start, cuts), _window(b.end - 1, cuts)].append(b)
-    return groups
+    segments: list[list[Buffer]] = []
+    for _, group in sorted(groups.items()):
+        kept = group[0].start < timeline.forward_steps < group[0].end
+        segments += _chunks(group, timeline.chunk) if kept else [group]
+    return segments
+
+
+def _chunks(group: Sequence[Buffer], size: int) -> list[list[Buffer]]:
+    """Kept activations all live at the border, so that apart they take no more room than together; those that die
+    first together can go first.
+    """
+    chunks: list[list[Buffer]] = []
+    room = 0
+    for b in sorted(group, key=lambda b: (b.end, b.start, b.name)):
+        if _aligned(b.size) > room:
+            chunks.append([])
+            room = size
+        chunks[-1].append(b)
+        room -= _aligned(b.size)
+    return chunks
 
 
 def _window(step: int, cuts: Sequence[int]) -> int:
@@ -146,7 +184,7 @@ def _aligned(size: int) -> int:
 def _held_estimate(timeline: _Timeline, cuts: Sequence[int]) -> list[int]:
     """What is held if every segment reaches its own lower bound; greedy placement nearly always does."""
     ranges = []
-    for group in _groups(timeline.buffers, cuts).values():
+    for group in _groups(timeline, cuts):
         start, end = min(b.start for b in group), max(b.end for b in group)
         local = [(b.start - start, b.end - start, _aligned(b.size)) for b in group]
         ranges.append((start, end, max(live_bytes(local, end - start))))
@@ -210,7 +248,7 @@ def _candidate_cuts(live: Sequence[int], timeline: _Timeline) -> list[int]:
 def _lay_out(timeline: _Timeline, cuts: Sequence[int]) -> ArenaLayout:
     segments: list[ArenaSegment] = []
     buffers: list[ArenaBuffer] = []
-    for index, (_, group) in enumerate(sorted(_groups(timeline.buffers, cuts).items())):
+    for index, group in enumerate(_groups(timeline, cuts)):
         name = f"memo_arena_{index}"
         placement = place(group, alignment=ALIGNMENT, time_limit=2.0)
         verify(group, placement)

@@ -22,18 +22,21 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena import ArenaLayout, Link, plan_arena
+from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
 from memo_compile.options import Options
+from memo_compile.passes.graph import nbytes
 from memo_compile.passes.partition import num_mutated_outputs
 from memo_compile.planner import Decided, Prepared, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
 from memo_compile.settle import Settled, settle
+
+UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +155,18 @@ class _Compilation:
                 static_inputs=self.static,
             )
             backward = self._dry_backward(decided, forward)
-        links = _links(decided, self.num_forward_outputs)
-        return _Evidence(forward, backward, plan_arena(forward, backward, links, self.num_forward_outputs))
+        return _Evidence(forward, backward, self._layout(decided, forward, backward))
+
+    def _layout(self, decided: Decided, forward: Body, backward: Body) -> ArenaLayout:
+        placeholders = decided.backward.graph.find_nodes(op="placeholder")
+        return plan_arena(
+            forward,
+            backward,
+            _links(decided, self.num_forward_outputs),
+            self.num_forward_outputs,
+            tangent_bytes=sum(nbytes(n) for n in placeholders if "tangents" in str(n.target)),
+            chunk=CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
+        )
 
     def _dry_backward(self, decided: Decided, forward: Body) -> Body:
         links = _links(decided, self.num_forward_outputs)
@@ -201,20 +214,22 @@ class _Compilation:
     def _place_forward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         self.forward_body = body
         assert self.evidence is not None
+        assert self.decided is not None
         if self.evidence.forward != body:
             log.debug("%s: the forward differs from its dry run and is placed again", self.setting.name)
-            layout = plan_arena(body, self.evidence.backward, self.links, self.num_forward_outputs)
+            layout = self._layout(self.decided, body, self.evidence.backward)
             self.evidence = _Evidence(body, self.evidence.backward, layout)
         self.layout = self.evidence.layout
         return [b for b in self.layout.buffers if b.name.startswith("fw:")], self.layout.segments
 
     def _place_backward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         assert self.evidence is not None
-        assert self.layout is not None
+        assert self.decided is not None
         if body != self.evidence.backward:
             # What is kept lies where the forward's code has put it; its segments hold nothing born in the backward.
             log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
-            self.layout = plan_arena(self.evidence.forward, body, self.links, self.num_forward_outputs)
+            self.layout = self._layout(self.decided, self.evidence.forward, body)
+        assert self.layout is not None
         return [b for b in self.layout.buffers if b.name.startswith("bw:")], self.layout.segments
 
     def _inspect_forward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:

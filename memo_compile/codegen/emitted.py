@@ -34,7 +34,7 @@ class Storage:
     """One storage of a body. `end` is one past the last statement that reads or writes it; `inputs` start at 0.
 
     kind: "allocated" (a line of the body makes it, so memo can place it), "kernel" (a fallback kernel makes its own
-    output) or "input" (the caller's).
+    output), "workspace" (a kernel's scratch) or "input" (the caller's).
     """
 
     name: str
@@ -78,7 +78,7 @@ def allocation_of(call: ast.expr) -> int | None:
 
 
 def read_body(
-    source: str, outputs: Sequence[str], inputs: Sequence[str], kernel_bytes: Callable[[str], int | None]
+    source: str, outputs: Sequence[str], inputs: Sequence[str], kernel_storage: Callable[[str], tuple[str, int] | None]
 ) -> Body:
     """Read a body.
 
@@ -86,7 +86,7 @@ def read_body(
         source: the statements of Inductor's `call`, without its `return`.
         outputs: the returned expressions.
         inputs: names of the graph's inputs.
-        kernel_bytes: bytes of a name that a fallback kernel allocates; None where it makes no storage of its own.
+        kernel_storage: kind and bytes of what the kernel that makes a name allocates; None where that is nothing.
     """
     statements = flatten(ast.parse(source).body)
     home: dict[str, str] = {name: name for name in inputs}  # name -> the storage it lies in
@@ -107,20 +107,20 @@ def read_body(
         if (size_here := allocation_of(value)) is not None:
             kind[target], size[target] = "allocated", size_here
         elif source_name is not None and source_name in home:
-            own = kernel_bytes(target) if isinstance(value, ast.Subscript) else None
+            own = kernel_storage(target) if isinstance(value, ast.Subscript) else None
             if own is None:
                 home[target] = home[source_name]
                 continue
-            kind[target], size[target] = "kernel", own
+            kind[target], size[target] = own
             home[target], start[target], end[target] = target, start[home[source_name]], step + 1
             continue  # an item of a kernel's results was made when the kernel ran
         elif isinstance(value, ast.Call):
-            own = kernel_bytes(target)
+            own = kernel_storage(target)
             aliased = _single_tensor_argument(value, home) if own is None else None
             if aliased is not None:
                 home[target] = aliased
                 continue
-            kind[target], size[target] = "kernel", own or 0
+            kind[target], size[target] = own or ("kernel", 0)
         else:
             continue
         home[target], start[target], end[target] = target, step, step + 1

@@ -93,24 +93,24 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
 
     graph = V.graph
 
-    def kernel_bytes(name: str) -> int | None:
+    def kernel_storage(name: str) -> tuple[str, int] | None:
         from torch._inductor import ir
 
         buffer = graph.name_to_buffer.get(name)
         if _is_host_lease(buffer):
-            return 0
+            return "kernel", 0
         if buffer is None:
             return None
         if isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
             node = getattr(buffer, "fx_node", None)
-            return 0 if node is None else workspace_bytes(node)
+            return "workspace", 0 if node is None else workspace_bytes(node)
         if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
             # Shapes are static, so that sizes are numbers.
-            return int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
+            return "kernel", int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
     source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_bytes)
+    body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_storage)
     return replace(body, strides=tuple(_stride(output) for output in graph.graph_outputs))
 
 

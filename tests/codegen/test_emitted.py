@@ -17,7 +17,7 @@ del buf3
 
 
 def read(source: str = BODY, outputs: tuple[str, ...] = ("reinterpret_tensor(buf1, (8, 4), (4, 1), 0)", "primals_1")):
-    sizes = {"buf3": 0, "buf4": 40}
+    sizes = {"buf3": ("workspace", 8), "buf4": ("kernel", 40)}
     return read_body(source, outputs, ["primals_1", "primals_2"], sizes.get)
 
 

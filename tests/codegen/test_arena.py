@@ -1,0 +1,73 @@
+"""The arena of a compiled model: what is emitted, and what it holds."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import zoo
+
+import memo_compile
+
+SCRIPT = """
+import sys, torch, zoo, memo_compile
+model, x = zoo.make("llama"), zoo.batch(1)
+_, expected = zoo.gradients(model, model, x)
+budget = None if sys.argv[1] == "none" else sys.argv[1]
+options = {"memory_budget": budget} if budget else {}
+_, got = zoo.gradients(model, torch.compile(model, backend="memo", options=options), x)
+zoo.assert_close(got, expected)
+print(memo_compile.plans()[-1].predicted_peak)
+"""
+
+
+def test_two_budgets_against_one_warm_cache(tmp_path):
+    """Inductor's caches know nothing of plans: a hit would bring the other plan's offsets."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(zoo.__file__)}
+    peaks = []
+    for budget in ("none", "min", "none"):
+        command = [sys.executable, "-c", SCRIPT, budget]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[0] == peaks[2] > peaks[1]
+
+
+@pytest.mark.parametrize("budget", ["auto", "min"])
+def test_what_is_planned_is_what_is_measured(budget, tmp_path):
+    model, x = zoo.make("llama"), zoo.batch(3)
+    fn = torch.compile(model, backend="memo", options={"memory_budget": budget, "dump": str(tmp_path)})
+    fn(x, labels=x).backward()
+    model.zero_grad(set_to_none=True)
+    measured = memo_compile.measure_peak(lambda: fn(x, labels=x).backward())
+    plan = memo_compile.plans()[-1]
+    assert measured == pytest.approx(plan.predicted_peak, rel=0.001)
+    assert plan.arena_bytes <= 1.01 * plan.lower_bound
+    assert plan.coverage >= 0.85
+    code = (tmp_path / plan.name / "forward_code.py").read_text()
+    assert re.search(r"alloc_from_pool\(memo_arena_\d+, \d+, torch\.float64", code)
+    assert re.search(r"extern_kernels\.mm\(.*out=", code)
+
+
+def test_nothing_to_do_adds_no_nodes(tmp_path):
+    model, x = zoo.make("llama"), zoo.batch(1)
+    torch.compile(model, backend="memo", options={"dump": str(tmp_path)})(x, labels=x).backward()
+    (folder,) = tmp_path.iterdir()
+    for name in ("forward.py", "backward.py"):
+        assert "torch.ops.memo" not in (folder / name).read_text()
+    assert memo_compile.plans()[-1].offloaded_bytes == memo_compile.plans()[-1].recomputed_bytes == 0
+
+
+def test_without_a_budget_the_peak_is_no_higher_than_inductors():
+    model, x = zoo.make("gpt"), zoo.batch(3)
+    peaks = {}
+    for backend in ("inductor", "memo"):
+        torch._dynamo.reset()
+        fn = torch.compile(model, backend=backend)
+        fn(x, labels=x).backward()
+        model.zero_grad(set_to_none=True)
+        peaks[backend] = memo_compile.measure_peak(lambda fn=fn: fn(x, labels=x).backward())
+        model.zero_grad(set_to_none=True)
+    assert peaks["memo"] <= peaks["inductor"]

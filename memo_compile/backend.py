@@ -7,7 +7,6 @@ called, to know which code object Dynamo compiles.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import RecompileLimit
+from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.registry import registry
 from memo_compile.verification import verified
 from memo_compile.versions import check_torch
 
-log = logging.getLogger("memo_compile")
+log = logger("memo_compile")
 
 Compiled = Callable[..., Any]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import torch
 
 from memo_compile.hardware import DeviceProfile, free_host_memory, resolve
+from memo_compile.logs import announce
 from memo_compile.options import Options
 from memo_compile.planner import Limits
 from memo_compile.registry import registry
 from memo_compile.schema import Plan
-
-log = logging.getLogger("memo_compile")
 
 HOST_SHARE = 0.5  # of the free host memory, for host_budget="auto": the rest is for data loaders and the system
 MARGIN = 0.05  # of the free device memory, which "auto" leaves alone: fragmentation, libraries' workspaces
@@ -84,20 +82,6 @@ def _free_on_device(setting: Setting) -> int:
 
 
 def record(plan: Plan) -> None:
-    """Keep a plan for `plans()`, and say in one line what it is."""
+    """Keep a plan for `plans()`, and say what it is."""
     registry().add(plan)
-    mib = 2**20
-    log.info(
-        "%s (%s): budget %s, peak %.1f MiB planned of %.1f MiB unplanned, arena %.1f MiB (%.3f of the lower bound), "
-        "offloaded %.1f MiB, recomputed %.1f %% of the forward, planned in %.1f s",
-        plan.name,
-        plan.backend,
-        "unlimited" if plan.budget is None else f"{plan.budget / mib:.1f} MiB",
-        plan.predicted_peak / mib,
-        plan.unplanned_peak / mib,
-        plan.arena_bytes / mib,
-        plan.arena_bytes / plan.lower_bound if plan.lower_bound else 1.0,
-        plan.offloaded_bytes / mib,
-        100 * plan.recomputed_flops_share,
-        plan.seconds,
-    )
+    announce(plan)

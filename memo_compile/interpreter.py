@@ -9,6 +9,7 @@ from typing import Any
 import torch.fx as fx
 
 from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.first_step import FirstStep
 from memo_compile.options import Options
 from memo_compile.planner import Decided, prepare
 from memo_compile.report.dumps import Dump
@@ -32,7 +33,13 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
         decided = _plan(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, setting)
         return decided.forward, decided.backward
 
-    return aot_autograd(fw_compiler=_interpreted, bw_compiler=_interpreted, partition_fn=partition)(gm, inputs)
+    first_step = FirstStep(setting.name)
+
+    def backward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        return first_step.backward(_interpreted(graph, example))
+
+    compiled: Any = aot_autograd(fw_compiler=_interpreted, bw_compiler=backward, partition_fn=partition)(gm, inputs)
+    return first_step.forward(compiled)
 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:

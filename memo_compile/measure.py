@@ -1,9 +1,23 @@
-"""Measures peak memory at torch's allocator, knowing nothing of plans."""
+"""Measures memory at torch's allocators, knowing nothing of plans.
+
+Private torch APIs, tried with torch 2.13: the profiler without Kineto (`torch.autograd._enable_profiler_legacy`), since
+the first use of Kineto takes seconds and writes to stderr, which a log line is not worth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes above what was held before: at most, and at the end."""
+
+    peak: int
+    held: int
 
 
 def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -17,12 +31,8 @@ def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     from memo_compile import empty_cache
 
     empty_cache()
-    return _measure_cuda(fn, args, kwargs) if torch.cuda.is_initialized() else _measure_cpu(fn, args, kwargs)
-
-
-def _measure_cuda(fn: Callable[..., Any], args: Any, kwargs: Any) -> int:
-    import torch
-
+    if not torch.cuda.is_initialized():
+        return _recorded(fn, *args, **kwargs)[1].peak
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -31,15 +41,52 @@ def _measure_cuda(fn: Callable[..., Any], args: Any, kwargs: Any) -> int:
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def _measure_cpu(fn: Callable[..., Any], args: Any, kwargs: Any) -> int:
+def usage(fn: Callable[..., Any], *args: Any) -> tuple[Any, Usage | None]:
+    """The result of `fn(*args)`, and what it held; None where that cannot be told without disturbing the caller.
+
+    A running profiler is left alone, and so are CUDA's statistics: a peak below an earlier one is not seen there.
+    """
+    import torch
+
+    if torch.cuda.is_initialized():
+        before, highest = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        result = fn(*args)
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return result, Usage(peak - before, held - before) if peak > highest else None
+    if torch._C._autograd._profiler_enabled():
+        return fn(*args), None
+    return _lightly_recorded(fn, *args)
+
+
+def _recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Usage]:
+    """The result of `fn`, and what the profiler saw allocated on the CPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        fn(*args, **kwargs)
+        result = fn(*args, **kwargs)
     recorded: Any = profiler.profiler.kineto_results.events()
     events = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
-    held = peak = 0
-    for _, nbytes in events:
-        held += nbytes
-        peak = max(peak, held)
-    return peak
+    return result, _usage_of([nbytes for _, nbytes in events])
+
+
+def _lightly_recorded(fn: Callable[..., Any], *args: Any) -> tuple[Any, Usage]:
+    """As `_recorded`, of this thread alone."""
+    import torch
+
+    profiler: Any = torch.autograd
+    shapes, memory, stack, flops, modules = False, True, False, False, False
+    experimental = torch._C._profiler._ExperimentalConfig()
+    state = profiler.ProfilerState.CPU
+    profiler._enable_profiler_legacy(
+        profiler.ProfilerConfig(state, shapes, memory, stack, flops, modules, experimental)
+    )
+    try:
+        result = fn(*args)
+    finally:
+        threads = profiler._disable_profiler_legacy()
+    return result, _usage_of([e.cpu_memory_usage() for t in threads for e in t if e.kind() == "memory_alloc"])
+
+
+def _usage_of(changes: Sequence[int]) -> Usage:
+    held = list(itertools.accumulate(changes, initial=0))
+    return Usage(max(held), held[-1])

@@ -36,6 +36,11 @@ class Registry:
             others = [p for p in self.plans if p.name != plan.name]
             self.plans = [*others[1 - MAX_PLANS :], plan]
 
+    def named(self, name: str) -> Plan | None:
+        """The plan of that name, if it is still known."""
+        with self.lock:
+            return next((p for p in reversed(self.plans) if p.name == name), None)
+
     def clear(self) -> None:
         """Forget everything but the running number."""
         with self.lock:

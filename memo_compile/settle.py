@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from memo_compile.errors import BudgetTooSmall
+from memo_compile.logs import logger
 from memo_compile.planner import Decided, Limits, Prepared, decide
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 ROUNDS = 2  # with the smallest plan as the third
 T = TypeVar("T")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,8 @@ from memo_compile.codegen.emitted import Body
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.first_step import FirstStep
+from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.graph import nbytes
 from memo_compile.passes.partition import num_mutated_outputs
@@ -38,7 +39,7 @@ from memo_compile.settle import Settled, settle
 
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -47,7 +48,8 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    run = _Compilation(setting_for(options, inputs), _num_outputs(gm))
+    setting = setting_for(options, inputs)
+    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
     patches: dict[str, Any] = {
         **(list_mode_options(options.mode) if options.mode else {}),
         **options.inductor,
@@ -62,7 +64,7 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
         enable_autograd_cache=False, donated_buffer=False, force_non_lazy_backward_lowering=True
     ):
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=run.inner, config_patches=patches)
-    return compiled
+    return run.first_step.forward(compiled)
 
 
 def _num_outputs(gm: fx.GraphModule) -> int:
@@ -99,6 +101,7 @@ class _Compilation:
 
     setting: Setting
     num_user_outputs: int
+    first_step: FirstStep
     decided: Decided | None = None
     plan: Plan | None = None
     evidence: _Evidence | None = None
@@ -209,7 +212,7 @@ class _Compilation:
             _nothing_donated()
             return compiled
         self._finish()
-        return _guarded(compiled, donated)
+        return self.first_step.backward(_guarded(compiled, donated))
 
     def _place_forward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         self.forward_body = body

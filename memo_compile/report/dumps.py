@@ -1,4 +1,7 @@
-"""Writes what a compilation saw and decided into a folder: graphs, annotations, emitted code, plan and arena."""
+"""Writes what a compilation saw and decided into a folder: graphs, annotations, emitted code, plan and arena.
+
+The same goes into torch's structured trace, where `TORCH_TRACE` asks for one.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,21 @@ from memo_compile.passes.graph import nbytes, source_line
 from memo_compile.passes.lifetimes import lifetimes
 from memo_compile.passes.tokens import META
 from memo_compile.planner import Decided, Prepared
+from memo_compile.report.tables import layer_table
+from memo_compile.report.traces import artifact, tracing
 from memo_compile.schema import Plan
 
 
 @dataclass(frozen=True)
 class Dump:
-    """A folder for one graph, or None for no dump: then every method does nothing."""
+    """A folder for one graph, or None for no dump: without a trace either, every method does nothing."""
 
     folder: Path | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything reads what is written."""
+        return self.folder is not None or tracing()
 
     @staticmethod
     def open(root: str | None, name: str) -> Dump:
@@ -34,27 +44,29 @@ class Dump:
     def _write(self, name: str, text: str) -> None:
         if self.folder is not None:
             (self.folder / name).write_text(text, encoding="utf-8")
+        artifact(name, text)
 
     def graph(self, name: str, gm: fx.GraphModule) -> None:
         """`NAME.py`: a graph as Python that can be read and diffed."""
-        if self.folder is not None:
+        if self.wanted:
             self._write(f"{name}.py", readable(gm))
 
     def annotated(self, p: Prepared, decided: Decided) -> None:
         """`annotated.py`: the joint graph, one comment a value: token axis, class, live range, bytes, homes."""
-        if self.folder is not None:
+        if self.wanted:
             self._write("annotated.py", annotated(p, decided))
 
     def code(self, name: str, compiled: Any) -> None:
         """`NAME_code.py`: what Inductor emitted."""
         source = getattr(compiled, "source_code", None)
-        if self.folder is not None and source:
+        if self.wanted and source:
             self._write(f"{name}_code.py", source)
 
     def plan(self, plan: Plan) -> None:
-        """`plan.json` and `arena.json`."""
-        if self.folder is None:
+        """`plan.json`, `arena.json` and `layers.txt`."""
+        if not self.wanted:
             return
+        self._write("layers.txt", layer_table(plan))
         self._write("plan.json", plan.to_json())
         arena = {"segments": [asdict(s) for s in plan.segments], "buffers": [asdict(b) for b in plan.buffers]}
         self._write("arena.json", json.dumps(arena, indent=1))

@@ -7,7 +7,6 @@ are exact, and registered for DMA where there is a GPU.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import threading
 import weakref
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 
 from memo_compile.errors import HostBudgetExceeded
+from memo_compile.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 NO_LIMIT = -1  # a budget that limits nothing
 

@@ -83,5 +83,9 @@ class UnsupportedTorch(MemoError):
     """A torch version, or a setting of it, that memo does not know how to work with."""
 
 
+class NotReplayable(MemoError):
+    """A graph that cannot be written to a dump, or a dump that cannot be run again here."""
+
+
 class RecompileLimit(MemoError):
     """Too many input shapes: Dynamo would silently run eagerly from here on."""

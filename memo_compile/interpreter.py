@@ -44,16 +44,14 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
     dump = Dump.open(setting.options.dump, setting.name)
-    dump.graph("joint", joint)
+    dump.joint(joint, num_outputs, static)
     p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
     limits = limits_for(setting, p.unplanned_peak)
     settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
     decided = settled.decided
     plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
     record(plan)
-    dump.annotated(p, decided)
-    dump.graph("forward", decided.forward)
-    dump.graph("backward", decided.backward)
+    dump.decided(p, decided, setting.options)
     dump.plan(plan)
     return replace(decided, plan=plan)
 

@@ -6,7 +6,7 @@ Pure: nothing is compiled, no tensor data is touched. `backend` and the `memo pl
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -75,7 +75,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Decided:
-    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words."""
+    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words.
+
+    `limits` are those that it was decided within; `ahead` says whether transfers overlap with computation.
+    """
 
     plan: Plan
     forward: fx.GraphModule
@@ -83,6 +86,8 @@ class Decided:
     saved: tuple[str, ...]
     homes: Mapping[str, Homes] = field(default_factory=dict)
     obstacles: tuple[str, ...] = ()
+    limits: Limits | None = None
+    ahead: bool = True
 
 
 def prepare(
@@ -303,7 +308,8 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         for a in problem.activations
         for r in [decision.residency[a.name]]
     }
-    sliced = carry_out(p, homes, ahead=limits.objective == "time" and fits, host_budget=limits.host)
+    ahead = limits.objective == "time" and fits
+    sliced = carry_out(p, homes, ahead=ahead, host_budget=limits.host)
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
     plan = replace(
         _blank_plan(p, limits, name, backend),
@@ -317,23 +323,33 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         activations=_activation_plans(p, homes, limits),
     )
     obstacles = _obstacles(p, residency.worst_moment(problem, decision.residency))
-    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, obstacles)
+    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, obstacles, limits, ahead)
 
 
-def carry_out(p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int) -> Sliced:
+Watch = Callable[[str, fx.GraphModule, fx.GraphModule], None]
+
+
+def carry_out(
+    p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int, watch: Watch | None = None
+) -> Sliced:
     """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
 
-    With `ahead`, transfers overlap with computation; without, nothing waits in memory for a link.
+    With `ahead`, transfers overlap with computation; without, nothing waits in memory for a link. `watch` is shown both
+    graphs behind each pass, with the pass's name; the next pass rewrites them in place.
     """
+    show: Watch = watch or (lambda *_: None)
     dropped = {key for key, h in homes.items() if h.recomputed == h.tokens}
     split = split_saving(p.joint, [n for n in p.saved if n.name not in dropped], p.num_forward_outputs)
+    show("partition", split.forward, split.backward)
     sliced = apply_homes(p.joint, split, {k: h for k, h in homes.items() if k not in dropped}, host_budget)
+    show("slices", sliced.forward, sliced.backward)
 
     def seconds(node: fx.Node) -> float:
         return p.seconds.get(node.name, 0.0)
 
     forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead)
     backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead)
+    show("transfers", forward, backward)
     return replace(sliced, forward=forward, backward=backward)
 
 
@@ -395,7 +411,7 @@ def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: fl
         seconds=time.perf_counter() - started,
         activations=tuple(_activation_plan(n, whole, "kept: the budget allows it") for n in kept if nbytes(n)),
     )
-    return Decided(plan, split.forward, split.backward, split.saved)
+    return Decided(plan, split.forward, split.backward, split.saved, limits=limits)
 
 
 def _activation_plans(p: Prepared, homes: Mapping[str, Homes], limits: Limits) -> tuple[ActivationPlan, ...]:

@@ -120,7 +120,7 @@ class _Compilation:
         started = time.perf_counter()
         self.num_forward_outputs, self.static = num_forward_outputs, tuple(static or ())
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
-        self.dump.graph("joint", joint)
+        self.dump.joint(joint, num_forward_outputs, static)
         p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
         budget = self.setting.options.memory_budget
         if isinstance(budget, (int, float)):
@@ -135,9 +135,7 @@ class _Compilation:
             seconds=time.perf_counter() - started,
         )
         self.links = _links(self.decided, num_forward_outputs)
-        self.dump.annotated(p, self.decided)
-        self.dump.graph("forward", self.decided.forward)
-        self.dump.graph("backward", self.decided.backward)
+        self.dump.decided(p, self.decided, self.setting.options)
         return self.decided.forward, self.decided.backward
 
     def _unplanned_peak(self, p: Prepared) -> int:
@@ -161,15 +159,18 @@ class _Compilation:
         return _Evidence(forward, backward, self._layout(decided, forward, backward))
 
     def _layout(self, decided: Decided, forward: Body, backward: Body) -> ArenaLayout:
+        return plan_arena(**self._arena_arguments(decided, forward, backward))
+
+    def _arena_arguments(self, decided: Decided, forward: Body, backward: Body) -> dict[str, Any]:
         placeholders = decided.backward.graph.find_nodes(op="placeholder")
-        return plan_arena(
-            forward,
-            backward,
-            _links(decided, self.num_forward_outputs),
-            self.num_forward_outputs,
-            tangent_bytes=sum(nbytes(n) for n in placeholders if "tangents" in str(n.target)),
-            chunk=CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
-        )
+        return {
+            "forward": forward,
+            "backward": backward,
+            "links": _links(decided, self.num_forward_outputs),
+            "user_outputs": self.num_forward_outputs,
+            "tangent_bytes": sum(nbytes(n) for n in placeholders if "tangents" in str(n.target)),
+            "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
+        }
 
     def _dry_backward(self, decided: Decided, forward: Body) -> Body:
         links = _links(decided, self.num_forward_outputs)
@@ -232,6 +233,7 @@ class _Compilation:
             # What is kept lies where the forward's code has put it; its segments hold nothing born in the backward.
             log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
             self.layout = self._layout(self.decided, self.evidence.forward, body)
+            self.evidence = _Evidence(self.evidence.forward, body, self.layout)
         assert self.layout is not None
         return [b for b in self.layout.buffers if b.name.startswith("bw:")], self.layout.segments
 
@@ -262,6 +264,8 @@ class _Compilation:
         )
         record(plan)
         self.dump.plan(plan)
+        if self.decided is not None and self.evidence is not None:
+            self.dump.emitted(self._arena_arguments(self.decided, self.evidence.forward, self.evidence.backward))
 
 
 _NO_PLAN = Plan("", "memo", None, 0, 0, 0, 0.0, 0, 0, 0, "", 0.0, "", "", ())

@@ -20,6 +20,7 @@ import torch.fx as fx
 
 from memo_compile.passes.graph import HOST_LEASE, storage_of
 from memo_compile.passes.partition import Split, order_backward, readable_inputs, recompute_chain
+from memo_compile.passes.provenance import because
 from memo_compile.passes.tokens import TokenAxis, TokenInfo, call, concat_tokens, fake_mode, slice_value, sliced_copy
 
 HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
@@ -156,7 +157,7 @@ def _rewrite_forward(
     lease: fx.Node | None = None
     if offsets:
         first = next(n for n in graph.nodes if n.op != "placeholder")
-        with graph.inserting_before(first):
+        with graph.inserting_before(first), because(split.forward, "the host memory of this call's offloads"):
             lease = call(graph, torch.ops.memo.host_lease.default, (host_bytes, host_budget))
     for value in outputs[split.num_forward_outputs :]:
         plan = homes.get(value.name)
@@ -165,9 +166,11 @@ def _rewrite_forward(
             continue
         if plan.offloaded:
             assert lease is not None
-            _offload(graph, value, plan, lease, offsets[value.name])
+            with because(split.forward, f"{_rows(value.name, plan, 0, plan.offloaded)} go to the host", value.name):
+                _offload(graph, value, plan, lease, offsets[value.name])
         if plan.kept:
-            with graph.inserting_before(_after(_last_use(value, value))):
+            why = f"{_rows(value.name, plan, plan.tokens - plan.kept, plan.tokens)} stay on the device, alone"
+            with graph.inserting_before(_after(_last_use(value, value))), because(split.forward, why, value.name):
                 rows = _physical_rows(graph, value, plan, plan.tokens - plan.kept, plan.tokens)
                 copy = call(graph, torch.ops.aten.clone.default, (rows,))
                 copy.meta["memo_part_of"] = value.name
@@ -178,6 +181,10 @@ def _rewrite_forward(
         output.meta["desc"] = _descriptions(output.meta["desc"], split.num_forward_outputs, len(saved))
     output.meta.pop("output_stack_traces", None)
     return tuple(n.name for n in saved)
+
+
+def _rows(name: str, plan: Homes, lo: int, hi: int) -> str:
+    return name if plan.tokens == 1 else f"rows [{lo}, {hi}) of {plan.tokens} of {name}"
 
 
 def _descriptions(old: list[Any], forward_outputs: int, saved: int) -> list[Any]:
@@ -235,15 +242,19 @@ def _rewrite_backward(
         held = present[name]
         value: torch.Tensor = held.meta["val"]
         before = _first_after(graph, place, order[name])
-        with graph.inserting_before(before):
+        back, again = plan.offloaded, plan.offloaded + plan.recomputed
+        with graph.inserting_before(before), because(split.backward, f"{name} is put together again", name):
             parts: list[fx.Node] = []
             if plan.offloaded:
                 assert lease is not None
-                parts.append(_fetched(graph, lease, offsets[name], value, plan))
+                with because(split.backward, f"{_rows(name, plan, 0, back)} come back from the host"):
+                    parts.append(_fetched(graph, lease, offsets[name], value, plan))
             if plan.recomputed:
-                parts.append(_recomputed(joint, graph, originals[name], present, plan))
+                with because(split.backward, f"{_rows(name, plan, back, again)} are computed again"):
+                    parts.append(_recomputed(joint, graph, originals[name], present, plan))
             if plan.kept:
-                parts.append(_kept_rows(graph, held, plan))
+                with because(split.backward, f"{_rows(name, plan, again, plan.tokens)} were kept"):
+                    parts.append(_kept_rows(graph, held, plan))
             whole = parts[0] if len(parts) == 1 else concat_tokens(graph, parts, _physical_axis(value, plan))
             whole = _logical(graph, whole, value)
         held.replace_all_uses_with(whole, delete_user_cb=lambda user, w=whole: user is not w)

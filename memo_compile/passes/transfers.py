@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.provenance import FOR, WHY
 from memo_compile.passes.slices import fetch
 
 
@@ -73,17 +74,18 @@ def schedule_prefetches(
 
 def _lower(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> None:
     lease, offset, _, dtype = mark.args
+    why, value_of = mark.meta.get(WHY, ""), mark.meta.get(FOR, "")
     value: torch.Tensor = mark.meta["val"]
     with graph.inserting_before(start):
         landing = graph.call_function(
             torch.ops.aten.empty.memory_format, (list(value.shape),), {"dtype": dtype, "device": value.device}
         )
-        landing.meta["val"] = value
+        landing.meta.update({"val": value, WHY: f"where they land: {why}", FOR: value_of})
         prefetch = graph.call_function(torch.ops.memo.prefetch_.default, (landing, lease, offset))
-        prefetch.meta["val"] = None
+        prefetch.meta.update({"val": None, WHY: f"the copy starts, early enough for the link: {why}", FOR: value_of})
     with graph.inserting_before(mark):
         wait = graph.call_function(torch.ops.memo.wait_.default, (landing, lease, offset))
-        wait.meta["val"] = None
+        wait.meta.update({"val": None, WHY: f"the copy must have ended: {why}", FOR: value_of})
     mark.replace_all_uses_with(landing)
     graph.erase_node(mark)
 

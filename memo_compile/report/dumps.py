@@ -1,31 +1,55 @@
-"""Writes what a compilation saw and decided into a folder: graphs, annotations, emitted code, plan and arena.
+"""Writes what a compilation saw and decided into a folder, from which it can be read, run again and reported on.
 
-The same goes into torch's structured trace, where `TORCH_TRACE` asks for one.
+    joint.py, forward.py, backward.py   graphs as Python
+    annotated.py                        the joint graph with what the passes found
+    passes/N-NAME/                      each pass: its graphs before and after, and diff.txt
+    forward_code.py, backward_code.py   what Inductor emitted
+    layer.dot, layer.svg                one layer with live ranges and homes
+    layers.txt                          saved activations, those of one source line in one row
+    plan.json, arena.json               what was decided, and where every buffer lies
+    joint.json, compilation.json        for `memo replay`
+    emitted.json                        what the emitted code allocates, and when
+
+No tensor data is written. What a person reads goes into torch's structured trace too, where `TORCH_TRACE` asks for one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.fx as fx
 
+from memo_compile import __version__
+from memo_compile.errors import NotReplayable
+from memo_compile.logs import logger
+from memo_compile.options import Options
 from memo_compile.passes.graph import nbytes, source_line
 from memo_compile.passes.lifetimes import lifetimes
 from memo_compile.passes.tokens import META
 from memo_compile.planner import Decided, Prepared
+from memo_compile.report.graph_io import graph_to_json
+from memo_compile.report.pass_log import Snapshot, as_files, pass_log, readable, snapshot
+from memo_compile.report.picture import layer_dot, render
 from memo_compile.report.tables import layer_table
 from memo_compile.report.traces import artifact, tracing
 from memo_compile.schema import Plan
 
+DUMP_VERSION = 1
 
-@dataclass(frozen=True)
+log = logger(__name__)
+
+
+@dataclass
 class Dump:
     """A folder for one graph, or None for no dump: without a trace either, every method does nothing."""
 
     folder: Path | None
+    incoming: Snapshot | None = None
 
     @property
     def wanted(self) -> bool:
@@ -43,47 +67,101 @@ class Dump:
 
     def _write(self, name: str, text: str) -> None:
         if self.folder is not None:
-            (self.folder / name).write_text(text, encoding="utf-8")
-        artifact(name, text)
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
-    def graph(self, name: str, gm: fx.GraphModule) -> None:
-        """`NAME.py`: a graph as Python that can be read and diffed."""
-        if self.wanted:
-            self._write(f"{name}.py", readable(gm))
+    def _show(self, name: str, text: str) -> None:
+        self._write(name, text)
+        artifact(name.replace("/", "_"), text)
 
-    def annotated(self, p: Prepared, decided: Decided) -> None:
-        """`annotated.py`: the joint graph, one comment a value: token axis, class, live range, bytes, homes."""
-        if self.wanted:
-            self._write("annotated.py", annotated(p, decided))
+    def joint(self, gm: fx.GraphModule, num_forward_outputs: int, static_inputs: list[int] | None) -> None:
+        """`joint.py` and `joint.json`: the joint graph as it came in, before a pass has touched it."""
+        if not self.wanted:
+            return
+        self.incoming = snapshot(gm)
+        self._show("joint.py", self.incoming.python)
+        try:
+            graph = graph_to_json(gm)
+        except NotReplayable as error:
+            log.warning("%s: this dump cannot be replayed: %s", self.folder, error)
+            return
+        facts = {"num_forward_outputs": num_forward_outputs, "static_inputs": list(static_inputs or ())}
+        self._write("joint.json", json.dumps({"version": DUMP_VERSION, **facts, "graph": graph}))
+
+    def decided(self, p: Prepared, decided: Decided, options: Options) -> None:
+        """What the passes found, decided and did."""
+        if not self.wanted:
+            return
+        assert self.incoming is not None
+        self._show("annotated.py", annotated(p, decided))
+        self._show("forward.py", readable(decided.forward))
+        self._show("backward.py", readable(decided.backward))
+        for name, text in as_files(pass_log(self.incoming, p, decided)).items():
+            self._show(name, text)
+        picture = layer_dot(p, decided)
+        if picture is not None:
+            self._show("layer.dot", picture)
+        if picture is not None and self.folder is not None:
+            render(self.folder / "layer.dot")
+        self._write("compilation.json", json.dumps(compilation_record(p, decided, options), indent=1, default=str))
 
     def code(self, name: str, compiled: Any) -> None:
         """`NAME_code.py`: what Inductor emitted."""
         source = getattr(compiled, "source_code", None)
         if self.wanted and source:
-            self._write(f"{name}_code.py", source)
+            self._show(f"{name}_code.py", source)
+
+    def emitted(self, arguments: Mapping[str, Any]) -> None:
+        """`emitted.json`: what the arena was laid out from, the arguments of `codegen.arena.plan_arena`."""
+        if self.folder is not None:
+            self._write("emitted.json", json.dumps({k: _plain(v) for k, v in arguments.items()}))
 
     def plan(self, plan: Plan) -> None:
         """`plan.json`, `arena.json` and `layers.txt`."""
         if not self.wanted:
             return
-        self._write("layers.txt", layer_table(plan))
-        self._write("plan.json", plan.to_json())
+        self._show("layers.txt", layer_table(plan))
+        self._show("plan.json", plan.to_json())
         arena = {"segments": [asdict(s) for s in plan.segments], "buffers": [asdict(b) for b in plan.buffers]}
-        self._write("arena.json", json.dumps(arena, indent=1))
+        self._show("arena.json", json.dumps(arena, indent=1))
 
 
-_HEADER = """import torch
-from torch import device, inf, nan
-from torch.fx.experimental.proxy_tensor import *  # noqa: F403
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-"""
+def torch_config() -> dict[str, dict[str, Any]]:
+    """The settings of torch that its partitioner and dead code elimination read: numbers and flags."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    plain = {k: v for k, v in functorch.get_config_copy().items() if isinstance(v, (bool, int, float, str))}
+    return {"functorch": plain, "inductor": {"fallback_random": inductor.fallback_random}}
 
 
-def readable(gm: fx.GraphModule) -> str:
-    """A graph as a Python function."""
-    code = gm.graph.python_code("self").src
-    return _HEADER + code.lstrip("\n")
+def compilation_record(p: Prepared, decided: Decided, options: Options) -> dict[str, Any]:
+    """What `memo replay` compares with, pass by pass."""
+    return {
+        "version": DUMP_VERSION,
+        "memo": __version__,
+        "torch": torch.__version__,
+        "options": asdict(options),
+        "profile": asdict(p.profile),
+        "torch_config": torch_config(),
+        "fused": p.fused,
+        "limits": asdict(decided.limits) if decided.limits is not None else None,
+        "ahead": decided.ahead,
+        "unplanned_peak": p.unplanned_peak,
+        "tokens": asdict(p.tokens),
+        "unplanned_saved": list(p.unplanned.saved),
+        "saved": [n.name for n in p.saved],
+        "seconds": dict(p.seconds),
+        "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.homes.items()},
+        "decided": asdict(decided.plan),
+    }
 
 
 def annotated(p: Prepared, decided: Decided) -> str:

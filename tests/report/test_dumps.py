@@ -2,24 +2,21 @@
 
 import ast
 import json
+import shutil
 
 import torch
 import zoo
 
-import memo_compile
 from memo_compile.schema import Plan
 
 
-def test_a_dump_holds_graphs_code_plan_and_arena(tmp_path):
-    model, x = zoo.make("llama"), zoo.batch(1)
-    options = {"memory_budget": "min", "dump": str(tmp_path)}
-    torch.compile(model, backend="memo", options=options)(x, labels=x).backward()
-    (folder,) = tmp_path.iterdir()
+def test_a_dump_holds_graphs_code_plan_and_arena(inductor_dump):
+    folder = inductor_dump.folder
     for name in ("joint", "forward", "backward", "forward_code", "backward_code"):
         ast.parse((folder / f"{name}.py").read_text())
     assert "memo.offload" in (folder / "forward.py").read_text()
     assert "prefetch_" in (folder / "backward.py").read_text()
-    assert Plan.from_json((folder / "plan.json").read_text()) == memo_compile.plans()[-1]
+    assert Plan.from_json((folder / "plan.json").read_text()) == inductor_dump.plan
     arena = json.loads((folder / "arena.json").read_text())
     assert {"name", "segment", "offset", "size", "start", "end"} <= arena["buffers"][0].keys()
     annotated = (folder / "annotated.py").read_text()
@@ -34,3 +31,30 @@ def test_the_environment_asks_for_a_dump(tmp_path, monkeypatch):
     torch.compile(model, backend="memo_eager")(x, labels=x).backward()
     names = {path.name for path in tmp_path.glob("*/*")}
     assert {"joint.py", "forward.py", "backward.py", "plan.json"} <= names
+
+
+def test_each_pass_leaves_its_graphs_and_what_it_did(inductor_dump):
+    folder = inductor_dump.folder
+    for number, name in enumerate(("clean_up", "tokens", "partition", "slices", "transfers"), start=1):
+        passed = folder / f"passes/{number}-{name}"
+        assert (passed / "diff.txt").read_text().startswith(f"{name}\n")
+        for path in passed.glob("*.py"):
+            ast.parse(path.read_text())
+        assert {p.name.split(".")[1] for p in passed.glob("*.py")} == {"before", "after"}
+    slices = (folder / "passes/4-slices/diff.txt").read_text()
+    assert "memo.offload.default" in slices
+    assert "go to the host" in slices
+    assert "come back from the host" in slices
+    assert "the copy starts, early enough" in (folder / "passes/5-transfers/diff.txt").read_text()
+
+
+def test_one_layer_is_a_picture_with_live_ranges_and_homes(eager_dump):
+    folder = eager_dump.folder
+    dot = (folder / "layer.dot").read_text()
+    assert "blocks" in dot
+    assert "live [" in dot
+    assert "cluster_forward" in dot
+    assert "cluster_backward" in dot
+    assert "forward/" in dot
+    if shutil.which("dot"):
+        assert (folder / "layer.svg").read_text().rstrip().endswith("</svg>")

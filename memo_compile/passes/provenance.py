@@ -1,0 +1,29 @@
+"""Notes on each node that a pass inserts why it is there; dumps and explanations read it, nothing else does.
+
+Private torch APIs, tried with torch 2.13: the hooks that an `fx.GraphModule` calls for each node created in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.fx as fx
+
+WHY = "memo_why"
+FOR = "memo_for"  # the name of the saved activation that the node serves
+
+
+@contextlib.contextmanager
+def because(gm: fx.GraphModule, why: str, value: str = "") -> Iterator[None]:
+    """Within, every node created in `gm` gets `meta["memo_why"] = why`, and serves the saved activation `value`."""
+    created: list[fx.Node] = []
+    gm._register_create_node_hook(created.append)
+    try:
+        yield
+    finally:
+        gm._unregister_create_node_hook(created.append)
+        for node in created:
+            if value:
+                node.meta.setdefault(FOR, value)
+            node.meta.setdefault(WHY, why)  # the innermost reason holds

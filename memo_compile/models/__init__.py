@@ -2,5 +2,6 @@
 
 from memo_compile.models.gpt import GPT, GPTConfig
 from memo_compile.models.llama import Llama, LlamaConfig
+from memo_compile.models.parallel import Shard
 
-__all__ = ["GPT", "GPTConfig", "Llama", "LlamaConfig"]
+__all__ = ["GPT", "GPTConfig", "Llama", "LlamaConfig", "Shard"]

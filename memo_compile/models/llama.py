@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memo_compile.models.parallel import WHOLE, Shard, columns, embed, next_token_loss, rows
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; `ffn` is the width between the two halves of the MLP."""
+    """Sizes of a Llama; `ffn` is the width between the two halves of the MLP, `tied` shares embedding and head.
+
+    `shard` says which share of heads, features and vocabulary one rank of a tensor-parallel group holds.
+    """
 
     vocab: int = 512
     layers: int = 4
@@ -20,6 +25,8 @@ class LlamaConfig:
     kv_heads: int = 2
     ffn: int = 688
     theta: float = 10000.0
+    tied: bool = False
+    shard: Shard = WHOLE
 
 
 class RMSNorm(nn.Module):
@@ -54,24 +61,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.shard = config.shard
+        self.heads, self.kv_heads = config.heads // self.shard.ranks, config.kv_heads // self.shard.ranks
         self.head = config.width // config.heads
-        self.query = nn.Linear(config.width, config.heads * self.head, bias=False)
-        self.key = nn.Linear(config.width, config.kv_heads * self.head, bias=False)
-        self.value = nn.Linear(config.width, config.kv_heads * self.head, bias=False)
-        self.out = nn.Linear(config.heads * self.head, config.width, bias=False)
+        self.query = nn.Linear(config.width, self.heads * self.head, bias=False)
+        self.key = nn.Linear(config.width, self.kv_heads * self.head, bias=False)
+        self.value = nn.Linear(config.width, self.kv_heads * self.head, bias=False)
+        self.out = nn.Linear(self.heads * self.head, config.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, width)."""
-        batch, tokens, width = x.shape
-        q = rotate(self.query(x).view(batch, tokens, self.heads, self.head).transpose(1, 2), cos, sin)
-        k = rotate(self.key(x).view(batch, tokens, self.kv_heads, self.head).transpose(1, 2), cos, sin)
-        v = self.value(x).view(batch, tokens, self.kv_heads, self.head).transpose(1, 2)
+        """(batch, tokens / ranks, width) -> the same."""
+        q, k, v = columns(x, (self.query, self.key, self.value), self.shard)
+        batch, tokens, width = q.shape
+        q = rotate(q.view(batch, tokens, self.heads, self.head).transpose(1, 2), cos, sin)
+        k = rotate(k.view(batch, tokens, self.kv_heads, self.head).transpose(1, 2), cos, sin)
+        v = v.view(batch, tokens, self.kv_heads, self.head).transpose(1, 2)
         group = self.heads // self.kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return result
+        return rows(mixed.transpose(1, 2).reshape(batch, tokens, width), self.out, self.shard)
 
 
 class MLP(nn.Module):
@@ -79,14 +87,16 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.ffn, bias=False)
-        self.up = nn.Linear(config.width, config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, config.width, bias=False)
+        self.shard = config.shard
+        share = config.ffn // self.shard.ranks
+        self.gate = nn.Linear(config.width, share, bias=False)
+        self.up = nn.Linear(config.width, share, bias=False)
+        self.down = nn.Linear(share, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, width) -> (…, width)."""
-        result: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
-        return result
+        """(batch, tokens / ranks, width) -> the same."""
+        gate, up = columns(x, (self.gate, self.up), self.shard)
+        return rows(F.silu(gate) * up, self.down, self.shard)
 
 
 class Block(nn.Module):
@@ -98,7 +108,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config.width), MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, width)."""
+        """(batch, tokens / ranks, width) -> the same."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         result: Tensor = x + self.mlp(self.mlp_norm(x))
         return result
@@ -110,22 +120,28 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        share = config.vocab // config.shard.ranks
+        self.embedding = nn.Embedding(share, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        self.head = nn.Linear(config.width, share, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
         self.apply(_initialize)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens, labels: (batch, tokens) int64. The loss predicts labels[:, i + 1] from tokens up to i."""
-        x = self.embedding(tokens)
-        cos, sin = rotary_tables(tokens.shape[1], self.config.width // self.config.heads, self.config.theta, x)
+        """tokens, labels: (batch, tokens / ranks) int64. The loss predicts labels[:, i + 1] from tokens up to i."""
+        shard = self.config.shard
+        x = embed(tokens, self.embedding, shard)
+        everyone = tokens.shape[1] * shard.ranks
+        cos, sin = rotary_tables(everyone, self.config.width // self.config.heads, self.config.theta, x)
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits: Tensor = self.head(self.norm(x))
+        x = self.norm(x)
         if labels is None:
+            (logits,) = columns(x, (self.head,), shard)
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
+        return next_token_loss(x, labels, self.head, shard)
 
 
 def _initialize(module: nn.Module) -> None:

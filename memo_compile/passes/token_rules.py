@@ -400,6 +400,21 @@ def _attention(node: fx.Node, axes: Axes) -> Flow | None:
     return Flow(tuple(outputs), tuple(stored), mixing=True)
 
 
+def _collective(node: fx.Node, axes: Axes) -> Flow | None:
+    """Gathering rows of all ranks, or sharing them out: dimension `dim` is the flattening of (ranks, rows of one)."""
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    before, after = shape_of(source), shape_of(node)
+    dim = _wrap(args[1], len(before)) if before != after else axis.dim
+    if dim != axis.dim or before == after:
+        return Flow((axis,), _only(node, source, axis))
+    outer, left = divmod(axis.outer * after[dim], before[dim])
+    return None if left or not outer else Flow((TokenAxis(dim, outer, axis.tokens, axis.inner),), _only(node, source, axis))
+
+
 def _dropout(node: fx.Node, axes: Axes) -> Flow | None:
     found = _first(node, axes)
     if found is None:
@@ -450,6 +465,8 @@ RULES: Mapping[str, Rule] = {
         _attention,
     ),
     "aten::native_dropout": _dropout,
+    **dict.fromkeys(("memo_collectives::all_gather", "memo_collectives::reduce_scatter"), _collective),
+    "memo_collectives::all_reduce": _collective,
     # Ops with the pointwise look whose operands do not broadcast.
     **dict.fromkeys(("aten::index", "aten::index_put", "aten::slice_backward", "aten::select_backward"), lambda n, a: None),
 }

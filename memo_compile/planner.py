@@ -17,6 +17,8 @@ from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.cost import node_cost
 from memo_compile.hardware import DeviceProfile
 from memo_compile.passes.graph import is_dense, is_view, nbytes, op_name, source_line, storage_of
+from memo_compile.passes.layers import META as LAYER
+from memo_compile.passes.layers import LayerReport, annotate_layers
 from memo_compile.passes.lifetimes import last_reads, lifetimes
 from memo_compile.passes.partition import (
     Split,
@@ -62,6 +64,7 @@ class Prepared:
     unplanned: Split
     saved: tuple[fx.Node, ...]
     tokens: TokenReport
+    layers: LayerReport
     forward: fx.GraphModule
     backward: fx.GraphModule
     chains: Mapping[str, tuple[fx.Node, ...] | None]
@@ -110,6 +113,7 @@ def prepare(
     unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
     by_name = {n.name: n for n in joint.graph.nodes}
     tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
+    layers = annotate_layers(joint)
     # Where torch rewrote random ops for the user's own checkpoints, its split holds nodes that the joint graph lacks.
     replayable = all(name in by_name for name in unplanned.saved)
     saved = canonical_saved(joint, [by_name[name] for name in unplanned.saved]) if replayable else []
@@ -121,6 +125,7 @@ def prepare(
         unplanned,
         tuple(n for n in saved if n.name in split.saved),
         tokens,
+        layers,
         split.forward,
         order_backward(split.backward),
         _chains(joint, saved),
@@ -451,4 +456,5 @@ def _activation_plan(node: fx.Node, home: Homes, reason: str) -> ActivationPlan:
         home.offloaded,
         home.recomputed,
         reason,
+        node.meta[LAYER].index if LAYER in node.meta else None,
     )

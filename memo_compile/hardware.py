@@ -1,38 +1,55 @@
-"""What a device can do: rates and sizes, built in for common accelerators, or read from a file.
+"""What a device can do: rates and sizes, built in for common accelerators, read from a file, or measured here.
 
-Rates are datasheet peaks; `efficiency` is the share of them that large kernels reach. Each names its source.
+Rates are datasheet peaks; the efficiencies are the shares of them that kernels reach, by size. Each profile names its
+sources. `measuring.py` makes a profile of this machine.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from dataclasses import asdict, dataclass, field
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from memo_compile.errors import InvalidOption
+
+log = logging.getLogger(__name__)
+
+Efficiency = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
     """FLOP/s by dtype, bytes/s, bytes, seconds.
 
-    `d2h` and `h2d` are the host link's rates each way for one device. `matmul_efficiency` and `attention_efficiency`
-    are shares of the peak reached by large matrix products and fused attention; `half_size` is the number of FLOPs of a
-    product at which half of that share is reached.
+    `device` is the type that torch gives it. `d2h` and `h2d` are the host link's rates each way for one device, and
+    `both_ways` the share of each that is left while both are busy; `link` is the rate at which a device receives from
+    its peers in one machine. Efficiencies of products and of fused attention are tables of (FLOPs of one op, share of
+    the peak), between whose entries `share_at` interpolates; the others are shares for large transfers.
     """
 
     name: str
-    peak_flops: dict[str, float]
+    peak_flops: Mapping[str, float]
     memory_bandwidth: float
     d2h: float
     h2d: float
     memory: int
     host_memory: int
     launch_overhead: float
-    matmul_efficiency: float = 0.75
-    attention_efficiency: float = 0.55
-    half_size: float = 5e9
+    matmul_efficiency: Efficiency
+    attention_efficiency: Efficiency
+    attention_backward_efficiency: Efficiency
+    device: str = "cuda"
+    memory_efficiency: float = 0.9
+    both_ways: float = 1.0
+    link: float = 25e9
+    link_efficiency: float = 0.8
     source: str = ""
     notes: tuple[str, ...] = field(default=())
 
@@ -41,57 +58,101 @@ class DeviceProfile:
         return self.peak_flops.get(dtype, self.peak_flops["float32"])
 
 
+def share_at(table: Sequence[Sequence[float]], size: float) -> float:
+    """The share at a size: straight between entries over the logarithm of the size, and level beyond the ends.
+
+    >>> share_at([(1e9, 0.2), (1e11, 0.6)], 1e10)
+    0.4
+    >>> share_at([(1e9, 0.2), (1e11, 0.6)], 1e15)
+    0.6
+    """
+    if size <= table[0][0]:
+        return table[0][1]
+    for (low, a), (high, b) in pairwise(table):
+        if size <= high:
+            return a + (b - a) * math.log(size / low) / math.log(high / low)
+    return table[-1][1]
+
+
 _GIB = 2**30
 
-_A100 = {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "float64": 9.7e12}
-_H100 = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float64": 34e12}
+_A100_FLOPS = {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "float64": 9.7e12}
+_H100_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float64": 34e12}
+
+
+def _rising_to(best: float, scale: float = 1.0) -> Efficiency:
+    """A table that ends at `best` for ops of a few hundred microseconds and more. Below that the device is not filled:
+    these shares are estimates, for want of a published table; `memo doctor --measure` replaces them."""
+    shares = ((1e8, 0.03), (1e9, 0.2), (1e10, 0.5), (1e11, 0.8), (1e12, 1.0))
+    return tuple((size * scale, share * best) for size, share in shares)
+
+
+_MAMF = "products: 'Maximum Achievable Matmul FLOPS' in Bekman, Machine Learning Engineering"
+_A100_EFFICIENCIES = (_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60, 0.3))
+_A100_SOURCES = (
+    f"{_MAMF}: 267.9 of 312 TFLOP/s; attention: FlashAttention-2 (arXiv 2307.08691), up to 73 % forward, 63 % backward"
+)
+_FLASH2_ON_H100 = "attention: FlashAttention-2, which torch ships, reaches 35 to 40 % on an H100 (arXiv 2407.08608)"
+_H100_EFFICIENCIES = (_rising_to(0.803, 3.0), _rising_to(0.40), _rising_to(0.35))
 
 PROFILES: dict[str, DeviceProfile] = {
     "a100-80gb": DeviceProfile(
         "a100-80gb",
-        _A100,
+        _A100_FLOPS,
         2.039e12,
         25e9,
         25e9,
         80 * _GIB,
         256 * _GIB,
         5e-6,
-        source="NVIDIA A100 datasheet; PCIe 4",
+        *_A100_EFFICIENCIES,
+        link=300e9,
+        source=f"NVIDIA A100 SXM datasheet, PCIe 4 x16, NVLink 600 GB/s; {_A100_SOURCES}",
     ),
     "a800-80gb": DeviceProfile(
         "a800-80gb",
-        _A100,
+        _A100_FLOPS,
         2.039e12,
         12.5e9,
         12.5e9,
         80 * _GIB,
         256 * _GIB,
         5e-6,
-        source="NVIDIA A800 datasheet (A100 with slower NVLink); link shared by two GPUs as in MEMO, section 5.1",
+        *_A100_EFFICIENCIES,
+        link=200e9,
+        source=f"NVIDIA A800 datasheet: an A100 with NVLink 400 GB/s; {_A100_SOURCES}",
+        notes=(
+            "the host link is shared by two devices, as on the machines of MEMO (arXiv 2407.12117): 12.5 GB/s each",
+        ),
     ),
     "h100-80gb": DeviceProfile(
         "h100-80gb",
-        _H100,
+        _H100_FLOPS,
         3.35e12,
         50e9,
         50e9,
         80 * _GIB,
         256 * _GIB,
         4e-6,
-        source="NVIDIA H100 datasheet; PCIe 5",
+        *_H100_EFFICIENCIES,
+        link=450e9,
+        source=f"NVIDIA H100 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; {_MAMF}: 794.5 of 989; {_FLASH2_ON_H100}",
     ),
     "h200": DeviceProfile(
         "h200",
-        _H100,
+        _H100_FLOPS,
         4.8e12,
         50e9,
         50e9,
         141 * 10**9,
         128 * _GIB,
         4e-6,
-        0.79,
-        0.55,
-        source="NVIDIA H200 datasheet; PCIe 5",
+        *_H100_EFFICIENCIES,
+        link=450e9,
+        source=(
+            "NVIDIA H200 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; products at 769 to 798 TFLOP/s and copies at "
+            f"4.3 TB/s measured with torch 2.11; {_FLASH2_ON_H100}"
+        ),
     ),
     "b200": DeviceProfile(
         "b200",
@@ -102,7 +163,12 @@ PROFILES: dict[str, DeviceProfile] = {
         180 * 10**9,
         256 * _GIB,
         4e-6,
-        source="NVIDIA B200 datasheet; PCIe 5 x16",
+        _rising_to(0.776, 6.0),
+        _rising_to(0.35, 2.0),
+        _rising_to(0.30, 2.0),
+        link=900e9,
+        source=f"NVIDIA B200 datasheet, PCIe 5 x16, NVLink 1.8 TB/s; {_MAMF}: 1745 of 2250 TFLOP/s",
+        notes=("attention: assumed, by analogy with FlashAttention-2 on the H100",),
     ),
     "cpu": DeviceProfile(
         "cpu",
@@ -113,9 +179,13 @@ PROFILES: dict[str, DeviceProfile] = {
         16 * _GIB,
         16 * _GIB,
         2e-6,
-        0.7,
-        0.4,
-        1e6,
+        ((1e4, 0.007), (1e5, 0.06), (1e6, 0.35), (1e7, 0.64), (1e8, 0.7)),
+        ((1e4, 0.004), (1e5, 0.04), (1e6, 0.2), (1e7, 0.36), (1e8, 0.4)),
+        ((1e4, 0.004), (1e5, 0.04), (1e6, 0.2), (1e7, 0.36), (1e8, 0.4)),
+        device="cpu",
+        memory_efficiency=1.0,
+        link=1e9,
+        link_efficiency=1.0,
         source="two cores with AVX2 at 3 GHz: 16 float32 FMAs a cycle; memcpy rates as measured on such a machine",
     ),
 }
@@ -124,16 +194,13 @@ _ALIASES = {"a100": "a100-80gb", "a800": "a800-80gb", "h100": "h100-80gb"}
 
 
 def resolve(hardware: str, device: str = "cpu") -> DeviceProfile:
-    """The profile of a name, a JSON file, or "auto": a measured one where there is one, else by the device's name.
+    """The profile of a name, a JSON file, or "auto": the one measured on this machine, else by the device's name.
 
     Raises:
         InvalidOption: neither a built-in profile nor a readable file.
     """
     if hardware == "auto":
-        stored = stored_profile()
-        if stored.exists():
-            return load(stored)
-        return PROFILES[_detect(device)]
+        return measured_here(device) or PROFILES[_detect(device)]
     name = _ALIASES.get(hardware.lower(), hardware.lower())
     if name in PROFILES:
         return PROFILES[name]
@@ -141,6 +208,39 @@ def resolve(hardware: str, device: str = "cpu") -> DeviceProfile:
     if path.is_file():
         return load(path)
     raise InvalidOption("hardware", hardware, f'"auto", one of {", ".join(PROFILES)}, or a profile\'s JSON file')
+
+
+def measured_here(device: str) -> DeviceProfile | None:
+    """What `memo doctor --measure` stored for this type of device; None where there is none, or another machine's."""
+    stored = stored_profile(device)
+    if not stored.exists():
+        return None
+    profile = load(stored)
+    if profile.device == device and profile.name == machine_name(device):
+        return profile
+    log.warning("%s is of %s (%s), not of this machine: it is not used", stored, profile.name, profile.device)
+    return None
+
+
+def machine_name(device: str) -> str:
+    """What tells a device from others of its type: its model, and for a CPU the number of cores."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def _detect(device: str) -> str:
@@ -152,13 +252,34 @@ def _detect(device: str) -> str:
     for key in ("h200", "b200", "h100", "a800", "a100"):
         if key in name:
             return _ALIASES.get(key, key)
+    log.warning("no built-in profile for %s: costs are those of an A100; run `memo doctor --measure`", name)
     return "a100-80gb"
 
 
-def stored_profile() -> Path:
-    """Where `memo doctor --measure` keeps this machine's profile."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "memo_compile" / "profile.json"
+def stored_profile(device: str) -> Path:
+    """Where `memo doctor --measure` keeps this machine's profile; MEMO_PROFILES names another folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memo_compile"
+    return Path(os.environ.get("MEMO_PROFILES", cache)) / f"profile-{device}.json"
+
+
+def from_fields(raw: Mapping[str, Any]) -> DeviceProfile:
+    """A profile from the fields that `dataclasses.asdict` gives, be it by way of JSON.
+
+    Raises:
+        TypeError, ValueError: they are not those of a profile.
+    """
+    values = dict(raw)
+    for name in ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency"):
+        values[name] = tuple((float(size), float(share)) for size, share in values.get(name, ()))
+        if not values[name] or any(share <= 0 for _, share in values[name]):
+            raise ValueError(f"{name} is a list of (FLOPs, share above 0)")
+    values["notes"] = tuple(values.get("notes", ()))
+    profile = DeviceProfile(**values)
+    rates = ("memory_bandwidth", "d2h", "h2d", "memory", "host_memory", "memory_efficiency", "both_ways", "link")
+    bad = [name for name in rates if not getattr(profile, name) > 0]
+    if bad or "float32" not in profile.peak_flops or not all(f > 0 for f in profile.peak_flops.values()):
+        raise ValueError(f"{', '.join(bad or ['peak_flops'])} must be above 0, and peak_flops name float32")
+    return profile
 
 
 def load(path: Path) -> DeviceProfile:
@@ -168,10 +289,10 @@ def load(path: Path) -> DeviceProfile:
         InvalidOption: the file is no profile.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return DeviceProfile(**{**raw, "notes": tuple(raw.get("notes", ()))})
-    except (OSError, ValueError, TypeError) as error:
-        raise InvalidOption("hardware", str(path), f"a JSON file with the fields of DeviceProfile ({error})") from error
+        return from_fields(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        known = ", ".join(f.name for f in fields(DeviceProfile))
+        raise InvalidOption("hardware", str(path), f"a JSON file with a profile's fields, {known} ({error})") from error
 
 
 def save(profile: DeviceProfile, path: Path) -> None:

@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
-from memo_compile.cost import node_cost
+from memo_compile.cost import graph_costs
 from memo_compile.hardware import DeviceProfile
 from memo_compile.passes.graph import is_dense, is_view, nbytes, op_name, source_line, storage_of
 from memo_compile.passes.layers import META as LAYER
@@ -118,7 +118,7 @@ def prepare(
     replayable = all(name in by_name for name in unplanned.saved)
     saved = canonical_saved(joint, [by_name[name] for name in unplanned.saved]) if replayable else []
     split = split_saving(joint, saved, num_forward_outputs) if replayable else unplanned
-    costs = {n.name: node_cost(n, profile) for n in joint.graph.nodes if n.op == "call_function"}
+    costs = graph_costs(joint, profile, fused=fused)
     return Prepared(
         joint,
         num_forward_outputs,
@@ -197,7 +197,7 @@ def _view_of(p: Prepared, limits: Limits) -> _View:
     back = lifetimes(p.backward, fused=p.fused, owned_inputs=names)
     base = front.live_bytes(skip=frozenset(movable))
     base += [b + held for b in back.live_bytes(skip=names - fixed)]
-    seconds = [p.seconds.get(n.name, 0.0) for n in (*front_nodes, *back_nodes)]
+    seconds = [_step_seconds(p, n) for n in (*front_nodes, *back_nodes)]
     reads = last_reads(p.forward, fused=p.fused, ignore_output=True)
     born = {n.name: i for i, n in enumerate(front_nodes)}
     first_read = _first_reads(p.backward)
@@ -233,6 +233,11 @@ def _view_of(p: Prepared, limits: Limits) -> _View:
     )
     needs = {name: _needs(p.chains[name], movable) for name in movable}
     return _View(tuple(movable), activations, needs, axes, problem)
+
+
+def _step_seconds(p: Prepared, node: fx.Node) -> float:
+    """Of a node of either graph. The backward's placeholders have names of what the forward computed, and are free."""
+    return p.seconds.get(node.name, 0.0) if node.op == "call_function" else 0.0
 
 
 def _movable(p: Prepared, results: set[fx.Node]) -> dict[str, fx.Node]:
@@ -350,7 +355,7 @@ def carry_out(
     show("slices", sliced.forward, sliced.backward)
 
     def seconds(node: fx.Node) -> float:
-        return p.seconds.get(node.name, 0.0)
+        return _step_seconds(p, node)
 
     forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead)
     backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead)
@@ -412,7 +417,7 @@ def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: fl
     whole = Homes(1, 1, 0, 0, None)
     plan = replace(
         _blank_plan(p, limits, name, backend),
-        predicted_seconds=sum(p.seconds.get(n.name, 0.0) for n in scheduled),
+        predicted_seconds=sum(_step_seconds(p, n) for n in scheduled),
         seconds=time.perf_counter() - started,
         activations=tuple(_activation_plan(n, whole, "kept: the budget allows it") for n in kept if nbytes(n)),
     )

@@ -3,6 +3,12 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def _no_profile_of_this_machine(monkeypatch, tmp_path_factory):
+    """Costs are the same on every machine, whatever `memo doctor --measure` stored on this one."""
+    monkeypatch.setenv("MEMO_PROFILES", str(tmp_path_factory.getbasetemp() / "no-profiles"))
+
+
+@pytest.fixture(autouse=True)
 def _fresh():
     """Each test compiles anew, and leaves nothing behind."""
     import memo_compile

@@ -20,7 +20,7 @@ import torch.fx as fx
 
 from memo_compile import __version__
 from memo_compile.errors import NotReplayable
-from memo_compile.hardware import DeviceProfile
+from memo_compile.hardware import from_fields
 from memo_compile.passes.slices import Homes
 from memo_compile.passes.tokens import META, fake_mode
 from memo_compile.planner import Decided, Limits, Prepared, carry_out, decide, prepare
@@ -98,7 +98,7 @@ def _passes(
     joint: fx.GraphModule, record: Mapping[str, Any], raw: Mapping[str, Any], dumped: Plan, folder: Path, timer: _Timer
 ) -> Iterator[Replayed]:
     placeholders = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
-    profile = DeviceProfile(**{**record["profile"], "notes": tuple(record["profile"]["notes"])})
+    profile = from_fields(record["profile"])
     p = prepare(
         joint, (placeholders, []), raw["num_forward_outputs"], raw["static_inputs"], profile, fused=record["fused"]
     )

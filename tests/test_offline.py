@@ -1,0 +1,18 @@
+"""Planning without running: what a trace costs."""
+
+import pytest
+import torch
+
+from memo_compile import plan
+from memo_compile.models import GPT, GPTConfig
+from memo_compile.offline import trace
+
+
+def test_an_unplanned_step_takes_as_long_as_what_it_computes():
+    model = GPT(GPTConfig(vocab=64, layers=2, width=64, heads=4, tokens=256))
+    x = torch.zeros(1, 256, dtype=torch.int64)
+    p, _ = trace(model, (x,), {"labels": x}, {"hardware": "a800"})
+    graphs = (p.unplanned.forward, p.unplanned.backward)
+    computed = [p.seconds[n.name] for g in graphs for n in g.graph.nodes if n.op == "call_function"]
+    made = plan(model, (x,), {"labels": x}, {"hardware": "a800"})
+    assert made.predicted_seconds == pytest.approx(sum(computed))

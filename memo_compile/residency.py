@@ -2,22 +2,28 @@
 
 Pure functions over plain data; nothing here knows of graphs. Time is a row of steps, forward then backward, merged into
 intervals between which nothing is born or dies. All state is carried from interval to interval, so that the matrix is
-sparse: a few entries a row, however many activations there are.
+sparse: a few entries a row, however many activations there are. A stall stands before its interval; both engines run on
+in it, as they do while something is recomputed.
 
 For activation a: bytes b, fractions k (kept), o (offloaded), r (recomputed), k + o + r = 1.
 
-* memory   its bytes are live on [produced, last_forward] and on [first_backward, last_backward] whole, k·b in between
-* out      a slice occupies the device until the D2H engine has copied it. The engine works through a queue, which
-           counts towards memory: queue(i) ≥ queue(i-1) + o·b of what is due in i - rate · (seconds(i) + stall(i))
-* in       slices land before their first use: what has landed early counts towards memory; in a stall more lands
+* memory   its bytes are live on [produced, last_forward] and on [first_backward, last_backward] whole, k·b in between;
+           with it go the slices that wait for the D2H engine and those that landed early or are landing
+* out      slices can leave from the interval behind the one that makes them. The engine takes them in the order in
+           which their bytes must be gone, so that what is overdue is all that was due less all that was copied
+* in       slices land before their first use, in the order of their first uses
 * host     Σ o·b ≤ host budget
 * least    Σ r · recompute seconds + Σ stalls + a tie-break on the bytes moved
+
+The fractions are then rounded to slices, and the program is solved again with them fixed: that tells what the stalls
+are, and that every row still holds. Where one does not, the budget is lowered by the excess and all is decided again.
 
 After DESIGN: MEMO (SIGMOD 2025) section 4.2 has one fraction for all tensors and the memory and host rows only.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +35,9 @@ import numpy as np
 from memo_compile.solver import quiet_highs
 
 SLACK = 0.0005  # of the smallest peak: room in which the least plan may choose the faster of two
+ROUNDING = 1e-3  # of the step: what rounding may cost before another way to round is tried
+ROUNDS = 4  # of rounding and lowering the target by what it broke
+UNIT = float(2**20)  # bytes
 TIE_BREAK = 1e-4  # of the seconds that a transfer takes: enough to prefer fewer bytes, too little to pay for them
 
 
@@ -79,7 +88,12 @@ class Residency:
 
 @dataclass(frozen=True)
 class Decision:
-    """The program's answer. `seconds` is the predicted step; `binding` names the constraint that costs most."""
+    """The program's answer.
+
+    `seconds` is the predicted step, `peak` the least memory in which it takes no longer, transfers included. `prices`
+    are the duals: the seconds that one more GiB of "device memory" or "host memory", or one more GB/s of "offload rate"
+    or "prefetch rate" would save. `binding` names the one that costs most in proportion: price times what there is.
+    """
 
     residency: dict[str, Residency]
     peak: int
@@ -96,8 +110,8 @@ def decide(problem: Problem, *, time_limit: float = 10.0) -> Decision | None:
     started = time.perf_counter()
     grid = _grid(problem)
     budget = float("inf") if problem.budget is None else float(problem.budget)
-    answer = _solve(problem, grid, budget, time_limit)
-    return None if answer is None else _decision(problem, answer, time.perf_counter() - started)
+    settled = _settled(problem, grid, budget, time_limit)
+    return None if settled is None else _decision(problem, *settled, time.perf_counter() - started)
 
 
 def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
@@ -107,21 +121,82 @@ def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     smallest = _solve(problem, grid, None, time_limit)
     assert smallest is not None, "without a budget everything can be kept"
     within = smallest.peak * (1 + SLACK) + 4096
-    answer = _solve(problem, grid, within, time_limit)
-    return _decision(problem, answer or smallest, time.perf_counter() - started)
+    settled = _settled(problem, grid, within, time_limit)
+    if settled is None:  # slices are too coarse for the last thousandth: the smallest as it rounds
+        homes = _round_all(problem, smallest, again=False)
+        settled = homes, smallest, _solve(problem, grid, math.inf, time_limit, homes) or smallest
+    return _decision(problem, *settled, time.perf_counter() - started)
 
 
-def _decision(problem: Problem, answer: _Answer, solver_seconds: float) -> Decision:
-    residency = {a.name: _rounded(a, answer, i, problem) for i, a in enumerate(problem.activations)}
-    recompute = sum((a.recompute_seconds or 0.0) * residency[a.name].recomputed / a.tokens for a in problem.activations)
+def evaluate(problem: Problem, residency: Mapping[str, Residency], *, time_limit: float = 10.0) -> Decision | None:
+    """What the program predicts for given homes; None where they break a constraint."""
+    started = time.perf_counter()
+    budget = float("inf") if problem.budget is None else float(problem.budget)
+    answer = _solve(problem, _grid(problem), budget, time_limit, residency)
+    if answer is None:
+        return None
+    return _decision(problem, residency, answer, answer, time.perf_counter() - started)
+
+
+def _settled(
+    problem: Problem, grid: _Grid, budget: float, time_limit: float
+) -> tuple[dict[str, Residency], _Answer, _Answer] | None:
+    """Homes in whole slices that keep every row: the homes, the answer that they round, the answer for them."""
+    target, host = budget, float(problem.host_budget)
+    for _ in range(ROUNDS):
+        free = _solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit)
+        if free is None:
+            return None
+        best: tuple[dict[str, Residency], _Answer, _Answer] | None = None
+        for again in (False, True):
+            homes = _round_all(problem, free, again=again)
+            fixed = _solve(problem, grid, budget, time_limit, homes)
+            if fixed is not None and (best is None or _lost(problem, homes, fixed) < _lost(problem, best[0], best[2])):
+                best = homes, free, fixed
+            if best is not None and _lost(problem, best[0], best[2]) <= free.lost + ROUNDING * sum(problem.seconds):
+                break
+        if best is not None:
+            return best
+        slices = [a.bytes * min(problem.slice_tokens, a.tokens) / a.tokens for a in problem.activations]
+        # A row holds a few roundings at once; the larger the room taken back, the fewer rounds.
+        target -= max(sorted(slices)[-8:], default=0.0) + max(0.0, max(memory_profile(problem, homes)) - budget)
+        offloaded = sum(a.bytes * homes[a.name].offloaded / a.tokens for a in problem.activations)
+        host -= max(0.0, offloaded - problem.host_budget)
+    return None
+
+
+def _lost(problem: Problem, homes: Mapping[str, Residency], fixed: _Answer) -> float:
+    """Seconds beyond the step's own."""
+    return fixed.stall + _recompute_seconds(problem, homes)
+
+
+def _recompute_seconds(problem: Problem, homes: Mapping[str, Residency]) -> float:
+    return sum((a.recompute_seconds or 0.0) * homes[a.name].recomputed / a.tokens for a in problem.activations)
+
+
+def _round_all(problem: Problem, answer: _Answer, *, again: bool) -> dict[str, Residency]:
+    return {a.name: _rounded(a, answer, i, problem, again=again) for i, a in enumerate(problem.activations)}
+
+
+def _decision(
+    problem: Problem, residency: Mapping[str, Residency], free: _Answer, fixed: _Answer, solver_seconds: float
+) -> Decision:
+    recompute = _recompute_seconds(problem, residency)
+    amounts = {
+        "device memory": (problem.budget or 0) / 2**30,
+        "host memory": problem.host_budget / 2**30,
+        "offload rate": problem.d2h / 1e9,
+        "prefetch rate": problem.h2d / 1e9,
+    }
+    worth = {key: price * amounts[key] for key, price in free.prices.items()}
     return Decision(
-        residency,
-        max(memory_profile(problem, residency), default=0),
-        sum(problem.seconds) + recompute + answer.stall,
-        answer.stall,
+        dict(residency),
+        int(fixed.peak),
+        sum(problem.seconds) + recompute + fixed.stall,
+        fixed.stall,
         recompute,
-        max(answer.prices, key=lambda key: answer.prices[key]) if any(answer.prices.values()) else "nothing",
-        answer.prices,
+        max(worth, key=lambda key: worth[key]) if any(worth.values()) else "nothing",
+        free.prices,
         solver_seconds,
     )
 
@@ -154,7 +229,7 @@ def _grid(problem: Problem) -> _Grid:
     steps = len(problem.seconds)
     edges = {0, problem.forward_steps}
     for a in problem.activations:
-        edges |= {a.produced, a.last_forward + 1, a.first_backward, a.last_backward + 1}
+        edges |= {a.produced, a.produced + 1, a.last_forward + 1, a.first_backward, a.last_backward + 1}
     start = sorted(e for e in edges if 0 <= e < steps)
     of_step = np.zeros(steps + 1, dtype=int)
     seconds, base = [], []
@@ -171,6 +246,7 @@ class _Answer:
     fractions: np.ndarray[Any, Any]  # (activations, 3): kept, offloaded, recomputed
     peak: float
     stall: float
+    lost: float  # seconds of stalls and recomputation
     prices: dict[str, float]
 
 
@@ -195,97 +271,212 @@ class _Rows:
         return len(self.lower) - 1
 
 
-def _solve(problem: Problem, grid: _Grid, budget: float | None, time_limit: float) -> _Answer | None:
+def _solve(
+    problem: Problem,
+    grid: _Grid,
+    budget: float | None,
+    time_limit: float,
+    fixed: Mapping[str, Residency] | None = None,
+) -> _Answer | None:
     """Solve for the least time within `budget`, or with None for the least peak; None where there is no solution.
 
+    With `fixed` homes only transfers and stalls are left to choose, and among equals the least peak is taken.
     Bytes are scaled to MiB and seconds to thousandths of the step, so that the solver's tolerances are small beside
     both.
     """
     import highspy
 
-    inf = highspy.kHighsInf
-    unit = float(2**20)
-    acts = problem.activations
-    n, m = len(acts), len(grid.start)
-    f = grid.forward
-    kept, away, again = 0, n, 2 * n  # k, o, r
-    live = 3 * n  # live(i): MiB of activations
-    queue = live + m  # forward: waiting to leave; backward: landed early, after this interval's uses
-    landed = queue + m  # backward: arrives during the interval's computation
-    stall = landed + m  # seconds
-    top = stall + m  # the peak, MiB
-    columns = top + 1
-    cost = np.zeros(columns)
-    lower, upper = np.zeros(columns), np.full(columns, inf)
-    integral = np.zeros(columns, dtype=bool)
+    scale = _Scale.of(problem)
+    c = _Columns.of(len(problem.activations), len(grid.start))
+    cost, lower, upper, integral = _bounds(problem, grid, c, scale, fixed)
     rows = _Rows()
-    size = np.array([a.bytes / unit for a in acts])
-    tick = max(sum(problem.seconds), 1e-12) / 1000
-    seconds = grid.seconds / tick
-    out_rate, in_rate = problem.d2h / unit * tick, problem.h2d / unit * tick
-    for i, a in enumerate(acts):
-        upper[[kept + i, away + i, again + i]] = 1.0
-        if not a.can_offload:
-            upper[away + i] = 0.0
-        if a.recompute_seconds is None:
-            upper[again + i] = 0.0
-        if a.tokens == 1:
-            integral[[kept + i, away + i, again + i]] = True
-        elif a.recompute_whole:
-            integral[again + i] = a.recompute_seconds is not None
-        rows.add({kept + i: 1.0, away + i: 1.0, again + i: 1.0}, 1.0, 1.0)
-        transfer = size[i] * (1 / out_rate + 1 / in_rate)
-        cost[away + i] = TIE_BREAK * transfer
-        cost[again + i] = (a.recompute_seconds or 0.0) / tick
-    cost[stall : stall + m] = 1.0
-    changes: list[dict[int, float]] = [{} for _ in range(m + 1)]
-    constant = np.zeros(m + 1)
-    leaving: list[dict[int, float]] = [{} for _ in range(m + 1)]
-    landing: list[dict[int, float]] = [{} for _ in range(m + 1)]
-    for i, a in enumerate(acts):
-        born, gone = grid.of_step[a.produced], grid.of_step[min(a.last_forward + 1, len(problem.seconds))]
-        back, dead = grid.of_step[a.first_backward], grid.of_step[min(a.last_backward + 1, len(problem.seconds))]
-        back = max(back, gone)
-        constant[born] += size[i]
-        constant[gone] -= size[i]
-        changes[gone][kept + i] = changes[gone].get(kept + i, 0.0) + size[i]
-        constant[back] += size[i]
-        changes[back][kept + i] = changes[back].get(kept + i, 0.0) - size[i]
-        constant[dead] -= size[i]
-        leaving[min(gone, max(f - 1, 0))][away + i] = size[i]
-        landing[back][away + i] = size[i]
-    memory_rows = []
-    for i in range(m):
-        row = {live + i: 1.0, **{c: -v for c, v in changes[i].items()}}
-        if i:
-            row[live + i - 1] = -1.0
-        rows.add(row, constant[i], constant[i])
-        if i < f:  # queue(i) - queue(i-1) - leaving(i) + rate·stall(i) >= -rate·seconds(i)
-            row = {queue + i: 1.0, stall + i: out_rate, **{c: -v for c, v in leaving[i].items()}}
-            if i:
-                row[queue + i - 1] = -1.0
-            rows.add(row, -out_rate * seconds[i], inf)
-            upper[landed + i] = 0.0
-        else:  # early(i) = early(i-1) + landed(i-1) + rate·stall(i) - landing(i) >= 0, as far as it is used
-            upper[landed + i] = in_rate * seconds[i]
-            row = {queue + i: 1.0, stall + i: -in_rate, **landing[i]}
-            if i > f:
-                row[queue + i - 1] = -1.0
-                row[landed + i - 1] = -1.0
-            rows.add(row, -inf, 0.0)
-        row = {live + i: 1.0, queue + i: 1.0, landed + i: 1.0, top: -1.0}
-        memory_rows.append(rows.add(row, -inf, -grid.base[i] / unit))
-    host_row = rows.add({away + i: size[i] for i in range(n)}, -inf, max(problem.host_budget, 0) / unit)
-    if budget is None:
-        # The smallest peak first; seconds only break ties.
+    for i in range(c.activations):
+        rows.add({c.kept + i: 1.0, c.away + i: 1.0, c.again + i: 1.0}, 1.0, 1.0)
+    memory_rows, rates = _rows_of_time(problem, grid, c, scale, rows)
+    host = {c.away + i: a.bytes / UNIT for i, a in enumerate(problem.activations)}
+    host_row = rows.add(host, -math.inf, max(problem.host_budget, 0) / UNIT * (1 + (1e-9 if fixed else 0)))
+    if budget is None:  # the smallest peak first; seconds only break ties
         cost = cost * 1e-6
-        cost[top] = 1.0
+        cost[c.top] = 1.0
     else:
-        upper[top] = min(budget / unit, inf)
+        upper[c.top] = budget / UNIT * (1 + (1e-9 if fixed else 0))
+        if fixed is not None:
+            cost[c.top] = 1e-3 / max(1.0, float(grid.base.max()) / UNIT)
     highs = quiet_highs(time_limit)
     highs.setOptionValue("mip_rel_gap", 1e-3)
+    highs.passModel(_model(cost, lower, upper, integral, rows))
+    highs.run()
+    status = highs.getModelStatus()
+    solution = highs.getSolution()
+    values = np.array(solution.col_value)
+    if len(values) != c.count or status == highspy.HighsModelStatus.kInfeasible or not solution.value_valid:
+        return None
+    fractions = np.stack([values[c.kept : c.away], values[c.away : c.again], values[c.again : c.live]], axis=1)
+    prices = dict.fromkeys(("device memory", "host memory", "offload rate", "prefetch rate"), 0.0)
+    if not integral.any() and solution.dual_valid and budget is not None and fixed is None:
+        prices = _prices(np.array(solution.row_dual), values, memory_rows, host_row, rates, scale)
+    stall = scale.tick * float(values[c.stall : c.stall + c.intervals].sum())
+    again = sum((a.recompute_seconds or 0.0) * fractions[i, 2] for i, a in enumerate(problem.activations))
+    return _Answer(np.clip(fractions, 0.0, 1.0), values[c.top] * UNIT, stall, stall + again, prices)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """`tick` seconds are one unit of time; rates in MiB a tick."""
+
+    tick: float
+    out_rate: float
+    in_rate: float
+
+    @staticmethod
+    def of(problem: Problem) -> _Scale:
+        tick = max(sum(problem.seconds), 1e-12) / 1000
+        return _Scale(tick, problem.d2h / UNIT * tick, problem.h2d / UNIT * tick)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where each kind of variable begins. All but the first three have one for each interval."""
+
+    activations: int
+    intervals: int
+    kept: int
+    away: int
+    again: int
+    live: int  # MiB of activations
+    stall: int  # ticks before the interval
+    out_stalled: int  # copied to the host in the stall
+    out: int  # copied to the host during the interval
+    waiting: int  # made and not copied, behind the interval
+    overdue: int  # due less copied, behind the interval; below 0 where copies are ahead
+    held: int  # overdue at the start of the interval
+    back_stalled: int  # landed in the stall
+    back: int  # landed during the interval
+    early: int  # landed and not yet used, behind the interval
+    top: int  # the peak
+    count: int
+
+    @staticmethod
+    def of(n: int, m: int) -> _Columns:
+        a, b, d, e, f, g, h, i, j, k, top = (3 * n + place * m for place in range(11))
+        return _Columns(n, m, 0, n, 2 * n, a, b, d, e, f, g, h, i, j, k, top, top + 1)
+
+
+def _bounds(
+    problem: Problem, grid: _Grid, c: _Columns, scale: _Scale, fixed: Mapping[str, Residency] | None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Costs, lower and upper bounds, and which variables are whole numbers."""
+    cost, lower, upper = np.zeros(c.count), np.zeros(c.count), np.full(c.count, math.inf)
+    integral = np.zeros(c.count, dtype=bool)
+    for i, a in enumerate(problem.activations):
+        columns = [c.kept + i, c.away + i, c.again + i]
+        cost[c.away + i] = TIE_BREAK * a.bytes / UNIT * (1 / scale.out_rate + 1 / scale.in_rate)
+        cost[c.again + i] = (a.recompute_seconds or 0.0) / scale.tick
+        if fixed is not None:
+            home = fixed[a.name]
+            lower[columns] = np.array([home.kept, home.offloaded, home.recomputed]) / a.tokens
+            upper[columns] = lower[columns]
+            continue
+        upper[columns] = [1.0, float(a.can_offload), float(a.recompute_seconds is not None)]
+        if a.tokens == 1:
+            integral[columns] = True
+        elif a.recompute_whole:
+            integral[c.again + i] = a.recompute_seconds is not None
+    cost[c.stall : c.stall + c.intervals] = 1.0
+    lower[c.overdue : c.overdue + c.intervals] = -math.inf
+    for column in (c.back_stalled, c.back, c.early):
+        upper[column : column + grid.forward] = 0.0
+    return cost, lower, upper, integral
+
+
+Changes = list[dict[int, float]]
+
+
+def _events(
+    problem: Problem, grid: _Grid, c: _Columns
+) -> tuple[Changes, np.ndarray[Any, Any], Changes, Changes, Changes]:
+    """What changes at the start of each interval: live bytes (with a constant), released, due and needed slices."""
+    m, steps = c.intervals, len(problem.seconds)
+    changes: Changes = [{} for _ in range(m + 1)]
+    released: Changes = [{} for _ in range(m + 1)]
+    due: Changes = [{} for _ in range(m + 1)]
+    needed: Changes = [{} for _ in range(m + 1)]
+    constant = np.zeros(m + 1)
+    ready = 0
+    order = sorted(
+        range(c.activations), key=lambda i: (problem.activations[i].last_forward, problem.activations[i].produced)
+    )
+    for i in order:
+        a = problem.activations[i]
+        size = a.bytes / UNIT
+        born, gone = grid.of_step[a.produced], grid.of_step[min(a.last_forward + 1, steps)]
+        back, dead = max(grid.of_step[a.first_backward], gone), grid.of_step[min(a.last_backward + 1, steps)]
+        constant[born] += size
+        constant[gone] -= size
+        constant[back] += size
+        constant[dead] -= size
+        changes[gone][c.kept + i] = changes[gone].get(c.kept + i, 0.0) + size
+        changes[back][c.kept + i] = changes[back].get(c.kept + i, 0.0) - size
+        # The engine's order is that of the due times: what is due later leaves after what is due before.
+        ready = max(ready, min(grid.of_step[min(a.produced + 1, steps)], gone))
+        released[ready][c.away + i] = size
+        due[gone][c.away + i] = size
+        needed[back][c.away + i] = size
+    return changes, constant, released, due, needed
+
+
+def _rows_of_time(
+    problem: Problem, grid: _Grid, c: _Columns, scale: _Scale, rows: _Rows
+) -> tuple[list[int], dict[str, list[tuple[int, dict[int, float], float]]]]:
+    """Rows for each interval. Returns those of memory, and those that a rate limits: (row, time's columns, time)."""
+    changes, constant, released, due, needed = _events(problem, grid, c)
+    again: Changes = [{} for _ in range(c.intervals + 1)]
+    for i, a in enumerate(problem.activations):
+        if a.recompute_seconds:
+            again[grid.of_step[a.first_backward]][c.again + i] = a.recompute_seconds / scale.tick
+    memory: list[int] = []
+    rates: dict[str, list[tuple[int, dict[int, float], float]]] = {"offload rate": [], "prefetch rate": []}
+
+    def limited(kind: str, column: int, rate: float, time_of: dict[int, float], constant: float) -> None:
+        row = rows.add({column: 1.0, **{k: -rate * v for k, v in time_of.items()}}, -math.inf, rate * constant)
+        rates[kind].append((row, time_of, constant))
+
+    for i in range(c.intervals):
+        before = i > 0
+        row = {c.live + i: 1.0, **{k: -v for k, v in changes[i].items()}}
+        rows.add({**row, **({c.live + i - 1: -1.0} if before else {})}, constant[i], constant[i])
+        seconds = float(grid.seconds[i]) / scale.tick
+        stalled = {c.stall + i: 1.0}
+        limited("offload rate", c.out_stalled + i, scale.out_rate, stalled, 0.0)
+        limited("offload rate", c.out + i, scale.out_rate, again[i], seconds)
+        copied = {c.out_stalled + i: 1.0, c.out + i: 1.0}
+        row = {c.waiting + i: 1.0, **copied, **{k: -v for k, v in released[i].items()}}
+        rows.add({**row, **({c.waiting + i - 1: -1.0} if before else {})}, 0.0, 0.0)
+        row = {c.overdue + i: 1.0, **copied, **{k: -v for k, v in due[i].items()}}
+        rows.add({**row, **({c.overdue + i - 1: -1.0} if before else {})}, 0.0, 0.0)
+        rows.add({c.held + i: 1.0, c.overdue + i: -1.0, c.out + i: -1.0}, 0.0, math.inf)
+        if i >= grid.forward:
+            limited("prefetch rate", c.back_stalled + i, scale.in_rate, stalled, 0.0)
+            limited("prefetch rate", c.back + i, scale.in_rate, again[i], seconds)
+            row = {c.early + i: 1.0, c.back_stalled + i: -1.0, c.back + i: -1.0, **needed[i]}
+            rows.add({**row, **({c.early + i - 1: -1.0} if i > grid.forward else {})}, 0.0, 0.0)
+            rows.add({c.early + i: 1.0, c.back + i: -1.0}, 0.0, math.inf)
+        row = {c.live + i: 1.0, c.held + i: 1.0, c.early + i: 1.0, c.top: -1.0}
+        memory.append(rows.add(row, -math.inf, -grid.base[i] / UNIT))
+    return memory, rates
+
+
+def _model(
+    cost: np.ndarray[Any, Any],
+    lower: np.ndarray[Any, Any],
+    upper: np.ndarray[Any, Any],
+    integral: np.ndarray[Any, Any],
+    rows: _Rows,
+) -> Any:
+    import highspy
+
     lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = columns, len(rows.lower)
+    lp.num_col_, lp.num_row_ = len(cost), len(rows.lower)
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, lower, upper
     lp.row_lower_, lp.row_upper_ = np.array(rows.lower), np.array(rows.upper)
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
@@ -295,20 +486,29 @@ def _solve(problem: Problem, grid: _Grid, budget: float | None, time_limit: floa
     if integral.any():
         kinds = highspy.HighsVarType
         lp.integrality_ = [kinds.kInteger if flag else kinds.kContinuous for flag in integral]
-    highs.passModel(lp)
-    highs.run()
-    status = highs.getModelStatus()
-    solution = highs.getSolution()
-    values = np.array(solution.col_value)
-    if len(values) != columns or status == highspy.HighsModelStatus.kInfeasible or not solution.value_valid:
-        return None
-    fractions = np.stack([values[kept:away], values[away:again], values[again:live]], axis=1)
-    prices = {"device memory": 0.0, "host memory": 0.0}
-    if not integral.any() and solution.dual_valid and budget is not None:
-        duals = np.array(solution.row_dual)
-        prices["device memory"] = tick * float(-min(0.0, sum(duals[r] for r in memory_rows))) * 1024
-        prices["host memory"] = tick * float(-min(0.0, duals[host_row])) * 1024
-    return _Answer(np.clip(fractions, 0.0, 1.0), values[top] * unit, tick * float(values[stall:top].sum()), prices)
+    return lp
+
+
+def _prices(
+    duals: np.ndarray[Any, Any],
+    values: np.ndarray[Any, Any],
+    memory: list[int],
+    host: int,
+    rates: Mapping[str, list[tuple[int, dict[int, float], float]]],
+    scale: _Scale,
+) -> dict[str, float]:
+    """Seconds saved by one more GiB or GB/s. A dual is the change of the objective as its row's bound is raised."""
+    prices = {
+        "device memory": scale.tick * 1024 * max(0.0, -float(sum(duals[r] for r in memory))),
+        "host memory": scale.tick * 1024 * max(0.0, -float(duals[host])),
+    }
+    for kind, limited in rates.items():
+        # One more GB/s raises the bound by 1e9 bytes for each second that the row's time lasts.
+        ticks = sum(
+            duals[r] * (constant + sum(v * values[k] for k, v in time.items())) for r, time, constant in limited
+        )
+        prices[kind] = scale.tick * max(0.0, -float(ticks)) * 1e9 / UNIT * scale.tick
+    return prices
 
 
 def worst_moment(problem: Problem, residency: Mapping[str, Residency]) -> list[Activation]:
@@ -323,25 +523,23 @@ def worst_moment(problem: Problem, residency: Mapping[str, Residency]) -> list[A
     return sorted(live, key=lambda a: (-a.bytes, a.name))
 
 
-def _rounded(a: Activation, answer: _Answer, index: int, problem: Problem) -> Residency:
-    """Whole slices. What is kept is rounded down, so that no memory row breaks; what is left over moves to a home
-    that is open to it, recomputation before the host, so that the host's row holds too.
+def _rounded(a: Activation, answer: _Answer, index: int, problem: Problem, *, again: bool) -> Residency:
+    """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks; what is left over
+    goes to a home that is open to it: recomputation with `again` or where nothing is offloaded, else the host.
     """
     k, o, r = answer.fractions[index]
     if a.tokens == 1:
         best = int(np.argmax([k, o, r]))
         return Residency(*(1 if i == best else 0 for i in range(3)))
+    if a.recompute_whole and r > 0.5:
+        return Residency(0, 0, a.tokens)
     unit = max(1, min(problem.slice_tokens, a.tokens))
     slack = 1e-6 * a.tokens
     kept = min(a.tokens, int((k * a.tokens + slack) // unit) * unit if k < 1 - 1e-6 else a.tokens)
     offloaded = min(a.tokens - kept, int((o * a.tokens + slack) // unit) * unit if o < 1 - 1e-6 else a.tokens)
-    if a.recompute_whole and r > 0.5:
-        return Residency(0, 0, a.tokens)
     rest = a.tokens - kept - offloaded
-    if not rest:
-        return Residency(kept, offloaded, 0)
     sliced = a.recompute_seconds is not None and not a.recompute_whole
-    if sliced and (r > 1e-6 or not a.can_offload or o < 1e-6):
+    if sliced and (again or r > 1e-6 or not a.can_offload or not offloaded):
         return Residency(kept, offloaded, rest)
     if a.can_offload:
         return Residency(kept, offloaded + rest, 0)

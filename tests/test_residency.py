@@ -100,3 +100,64 @@ def test_rows_sum_to_all_and_the_budget_is_kept(n, sizes, share, rate):
 def test_a_smaller_budget_is_never_faster(tokens):
     seconds = [decide(layered(6, tokens=tokens, budget=int(b * MIB), rate=1e9)).seconds for b in (6, 5, 4, 3, 2)]
     assert seconds == sorted(seconds)
+
+
+def seconds_at(problem, **changes):
+    return decide(replace(problem, slice_tokens=1, **changes)).seconds
+
+
+def fine(problem):
+    """Slices so thin that rounding hides no price."""
+    return replace(problem, activations=tuple(replace(a, tokens=1 << 20) for a in problem.activations))
+
+
+def test_the_price_of_device_memory_is_what_more_of_it_saves():
+    problem = fine(layered(8, budget=int(3.3 * MIB), rate=1e8))
+    decision = decide(problem)
+    assert decision.binding == "device memory"
+    saved = seconds_at(problem) - seconds_at(problem, budget=problem.budget + 8192)
+    assert saved / 8192 * 2**30 == pytest.approx(decision.prices["device memory"], rel=0.05)
+
+
+def test_the_price_of_host_memory_is_what_more_of_it_saves():
+    problem = fine(layered(8, budget=2 * MIB, host=2 * MIB + 5000, rate=1e11))
+    decision = decide(problem)
+    saved = seconds_at(problem) - seconds_at(problem, host_budget=problem.host_budget + 8192)
+    assert decision.prices["host memory"] > 0
+    assert saved / 8192 * 2**30 == pytest.approx(decision.prices["host memory"], rel=0.05)
+
+
+def test_the_prices_of_the_rates_are_what_faster_links_save():
+    problem = fine(layered(8, budget=2 * MIB, rate=6e8))
+    problem = replace(problem, activations=tuple(replace(a, recompute_seconds=None) for a in problem.activations))
+    decision = decide(problem)
+    for field, name in (("d2h", "offload rate"), ("h2d", "prefetch rate")):
+        saved = seconds_at(problem) - seconds_at(problem, **{field: getattr(problem, field) + 1e6})
+        assert decision.prices[name] > 0
+        assert saved * 1e3 == pytest.approx(decision.prices[name], rel=0.05)
+
+
+def test_with_room_nothing_binds():
+    decision = decide(layered())
+    assert decision.binding == "nothing"
+    assert set(decision.prices.values()) == {0.0}
+
+
+def test_of_equally_fast_plans_the_one_that_moves_fewer_bytes_is_taken():
+    """One MiB must go; the two differ in size and nothing else, and both copies would hide."""
+    problem = layered(4, budget=3 * MIB, rate=1e12, recompute=None)
+    decision = decide(problem)
+    moved = sum(r.offloaded for r in decision.residency.values()) * MIB // 64
+    assert moved <= MIB + 4 * MIB // 64
+
+
+def test_copies_overlap_with_what_still_reads_the_value():
+    """The second step reads the first's value for long enough to copy it: the third finds it gone, without a stall."""
+    n = 3
+    activations = (Activation("long", MIB, 64, 0, 1, 5, 5, None), Activation("next", MIB, 64, 2, 2, 3, 3, None))
+    problem = Problem(
+        (1e-3, 10e-3, 1e-3, 1e-3, 10e-3, 1e-3), (0,) * 6, n, activations, MIB + 4096, 1 << 40, MIB / 5e-3, MIB / 5e-3
+    )
+    decision = decide(problem)
+    assert decision.residency["long"].offloaded == 64
+    assert decision.stall_seconds == pytest.approx(0.0, abs=1e-9)

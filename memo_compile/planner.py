@@ -330,6 +330,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         solver="highs",
         seconds=time.perf_counter() - started,
         binding=decision.binding,
+        prices=dict(decision.prices),
         activations=_activation_plans(p, homes, limits),
     )
     obstacles = _obstacles(p, residency.worst_moment(problem, decision.residency))

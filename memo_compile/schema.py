@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,7 +72,9 @@ class Plan:
 
     `predicted_peak` counts what the compiled forward and backward hold on the device above what the caller already
     held: segments, outputs, gradients and what kernels allocate themselves. `least_peak` is the smallest that any plan
-    the planner knows of would hold, `unplanned_peak` what the graph holds when nothing is planned.
+    the planner knows of would hold, `unplanned_peak` what the graph holds when nothing is planned. `prices` are
+    the seconds that one more GiB ("device memory", "host memory") or GB/s ("offload rate", "prefetch rate") would save;
+    `binding` is the one of these that costs most, or "nothing".
     """
 
     name: str
@@ -94,6 +97,7 @@ class Plan:
     lower_bound: int = 0
     coverage: float = 0.0
     rounds: int = 0
+    prices: Mapping[str, float] = field(default_factory=dict)
     segments: tuple[ArenaSegment, ...] = ()
     buffers: tuple[ArenaBuffer, ...] = ()
     version: int = field(default=SCHEMA_VERSION)

@@ -55,6 +55,27 @@ class HostBudgetExceeded(MemoError):
         )
 
 
+class HostMemoryUnavailable(MemoError):
+    """The system has less host memory than the host arena needs."""
+
+    def __init__(self, asked: int, available: int) -> None:
+        super().__init__(
+            f"the host arena needs {asked:,} bytes of host memory and {available:,} are free. Lower host_budget, let "
+            "memo recompute more (recompute=True), or free host memory."
+        )
+
+
+class ArenaDoesNotFit(MemoError):
+    """The device has less room than when the plan was made."""
+
+    def __init__(self, cause: str, free: int) -> None:
+        super().__init__(
+            f"an allocation of a planned step failed with {free:,} bytes free on the device: more is taken than when "
+            "the plan was made. Free memory, or compile again (torch.compiler.reset()) with a smaller memory_budget. "
+            f"The allocator said: {cause}"
+        )
+
+
 class NothingToPlan(MemoError):
     """A model that needs no gradient, or that makes no graph."""
 

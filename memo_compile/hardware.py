@@ -319,14 +319,21 @@ def _meminfo_available() -> int:
 
 
 def _cgroup_left() -> int | None:
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for limit, used, detail, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
+        root = Path("/sys/fs/cgroup")
         try:
-            text = Path(limit).read_text().strip()
+            text = (root / limit).read_text().strip()
             if text != "max":
-                return max(0, int(text) - int(Path(used).read_text()))
+                return max(0, int(text) - int((root / used).read_text()) + _stat(root / detail, cache))
         except (OSError, ValueError):
             continue
     return None
+
+
+def _stat(path: Path, key: str) -> int:
+    """A line of a cgroup's statistics; here the page cache that the kernel gives up first."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next((int(value) for name, value in lines if name == key), 0)

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from memo_compile.compilation import Setting, limits_for, record, setting_for
 from memo_compile.first_step import FirstStep
 from memo_compile.options import Options
+from memo_compile.passes.graph import is_on_host
 from memo_compile.planner import Decided, prepare
 from memo_compile.report.dumps import Dump
+from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.settle import settle
 
 
@@ -58,9 +61,20 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
 
 def _interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
     """A boxed call: the interpreter owns its inputs, and drops each value behind its last reader."""
-
-    def run(args: list[Any]) -> Any:
-        return fx.Interpreter(gm).boxed_run(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
+    run = boxed(lambda args: fx.Interpreter(gm).boxed_run(args))
+    (output,) = gm.graph.find_nodes(op="output")
+    for i, result in enumerate(output.args[0]):
+        if isinstance(result, fx.Node) and is_on_host(result):
+            return forward_call(run, _device(gm), i, lambda: None)
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if is_on_host(node):
+            return backward_call(run, _device(gm), i)
     return run
+
+
+def _device(gm: fx.GraphModule) -> torch.device:
+    """The device that slices leave or come back to."""
+    moving = (torch.ops.memo.offload.default, torch.ops.memo.prefetch_.default)
+    node = next(n for n in gm.graph.nodes if n.target in moving)
+    source: fx.Node = node.args[0]
+    return source.meta["val"].device

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from memo_compile.errors import InvalidOption, UnknownOption
 
@@ -30,7 +30,8 @@ class Options:
             unit ("48GiB"), a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto".
         reserve: bytes that "auto" leaves for what does not exist yet; None: 8 for each trainable element.
         host_budget: bytes of host memory for offloaded slices, or "auto": half of what is free.
-        offload: whether activations may go to the host.
+        offload: whether activations may go to the host; "all": all that can move does, and nothing is recomputed, which
+            is what blocks that are compiled alone want, since what each call keeps is held for all of them.
         recompute: whether activations may be recomputed beyond what Inductor itself would.
         token_slice: rows of a slice, or "auto": a 64th of the tokens.
         solver_time_limit: seconds that one linear or integer program may take.
@@ -44,7 +45,7 @@ class Options:
     memory_budget: int | float | str = "auto"
     reserve: int | None = None
     host_budget: int | str = "auto"
-    offload: bool = True
+    offload: bool | Literal["all"] = True
     recompute: bool = True
     token_slice: int | str = "auto"
     solver_time_limit: float = 10.0
@@ -141,6 +142,14 @@ def _flag(key: str, value: Any) -> bool:
     raise InvalidOption(key, value, "True or False")
 
 
+def _offload(key: str, value: Any) -> bool | Literal["all"]:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value == "all":
+        return "all"
+    raise InvalidOption(key, value, 'True, False or "all"')
+
+
 def _rows(key: str, value: Any) -> int | str:
     if value == "auto" and isinstance(value, str):
         return "auto"
@@ -199,7 +208,7 @@ _CHECKS = {
     "memory_budget": _budget,
     "reserve": _reserve,
     "host_budget": _host_budget,
-    "offload": _flag,
+    "offload": _offload,
     "recompute": _flag,
     "token_slice": _rows,
     "solver_time_limit": _seconds,

@@ -16,7 +16,16 @@ from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.cost import graph_costs
 from memo_compile.hardware import DeviceProfile
-from memo_compile.passes.graph import is_dense, is_view, nbytes, op_name, source_line, storage_of
+from memo_compile.passes.graph import (
+    HOST_LEASE,
+    is_dense,
+    is_on_host,
+    is_view,
+    nbytes,
+    op_name,
+    source_line,
+    storage_of,
+)
 from memo_compile.passes.layers import META as LAYER
 from memo_compile.passes.layers import LayerReport, annotate_layers
 from memo_compile.passes.lifetimes import last_reads, lifetimes
@@ -44,7 +53,7 @@ class Limits:
 
     budget: int | None
     host: int
-    offload: bool = True
+    offload: bool | Literal["all"] = True
     recompute: bool = True
     slice_tokens: int = 0
     time_limit: float = 10.0
@@ -91,6 +100,23 @@ class Decided:
     obstacles: tuple[str, ...] = ()
     limits: Limits | None = None
     ahead: bool = True
+
+
+def lease_output(decided: Decided, num_forward_outputs: int) -> int | None:
+    """Which output of the forward is the host lease; None where nothing is offloaded."""
+    (output,) = decided.forward.graph.find_nodes(op="output")
+    outputs = output.args[0]
+    return next((i for i in range(num_forward_outputs, len(outputs)) if _is_lease(outputs[i])), None)
+
+
+def lease_input(decided: Decided) -> int:
+    """Which input of the backward is the host lease, where there is one."""
+    names = [n.name for n in decided.backward.graph.find_nodes(op="placeholder")]
+    return names.index(HOST_LEASE)
+
+
+def _is_lease(node: Any) -> bool:
+    return isinstance(node, fx.Node) and is_on_host(node)
 
 
 def prepare(
@@ -217,7 +243,7 @@ def _view_of(p: Prepared, limits: Limits) -> _View:
             first_backward=steps + first_read.get(name, 0),
             last_backward=steps + max(back.ranges[name].end - 1, 0) if name in back.ranges else steps,
             recompute_seconds=None if chain is None else sum(p.seconds.get(n.name, 0.0) for n in chain),
-            can_offload=limits.offload,
+            can_offload=bool(limits.offload),
             recompute_whole=axis is not None and not (info is not None and info.sliceable),
         )
     problem = residency.Problem(
@@ -309,16 +335,21 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
     """
     started = time.perf_counter()
-    if limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
+    everything = limits.offload == "all"
+    if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
         return _unplanned(p, limits, name, backend, started)
     view = _view_of(p, limits)
-    problem, decision, fits = _best(_problems(view), limits)
+    if everything:
+        (problem, *_), fits = _problems(view), True
+        decision = residency.all_offloaded(problem, time_limit=limits.time_limit)
+    else:
+        problem, decision, fits = _best(_problems(view), limits)
     homes = {
         a.name: Homes(a.tokens, r.kept, r.offloaded, r.recomputed, view.axes[a.name])
         for a in problem.activations
         for r in [decision.residency[a.name]]
     }
-    ahead = limits.objective == "time" and fits
+    ahead = fits and (everything or limits.objective == "time")
     sliced = carry_out(p, homes, ahead=ahead, host_budget=limits.host)
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
     plan = replace(
@@ -327,7 +358,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         predicted_seconds=decision.seconds,
         host_bytes=sliced.host_bytes,
         recomputed_flops=_recomputed_flops(p, homes),
-        solver="highs",
+        solver="none: everything is offloaded" if everything else "highs",
         seconds=time.perf_counter() - started,
         binding=decision.binding,
         prices=dict(decision.prices),

@@ -138,6 +138,17 @@ def evaluate(problem: Problem, residency: Mapping[str, Residency], *, time_limit
     return _decision(problem, residency, answer, answer, time.perf_counter() - started)
 
 
+def all_offloaded(problem: Problem, *, time_limit: float = 10.0) -> Decision:
+    """Everything that can leave does, whatever it costs; the host arena says so where it does not fit."""
+    away = {
+        a.name: Residency(0, a.tokens, 0) if a.can_offload else Residency(a.tokens, 0, 0) for a in problem.activations
+    }
+    unlimited = replace(problem, budget=None, host_budget=sum(a.bytes for a in problem.activations))
+    decision = evaluate(unlimited, away, time_limit=time_limit)
+    assert decision is not None, "without budgets everything can be offloaded"
+    return decision
+
+
 def _settled(
     problem: Problem, grid: _Grid, budget: float, time_limit: float
 ) -> tuple[dict[str, Residency], _Answer, _Answer] | None:

@@ -24,6 +24,7 @@ import torch.fx as fx
 from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
+from memo_compile.codegen.order import check_order, emitted_steps, origin_of, place_transfers, planned_steps
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
@@ -32,8 +33,10 @@ from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.graph import nbytes
 from memo_compile.passes.partition import num_mutated_outputs
-from memo_compile.planner import Decided, Prepared, prepare
+from memo_compile.planner import Decided, Prepared, lease_input, lease_output, prepare
 from memo_compile.report.dumps import Dump
+from memo_compile.runtime.ahead import Schedule
+from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
 from memo_compile.settle import Settled, settle
 
@@ -112,6 +115,7 @@ class _Compilation:
     dump: Dump | None = None
     forward_body: Body | None = None
     regions: EmittedRegions | None = None
+    schedule: Schedule | None = None
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
@@ -209,11 +213,13 @@ class _Compilation:
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         assert self.dump is not None
         self.dump.code("backward" if backward else "forward", compiled)
+        device, lease_at = self.setting.device, lease_output(self.decided, self.num_forward_outputs)
         if not backward:
             _nothing_donated()
-            return compiled
+            return compiled if lease_at is None else forward_call(compiled, device, lease_at, lambda: self.schedule)
         self._finish()
-        return self.first_step.backward(_guarded(compiled, donated))
+        called = compiled if lease_at is None else backward_call(compiled, device, lease_input(self.decided))
+        return self.first_step.backward(_guarded(called, donated))
 
     def _place_forward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         self.forward_body = body
@@ -238,11 +244,15 @@ class _Compilation:
         return [b for b in self.layout.buffers if b.name.startswith("bw:")], self.layout.segments
 
     def _inspect_forward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
+        assert self.decided is not None
         self.regions = read_regions(lines, outputs, inputs)
         verify_emitted(self.regions)
+        check_order(planned_steps(self.decided.forward), emitted_steps(lines, origin_of))
 
     def _inspect_backward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
+        assert self.decided is not None
         assert self.regions is not None
+        check_order(planned_steps(self.decided.backward), emitted_steps(lines, origin_of))
         links = [(link.output, link.input) for link in self.links]
         verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)
 
@@ -321,7 +331,8 @@ def _settings_for(decided: Decided) -> Iterator[None]:
     from torch._inductor import config
 
     moves = any(h.offloaded for h in decided.homes.values())
-    with config.patch(reorder_for_peak_memory=config.reorder_for_peak_memory and not moves):
+    settings: dict[str, Any] = {"reorder_for_peak_memory": False, "_post_fusion_custom_pass": place_transfers}
+    with config.patch(settings if moves else {}):
         yield
 
 
@@ -334,5 +345,4 @@ def _guarded(compiled: Any, donated: list[int]) -> Callable[[list[Any]], Any]:
                 args[i] = args[i].clone()
         return compiled(args)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(run)

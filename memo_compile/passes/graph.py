@@ -83,11 +83,16 @@ def is_view(node: fx.Node) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def is_write(node: fx.Node) -> bool:
+    """Whether the node writes its second argument over its first, and makes no storage of its own."""
+    return node.target is torch.ops.aten.copy_.default
+
+
 def storage_of(node: fx.Node) -> fx.Node:
-    """The node that made the storage in which this node's value lies: views and tuple items are followed."""
+    """The node that made the storage in which this node's value lies: views, tuple items and writes are followed."""
     while True:
         if node.op == "call_function" and node.all_input_nodes:
-            if is_view(node) or _is_item_of_view(node):
+            if is_view(node) or is_write(node) or _is_item_of_view(node):
                 node = node.all_input_nodes[0]
                 continue
         return node

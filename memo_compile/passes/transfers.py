@@ -1,20 +1,22 @@
 """Puts transfers where they belong in the order: waits as late, prefetches as early as the links need.
 
 `slices` leaves each offload where its slice is final, its wait behind the last reader, and each slice that comes back as
-a mark where it is first needed. Here the marks become a landing buffer, the start of its prefetch and a wait, and the
-waits of offloads move to where the copy has ended.
+a mark where it is first needed. Here the marks become a landing place, the start of its prefetch and a wait, and the
+waits of offloads move to where the copy has ended. A slice lands where it is read: nothing copies it again.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from memo_compile.passes.provenance import FOR, WHY
 from memo_compile.passes.slices import fetch
+from memo_compile.passes.tokens import call, fake_mode
 
 
 def schedule_offloads(
@@ -58,7 +60,8 @@ def schedule_prefetches(
     begins = dict(zip(nodes, itertools.accumulate([seconds(n) for n in nodes], initial=0.0), strict=False))
     first = next(i for i, n in enumerate(nodes) if n.op != "placeholder")
     engine_free = float("inf")
-    for index in range(len(nodes) - 1, -1, -1):
+    starts: list[tuple[fx.Node, fx.Node]] = []
+    for index in range(len(nodes) - 1, -1, -1):  # the last needed first: what is needed before it pushes it ahead
         mark = nodes[index]
         if mark.target is not fetch:
             continue
@@ -67,26 +70,125 @@ def schedule_prefetches(
             engine_free = min(begins[mark], engine_free) - _bytes(mark) / rate
             while start > first and begins[nodes[start]] > engine_free:
                 start -= 1
-        _lower(graph, mark, nodes[start])
+        starts.append((mark, nodes[start]))
+    # All starts stand before a mark is replaced, in the order in which they are needed: so the link serves them.
+    landings = [(mark, _start(graph, mark, start)) for mark, start in reversed(starts)]
+    for mark, landing in landings:
+        _land(graph, mark, landing)
     backward.recompile()
     return backward
 
 
-def _lower(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> None:
-    lease, offset, _, dtype = mark.args
-    why, value_of = mark.meta.get(WHY, ""), mark.meta.get(FOR, "")
-    value: torch.Tensor = mark.meta["val"]
+def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
+    """Take the landing place and start the prefetch: where it is read, in its rows of the whole value."""
+    join = _join_of(mark)
     with graph.inserting_before(start):
-        landing = graph.call_function(
-            torch.ops.aten.empty.memory_format, (list(value.shape),), {"dtype": dtype, "device": value.device}
-        )
-        landing.meta.update({"val": value, WHY: f"where they land: {why}", FOR: value_of})
-        prefetch = graph.call_function(torch.ops.memo.prefetch_.default, (landing, lease, offset))
-        prefetch.meta.update({"val": None, WHY: f"the copy starts, early enough for the link: {why}", FOR: value_of})
-    with graph.inserting_before(mark):
-        wait = graph.call_function(torch.ops.memo.wait_.default, (landing, lease, offset))
-        wait.meta.update({"val": None, WHY: f"the copy must have ended: {why}", FOR: value_of})
-    mark.replace_all_uses_with(landing)
+        landing = _empty(graph, mark if join is None else join)
+        landing.meta.update({WHY: f"where they land: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
+        rows = landing if join is None else _rows(graph, landing, join, 0)
+        _transfer(graph, torch.ops.memo.prefetch_.default, rows, mark, "the copy starts, early enough for the link")
+    return landing
+
+
+def _land(graph: fx.Graph, mark: fx.Node, landing: fx.Node) -> None:
+    """Put the whole value together in the landing place, and wait for what was prefetched."""
+    join = _join_of(mark)
+    whole = mark if join is None else join
+    with graph.inserting_before(whole):
+        if join is not None:
+            for index in range(1, len(_parts(join))):
+                _write(graph, _parts(join)[index], _rows(graph, landing, join, index))
+        # Last: the other rows are made while these are on their way.
+        rows = landing if join is None else _rows(graph, landing, join, 0)
+        _transfer(graph, torch.ops.memo.wait_.default, rows, mark, "the copy must have ended")
+    whole.replace_all_uses_with(landing)
+    graph.erase_node(whole)
+    if join is not None:
+        _erase_unused(graph, mark)
+
+
+def _join_of(mark: fx.Node) -> fx.Node | None:
+    """The `cat` that joins a slice with rows of other homes, of which it is the first part."""
+    (reader,) = mark.users if len(mark.users) == 1 else (None,)
+    if reader is not None and reader.target is torch.ops.aten.reshape.default and len(reader.users) == 1:
+        (reader,) = reader.users
+    if reader is None or reader.target is not torch.ops.aten.cat.default:
+        return None
+    return reader if _base(_parts(reader)[0]) is mark else None
+
+
+def _base(part: fx.Node) -> fx.Node:
+    return part.all_input_nodes[0] if part.target is torch.ops.aten.reshape.default else part
+
+
+def _parts(join: fx.Node) -> list[fx.Node]:
+    parts: Any = join.args[0]
+    return list(parts)
+
+
+def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    value: torch.Tensor = like.meta["val"]
+    kwargs = {"dtype": value.dtype, "device": value.device}
+    return call(graph, torch.ops.aten.empty.memory_format, (list(value.shape),), kwargs)
+
+
+def _rows(graph: fx.Graph, landing: fx.Node, join: fx.Node, index: int) -> fx.Node:
+    """Where one part of a join lies in it."""
+    dim: Any = join.args[1]
+    sizes = [int(part.meta["val"].shape[dim]) for part in _parts(join)]
+    begin = sum(sizes[:index])
+    return call(graph, torch.ops.aten.slice.Tensor, (landing, dim, begin, begin + sizes[index]))
+
+
+def _transfer(graph: fx.Graph, target: Any, rows: fx.Node, mark: fx.Node, why: str) -> None:
+    lease, offset = mark.args[:2]
+    node = graph.call_function(target, (rows, lease, offset))
+    node.meta.update({"val": None, WHY: f"{why}: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
+
+
+def _write(graph: fx.Graph, part: fx.Node, rows: fx.Node) -> None:
+    """Write a part to its rows: a matrix product directly, everything else by a copy that a compiler fuses."""
+    product = _product_of(part)
+    place = _as_matrix(graph, rows, product.meta["val"].shape) if product is not None else None
+    if product is None or place is None:
+        call(graph, torch.ops.aten.copy_.default, (rows, part))
+        return
+    plain = product.target is torch.ops.aten.mm.default
+    target = torch.ops.memo.mm_into_.default if plain else torch.ops.memo.addmm_into_.default
+    graph.call_function(target, (place, *product.args)).meta["val"] = None
+
+
+def _product_of(part: fx.Node) -> fx.Node | None:
+    """The matrix product that a part is a view of, if it is that and nobody else reads it."""
+    node = part
+    while len(node.users) == 1 and node.target in _RESHAPES:
+        node = node.all_input_nodes[0]
+    product = node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return node if product and not node.kwargs and len(node.users) == 1 else None
+
+
+_RESHAPES = (
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+)
+
+
+def _as_matrix(graph: fx.Graph, rows: fx.Node, shape: Any) -> fx.Node | None:
+    """Rows of a larger value as a matrix, None where they are no view of that shape."""
+    value: torch.Tensor = rows.meta["val"]
+    try:
+        with fake_mode(graph):
+            value.view(shape)
+    except RuntimeError:
+        return None
+    return call(graph, torch.ops.aten.view.default, (rows, [int(s) for s in shape]))
+
+
+def _erase_unused(graph: fx.Graph, mark: fx.Node) -> None:
+    for reader in list(mark.users):
+        assert not reader.users
+        graph.erase_node(reader)
     graph.erase_node(mark)
 
 

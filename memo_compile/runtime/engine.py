@@ -1,50 +1,58 @@
-"""What the transfer ops need of an engine: copies that run beside the computation, and waits for them.
+"""Copies that run beside the computation, and the order that they keep: what threads and streams have in common.
 
-Code above this interface does not know whether threads or streams are behind it.
+An engine moves slices between the device and a host lease, one queue each way. Code above it does not know whether
+threads or streams are behind it: those say how a copy is launched, how the computation is put behind it, and how the
+host waits for it. What must wait for what is said here, once, each rule in a method of its own.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
+from memo_compile.errors import TransferFailed
 
-class Engine(Protocol):
-    """Asynchronous copies between the device and a host lease, one queue each way."""
 
-    def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """Start to copy `src` to the lease's bytes from `offset` on, once `src` has been produced."""
-        ...
+@dataclass(eq=False)
+class Copy:
+    """One copy. `kind` is "D2H" or "H2D"; `lease` and `device` are the addresses of its two sides."""
 
-    def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """From here on the computation may write where `src` lies."""
-        ...
+    kind: str
+    lease: int
+    offset: int
+    device: int
+    nbytes: int
+    thread: int
 
-    def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """Start to copy the lease's bytes to `dst`, once the computation has passed the last reader of that place."""
-        ...
-
-    def prefetch_wait(self, dst: torch.Tensor) -> None:
-        """From here on the computation may read `dst`."""
-        ...
-
-    def drain(self) -> None:
-        """Wait for every copy that was started, and forget it."""
-        ...
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        """What a wait names."""
+        return (self.kind, self.lease, self.offset, self.device)
 
 
 @dataclass(frozen=True)
-class Copied:
-    """One finished copy: `kind` is "D2H" or "H2D", times are seconds of `time.perf_counter`."""
+class Span:
+    """A stretch of time on the trace, in seconds of `time.perf_counter`.
+
+    kind: "D2H" or "H2D" for a copy, "wait D2H" or "wait H2D" for the computation standing still, "forward" or
+    "backward" for a call. `lease` is the address of the host lease that it belongs to.
+    """
 
     kind: str
+    lease: int
     offset: int
     nbytes: int
     begin: float
     end: float
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,10 @@ class TransferStats:
 
 @dataclass
 class Recorder:
-    """Counts what an engine does; keeps a trace of single copies while one is asked for."""
+    """Counts what an engine does; keeps a trace of single spans while one is asked for."""
 
     stats: TransferStats = field(default_factory=TransferStats)
-    trace: list[Copied] | None = None
+    trace: list[Span] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def started(self, kind: str, nbytes: int) -> None:
@@ -75,16 +83,194 @@ class Recorder:
             else:
                 self.stats = replace(s, bytes_in=s.bytes_in + nbytes, copies_in=s.copies_in + 1)
 
-    def finished(self, copied: Copied) -> None:
-        """A copy has ended."""
+    def span(self, span: Span) -> None:
+        """A copy, a wait or a call has ended."""
         with self._lock:
+            if span.kind.startswith("wait"):
+                self.stats = replace(self.stats, wait_seconds=self.stats.wait_seconds + span.seconds)
             if self.trace is not None:
-                self.trace.append(copied)
+                self.trace.append(span)
 
-    def waited(self, seconds: float) -> None:
-        """The computation stood still."""
+
+class Engine(ABC):
+    """Asynchronous copies between one device and host leases. Safe to use from several threads.
+
+    A lease is known by its address: what autograd's hooks cloned is another lease, with nothing under way.
+    """
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder = recorder or Recorder()
+        # Reentrant: a lease may be collected, and so forgotten, while this thread is inside.
+        self._lock = threading.RLock()
+        self._pending: dict[tuple[str, int, int, int], Copy] = {}
+        self._offloaded: dict[tuple[int, int], Copy] = {}
+        self._last_read: dict[int, Copy] = {}
+
+    # What the ops call.
+
+    def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+        """Start to copy `src` to the lease's bytes from `offset` on, once `src` has been produced."""
+        self._await_producer()
+        copy = self._describe("D2H", src, lease, offset)
+        started = self._begin(copy, src, host_view(lease, offset, src), self._readers_of_block(copy))
         with self._lock:
-            self.stats = replace(self.stats, wait_seconds=self.stats.wait_seconds + seconds)
+            self._offloaded[copy.lease, offset] = started
+
+    def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+        """From here on the computation may write where `src` lies."""
+        self._end(self._describe("D2H", src, lease, offset))
+
+    def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+        """Start to copy the lease's bytes to `dst`, once the computation has passed the last reader of that place."""
+        self._await_readers()
+        copy = self._describe("H2D", dst, lease, offset)
+        started = self._begin(copy, host_view(lease, offset, dst), dst, self._offload_of(copy))
+        with self._lock:
+            self._last_read[copy.lease] = started
+
+    def prefetch_wait(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+        """From here on the computation may read `dst`."""
+        self._end(self._describe("H2D", dst, lease, offset))
+
+    # What the host side calls.
+
+    def is_prefetching(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> bool:
+        """Whether a prefetch of just this was started and not yet waited for."""
+        with self._lock:
+            return self._describe("H2D", dst, lease, offset).key in self._pending
+
+    @property
+    def pending(self) -> int:
+        """Copies that were started and not waited for."""
+        return len(self._pending)
+
+    def abandon(self) -> None:
+        """Wait for the copies that a failed call of this thread left behind, and forget them."""
+        me = threading.get_ident()
+        with self._lock:
+            left = [c for c in self._pending.values() if c.thread == me]
+        self._drop(left)
+
+    def forget_lease(self, lease: int) -> None:
+        """Nothing refers to a lease any more, so that nobody will wait for its copies."""
+        with self._lock:
+            left = [c for c in self._pending.values() if c.lease == lease]
+            for copy in left:
+                del self._pending[copy.key]
+        for copy in left:
+            self._let_go(copy)
+
+    def drain(self) -> None:
+        """Wait for every copy that was started, and forget it."""
+        with self._lock:
+            left = list(self._pending.values())
+        self._drop(left)
+
+    def forget_block(self, lease: int) -> None:
+        """Before a block of host memory goes back to the system: no copy may touch it any more."""
+        with self._lock:
+            copies = [c for (address, _), c in self._offloaded.items() if address == lease]
+            copies += [c for c in (self._last_read.pop(lease, None),) if c is not None]
+            self._offloaded = {k: c for k, c in self._offloaded.items() if k[0] != lease}
+        for copy in copies:
+            self._join(copy)
+
+    def settle_offloads(self) -> None:
+        """The host itself is about to read leases (hooks that clone): wait until what was offloaded is there."""
+        with self._lock:
+            copies = list(self._offloaded.values())
+        for copy in copies:
+            self._join(copy)
+
+    # What must wait for what.
+
+    def _await_producer(self) -> None:
+        """An offload starts when what the computation was given so far, its source's producer included, is done."""
+        self._queue_behind_computation("D2H")
+
+    def _await_readers(self) -> None:
+        """A prefetch lands when what the computation has been given so far, the place's readers included, is done."""
+        self._queue_behind_computation("H2D")
+
+    def _offload_of(self, prefetch: Copy) -> Copy | None:
+        """A prefetch waits for the offload of its own slice."""
+        return self._offloaded.get((prefetch.lease, prefetch.offset))
+
+    def _readers_of_block(self, offload: Copy) -> Copy | None:
+        """A block that was given back is leased again at once: what still reads it goes first."""
+        return self._last_read.get(offload.lease)
+
+    # How: threads and streams differ.
+
+    @abstractmethod
+    def computation(self) -> int:
+        """Names the queue that the computation of this thread runs on now."""
+
+    @abstractmethod
+    def _queue_behind_computation(self, kind: str) -> None:
+        """The next copy of this kind starts behind what the computation has been given so far."""
+
+    @abstractmethod
+    def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+        """Start a copy, behind `after`. What comes back keeps both sides alive until it has ended."""
+
+    @abstractmethod
+    def _order(self, copy: Copy) -> None:
+        """Put the computation behind a copy.
+
+        Raises:
+            TransferFailed: it failed.
+        """
+
+    @abstractmethod
+    def _join(self, copy: Copy) -> None:
+        """The host waits until a copy has ended, well or not."""
+
+    @abstractmethod
+    def _let_go(self, copy: Copy) -> None:
+        """The lease of a copy is gone: before its device side is freed, the copy must have ended."""
+
+    # Bookkeeping.
+
+    def _describe(self, kind: str, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Copy:
+        nbytes = device.numel() * device.element_size()
+        return Copy(kind, lease.data_ptr(), offset, device.data_ptr(), nbytes, threading.get_ident())
+
+    def _begin(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+        with self._lock:
+            stale = self._pending.get(copy.key)
+        if stale is not None:
+            self._drop([stale])
+        with self._lock:
+            started = self._launch(copy, src, dst, after)
+            self._pending[copy.key] = started
+        self.recorder.started(copy.kind, copy.nbytes)
+        return started
+
+    def _end(self, named: Copy) -> None:
+        with self._lock:
+            copy = self._pending.get(named.key)
+        if copy is None:
+            raise TransferFailed(
+                f"a wait for a {named.kind} copy of {named.nbytes} bytes at host offset {named.offset} that was never "
+                "started"
+            )
+        begin = time.perf_counter()
+        try:
+            self._order(copy)
+        except BaseException:  # failed or interrupted: nothing may be left that still copies
+            self._drop([copy])
+            raise
+        with self._lock:
+            self._pending.pop(named.key, None)
+        self.recorder.span(Span(f"wait {copy.kind}", copy.lease, copy.offset, copy.nbytes, begin, time.perf_counter()))
+
+    def _drop(self, copies: list[Copy]) -> None:
+        for copy in copies:
+            self._join(copy)
+            with self._lock:
+                if self._pending.get(copy.key) is copy:
+                    del self._pending[copy.key]
 
 
 def host_view(lease: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,9 @@
 * `offload(src, lease!, offset)`, `offload_wait(src, lease!, offset)`: D2H; the wait reads `src`, so that nothing writes
   there before it
 * `prefetch_(dst!, lease, offset)`, `wait_(dst!, lease, offset)`: H2D; readers of `dst` stand behind the wait
+* `landing(lease, offset, nbytes, device) -> Tensor`: the storage in which the slice at `offset` lands already, or a new
+  one; it stands in emitted code alone, in place of an allocation
+* `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: products written to their rows of a larger value
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 
+from memo_compile.runtime.ahead import Ahead
 from memo_compile.runtime.engine import Engine, Recorder, TransferStats
 from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.threads import ThreadEngine
@@ -23,6 +27,9 @@ _SCHEMAS = (
     "offload_wait(Tensor src, Tensor(a!) lease, SymInt offset) -> ()",
     "prefetch_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
     "wait_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
+    "landing(Tensor lease, SymInt offset, SymInt nbytes, Device device) -> Tensor",
+    "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
+    "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
 )
 
 
@@ -35,17 +42,50 @@ def recorder() -> Recorder:
 @cache
 def pool() -> HostPool:
     """The process's host arena."""
-    return HostPool()
+    return HostPool(on_return=_lease_is_gone, before_free=_block_goes)
 
 
 @cache
-def engine(device: torch.device) -> Engine:
-    """The engine that copies to and from one device."""
+def _of_device() -> dict[torch.device, tuple[Engine, Ahead]]:
+    return {}
+
+
+def _transfers(device: torch.device) -> tuple[Engine, Ahead]:
+    known = _of_device()
+    found = known.get(device)
+    if found is None:
+        made = _make_engine(device)
+        found = known.setdefault(device, (made, Ahead(made, device, pool().borrow)))
+    return found
+
+
+def _make_engine(device: torch.device) -> Engine:
     if device.type == "cuda":
         from memo_compile.runtime.streams import StreamEngine
 
         return StreamEngine(device, recorder())
     return ThreadEngine(recorder())
+
+
+def engine(device: torch.device) -> Engine:
+    """The engine that copies to and from one device."""
+    return _transfers(device)[0]
+
+
+def ahead(device: torch.device) -> Ahead:
+    """The outstanding calls of one device."""
+    return _transfers(device)[1]
+
+
+def _lease_is_gone(address: int) -> None:
+    for mover, calls in list(_of_device().values()):
+        calls.forget(address)
+        mover.forget_lease(address)
+
+
+def _block_goes(address: int) -> None:
+    for mover, _ in list(_of_device().values()):
+        mover.forget_block(address)
 
 
 def transfer_stats() -> TransferStats:
@@ -66,15 +106,35 @@ def _offload_wait(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
 
 
 def _prefetch(dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-    engine(dst.device).prefetch(dst, lease, offset)
+    mover, calls = _transfers(dst.device)
+    if not calls.adopt(dst, lease, offset):
+        mover.prefetch(dst, lease, offset)
+    calls.passed(lease)
 
 
 def _wait(dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-    engine(dst.device).prefetch_wait(dst)
+    engine(dst.device).prefetch_wait(dst, lease, offset)
+
+
+def _landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    there = ahead(device).place(lease, offset)
+    return there if there is not None else torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _mm_into(dst: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.mm(a, b, out=dst)
+
+
+def _addmm_into(dst: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.addmm(bias, a, b, out=dst)
 
 
 def _fake_lease(nbytes: int, budget: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
+def _fake_landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def _fake_nothing(*args: Any) -> None:
@@ -93,8 +153,11 @@ def register() -> torch.library.Library:
         ("offload_wait", _offload_wait),
         ("prefetch_", _prefetch),
         ("wait_", _wait),
+        ("landing", _landing),
+        ("mm_into_", _mm_into),
+        ("addmm_into_", _addmm_into),
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
-        fake = _fake_lease if name == "host_lease" else _fake_nothing
+        fake: Any = {"host_lease": _fake_lease, "landing": _fake_landing}.get(name, _fake_nothing)
         torch.library.register_fake(f"memo::{name}", fake, lib=library)
     return library

@@ -2,74 +2,89 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from memo_compile.errors import TransferFailed
-from memo_compile.runtime.engine import Recorder, host_view
+from memo_compile.runtime.engine import Copy, Engine, Recorder
 
 
-@dataclass(frozen=True)
-class _Copy:
-    done: torch.cuda.Event
-    src: torch.Tensor  # references: neither side is freed before the computation has waited for the copy
-    dst: torch.Tensor
+@dataclass(eq=False)
+class _Queued(Copy):
+    """A copy on a stream. It holds the device side alone: the host side's block is guarded by the engine's rules."""
+
+    done: Any
+    tensor: torch.Tensor
+    captured: bool  # recorded into a CUDA graph
 
 
-class StreamEngine:
-    """Copies on two CUDA streams of one device. Safe to use from several threads."""
+class StreamEngine(Engine):
+    """Copies on two CUDA streams of one device.
 
-    def __init__(self, device: torch.device, recorder: Recorder | None = None) -> None:
-        self.recorder = recorder or Recorder()
+    `cuda` is `torch.cuda`, or what stands for it (see `_Cuda`). The current stream is asked for at every call, since it
+    is the caller's to change.
+    """
+
+    def __init__(self, device: torch.device, recorder: Recorder | None = None, cuda: Any = None) -> None:
+        super().__init__(recorder)
         self._device = device
-        self._lock = threading.Lock()
-        self._out = torch.cuda.Stream(device)
-        self._in = torch.cuda.Stream(device)
-        self._pending: dict[tuple[str, int, int], _Copy] = {}
+        self._cuda = cuda or _Cuda()
+        self._streams = {"D2H": self._cuda.Stream(device), "H2D": self._cuda.Stream(device)}
 
-    def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """See `Engine`."""
-        self._start(("D2H", lease.data_ptr(), offset), self._out, src, host_view(lease, offset, src))
+    def computation(self) -> int:
+        """See `Engine`: the current stream."""
+        return int(self._cuda.current_stream(self._device).cuda_stream)
 
-    def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """See `Engine`."""
-        self._finish(("D2H", lease.data_ptr(), offset))
+    def _queue_behind_computation(self, kind: str) -> None:
+        self._streams[kind].wait_stream(self._cuda.current_stream(self._device))
 
-    def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """See `Engine`."""
-        # A host block may have been leased again while its last copies were still under way: both streams see them.
-        self._in.wait_stream(self._out)
-        self._start(("H2D", dst.data_ptr(), 0), self._in, host_view(lease, offset, dst), dst)
+    def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+        stream = self._streams[copy.kind]
+        captured = self._cuda.capturing()
+        # A capture begins with the device idle, and events do not reach across its border.
+        if isinstance(after, _Queued) and after.captured == captured:
+            stream.wait_event(after.done)
+        self._cuda.copy(dst.detach(), src.detach(), stream)
+        done = self._cuda.Event()
+        done.record(stream)
+        tensor = src if copy.kind == "D2H" else dst
+        fields = (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
+        return _Queued(*fields, done, tensor.detach(), captured)
 
-    def prefetch_wait(self, dst: torch.Tensor) -> None:
-        """See `Engine`."""
-        self._finish(("H2D", dst.data_ptr(), 0))
+    def _order(self, copy: Copy) -> None:
+        assert isinstance(copy, _Queued)
+        self._cuda.current_stream(self._device).wait_event(copy.done)
+        # The allocator hands a freed block out again in the order of the current stream, which is now behind the copy.
+        copy.tensor = _NOTHING
 
-    def drain(self) -> None:
-        """See `Engine`."""
-        with self._lock:
-            self._pending.clear()
-        self._out.synchronize()
-        self._in.synchronize()
+    def _join(self, copy: Copy) -> None:
+        assert isinstance(copy, _Queued)
+        if not copy.captured:
+            copy.done.synchronize()
+        copy.tensor = _NOTHING
 
-    def _start(
-        self, key: tuple[str, int, int], stream: torch.cuda.Stream, src: torch.Tensor, dst: torch.Tensor
-    ) -> None:
-        # The producer of an offload, and the last reader of a landing place, are on the current stream before this.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+    def _let_go(self, copy: Copy) -> None:
+        self._join(copy)
+
+
+_NOTHING = torch.empty(0)
+
+
+class _Cuda:
+    """`torch.cuda` as the engine needs it."""
+
+    Stream = torch.cuda.Stream
+    Event = torch.cuda.Event
+    current_stream = staticmethod(torch.cuda.current_stream)
+
+    @staticmethod
+    def capturing() -> bool:
+        """Whether a CUDA graph is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+    @staticmethod
+    def copy(dst: torch.Tensor, src: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Queue a copy on a stream."""
         with torch.cuda.stream(stream), torch.no_grad():
             dst.copy_(src, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(stream)
-        with self._lock:
-            self._pending[key] = _Copy(done, src, dst)
-        self.recorder.started(key[0], src.numel() * src.element_size())
-
-    def _finish(self, key: tuple[str, int, int]) -> None:
-        with self._lock:
-            copy = self._pending.pop(key, None)
-        if copy is None:
-            raise TransferFailed(f"a wait for a {key[0]} copy that was never started")
-        torch.cuda.current_stream(self._device).wait_event(copy.done)

@@ -1,6 +1,7 @@
 """The engine for the CPU: one worker thread each way, which really run beside the computation.
 
-Delays can be injected, so that races can be provoked where there is no GPU.
+Delays can be injected, so that races can be provoked where there is no GPU. The computation itself runs on the thread
+that calls, so that what it was given before a copy is done when the copy is asked for.
 """
 
 from __future__ import annotations
@@ -15,35 +16,27 @@ from dataclasses import dataclass, field
 import torch
 
 from memo_compile.errors import TransferFailed
-from memo_compile.runtime.engine import Copied, Recorder, host_view
+from memo_compile.runtime.engine import Copy, Engine, Recorder, Span
 
 Delay = Callable[[str], float]  # "D2H" or "H2D" -> seconds to wait before the copy
 
 
-@dataclass
-class _Job:
-    kind: str
-    src: torch.Tensor  # references: neither side is freed before the copy has ended
-    dst: torch.Tensor
-    offset: int
+@dataclass(eq=False)
+class _Job(Copy):
+    src: torch.Tensor | None  # references: neither side is freed before the copy has ended
+    dst: torch.Tensor | None
     delay: Delay | None
+    after: _Job | None
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes to copy."""
-        return self.src.numel() * self.src.element_size()
 
-
-class ThreadEngine:
-    """Copies by two threads, started at the first copy. Safe to use from several threads."""
+class ThreadEngine(Engine):
+    """Copies by two threads, started at the first copy."""
 
     def __init__(self, recorder: Recorder | None = None) -> None:
-        self.recorder = recorder or Recorder()
-        self._lock = threading.Lock()
+        super().__init__(recorder)
         self._queues: dict[str, queue.SimpleQueue[_Job]] = {}
-        self._pending: dict[tuple[str, int, int], _Job] = {}
         self._delay: Delay | None = None
 
     @contextlib.contextmanager
@@ -55,56 +48,34 @@ class ThreadEngine:
         finally:
             self._delay = before
 
-    def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """See `Engine`."""
-        self._start(("D2H", lease.data_ptr(), offset), src, host_view(lease, offset, src), offset)
+    def computation(self) -> int:
+        """See `Engine`: all of it runs where it is called."""
+        return 0
 
-    def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """See `Engine`."""
-        self._finish(("D2H", lease.data_ptr(), offset))
+    def _queue_behind_computation(self, kind: str) -> None:
+        pass
 
-    def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
-        """See `Engine`."""
-        self._start(("H2D", dst.data_ptr(), 0), host_view(lease, offset, dst), dst, offset)
-
-    def prefetch_wait(self, dst: torch.Tensor) -> None:
-        """See `Engine`."""
-        self._finish(("H2D", dst.data_ptr(), 0))
-
-    def drain(self) -> None:
-        """See `Engine`."""
-        with self._lock:
-            jobs = list(self._pending.values())
-            self._pending.clear()
-        for job in jobs:
-            job.done.wait()
-
-    @property
-    def pending(self) -> int:
-        """Copies that were started and not waited for."""
-        return len(self._pending)
-
-    def _start(self, key: tuple[str, int, int], src: torch.Tensor, dst: torch.Tensor, offset: int) -> None:
-        job = _Job(key[0], src.detach(), dst.detach(), offset, self._delay)
-        with self._lock:
-            stale = self._pending.get(key)
-            self._pending[key] = job
-            worker = self._queues.get(key[0]) or self._worker(key[0])
-        if stale is not None:  # left behind by a step that failed: it must not overtake this one
-            stale.done.wait()
-        self.recorder.started(job.kind, src.numel() * src.element_size())
+    def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+        assert after is None or isinstance(after, _Job)
+        job = _Job(*_fields(copy), src.detach(), dst.detach(), self._delay, after)
+        worker = self._queues.get(copy.kind) or self._worker(copy.kind)
         worker.put(job)
+        return job
 
-    def _finish(self, key: tuple[str, int, int]) -> None:
-        with self._lock:
-            job = self._pending.pop(key, None)
-        if job is None:
-            raise TransferFailed(f"a wait for a {key[0]} copy that was never started")
-        begin = time.perf_counter()
-        job.done.wait()
-        self.recorder.waited(time.perf_counter() - begin)
-        if job.error is not None:
-            raise TransferFailed(f"a {job.kind} copy at host offset {job.offset} failed: {job.error}") from job.error
+    def _order(self, copy: Copy) -> None:
+        assert isinstance(copy, _Job)
+        copy.done.wait()
+        if copy.error is not None:
+            raise TransferFailed(
+                f"a {copy.kind} copy of {copy.nbytes} bytes at host offset {copy.offset} failed: {copy.error}"
+            ) from copy.error
+
+    def _join(self, copy: Copy) -> None:
+        assert isinstance(copy, _Job)
+        copy.done.wait()
+
+    def _let_go(self, copy: Copy) -> None:
+        pass  # a job that has not ended holds its lease: this one has
 
     def _worker(self, kind: str) -> queue.SimpleQueue[_Job]:
         jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -113,19 +84,33 @@ class ThreadEngine:
         return jobs
 
 
+def _fields(copy: Copy) -> tuple[str, int, int, int, int, int]:
+    return (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
+
+
 def _work(jobs: queue.SimpleQueue[_Job], recorder: Recorder) -> None:
     while True:
         job = jobs.get()
         try:
-            if job.delay is not None:
-                time.sleep(job.delay(job.kind))
-            begin = time.perf_counter()
-            with torch.no_grad():
-                job.dst.copy_(job.src)
-            recorder.finished(Copied(job.kind, job.offset, job.nbytes, begin, time.perf_counter()))
+            _run(job, recorder)
         except BaseException as error:
             job.error = error
-        # Before anyone who waits goes on: an idle worker holds no tensor.
-        job.src = job.dst = torch.empty(0)
+        # Before anyone who waits goes on: a job that has ended holds no tensor, and no other job.
+        job.src = job.dst = job.after = None
         job.done.set()
         del job
+
+
+def _run(job: _Job, recorder: Recorder) -> None:
+    if job.after is not None:
+        job.after.done.wait()
+        if job.after.error is not None:
+            raise TransferFailed(f"what it waits for failed: {job.after.error}")
+    if job.delay is not None:
+        time.sleep(job.delay(job.kind))
+    assert job.src is not None
+    assert job.dst is not None
+    begin = time.perf_counter()
+    with torch.no_grad():
+        job.dst.copy_(job.src)
+    recorder.span(Span(job.kind, job.lease, job.offset, job.nbytes, begin, time.perf_counter()))

@@ -1,34 +1,89 @@
-"""The custom ops, as torch checks them."""
+"""The custom ops, as torch checks them: schemas that say what they mutate, fakes that agree with what runs."""
 
+import pytest
 import torch
 
-from memo_compile.runtime.ops import pool, register, transfer_stats
+from memo_compile.runtime.ops import engine, pool, register, transfer_stats
 
 register()
 ops = torch.ops.memo
+# No autograd formula, no dynamic shapes: the ops stand in graphs of fixed sizes, out of which autograd was traced.
+CHECKS = ("test_schema", "test_faketensor")
 
 
-def test_opcheck():
+@pytest.fixture(autouse=True)
+def _nothing_pending():
+    yield
+    engine(torch.device("cpu")).drain()
+
+
+def lease_with(src):
     lease = ops.host_lease(256, -1)
-    src, dst = torch.randn(8, 4), torch.empty(8, 4)
-    kinds = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.host_lease.default, (256, -1), test_utils=kinds)
-    torch.library.opcheck(ops.offload.default, (src, lease, 0), test_utils=kinds)
-    for _ in range(2):  # each check runs the op, and a wait belongs to one copy
-        ops.offload(src, lease, 0)
+    ops.offload(src, lease, 0)
     ops.offload_wait(src, lease, 0)
-    torch.library.opcheck(ops.prefetch_.default, (dst, lease, 0), test_utils=kinds)
-    ops.prefetch_(dst, lease, 0)
-    ops.wait_(dst, lease, 0)
-    assert torch.equal(src, dst)
+    return lease
+
+
+def test_opcheck_host_lease():
+    torch.library.opcheck(ops.host_lease.default, (256, -1), test_utils=CHECKS)
+
+
+def test_opcheck_offload():
+    torch.library.opcheck(ops.offload.default, (torch.randn(8, 4), ops.host_lease(256, -1), 0), test_utils=CHECKS)
+
+
+def test_opcheck_prefetch():
+    lease = lease_with(torch.randn(8, 4))
+    torch.library.opcheck(ops.prefetch_.default, (torch.empty(8, 4), lease, 0), test_utils=CHECKS)
+
+
+def test_opcheck_landing():
+    lease = ops.host_lease(256, -1)
+    args = (lease, 0, 64, torch.device("cpu"))
+    torch.library.opcheck(ops.landing.default, args, test_utils=("test_faketensor",))
+
+
+@pytest.mark.parametrize("name", ["offload_wait", "wait_"])
+def test_opcheck_waits(name, monkeypatch):
+    """A wait belongs to one copy on one address, and opcheck clones its arguments: here every wait finds its copy."""
+    mover = engine(torch.device("cpu"))
+    start = mover.offload if name == "offload_wait" else mover.prefetch
+    finish = "offload_wait" if name == "offload_wait" else "prefetch_wait"
+    original = getattr(mover, finish)
+
+    def with_its_copy(tensor, lease, offset):
+        start(tensor, lease, offset)
+        original(tensor, lease, offset)
+
+    monkeypatch.setattr(mover, finish, with_its_copy)
+    tensor = torch.randn(8, 4)
+    lease = lease_with(tensor)
+    op = getattr(ops, name).default
+    torch.library.opcheck(op, (tensor, lease, 0), test_utils=("test_faketensor",))
+    assert [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments] == (
+        [False, True, False] if name == "offload_wait" else [True, False, False]
+    )
+
+
+def test_opcheck_products():
+    a, b, bias = torch.randn(8, 3), torch.randn(3, 4), torch.randn(4)
+    torch.library.opcheck(ops.mm_into_.default, (torch.empty(8, 4), a, b), test_utils=CHECKS)
+    torch.library.opcheck(ops.addmm_into_.default, (torch.empty(8, 4), bias, a, b), test_utils=CHECKS)
+
+
+def test_products_are_written_to_rows_of_a_larger_value():
+    a, b, bias = torch.randn(8, 3), torch.randn(3, 4), torch.randn(4)
+    whole = torch.zeros(12, 4)
+    ops.mm_into_(whole[:8], a, b)
+    assert torch.equal(whole[:8], a @ b)
+    ops.addmm_into_(whole[4:], bias, a, b)
+    assert torch.equal(whole[4:], torch.addmm(bias, a, b))
 
 
 def test_ops_move_what_they_say():
     before = transfer_stats()
-    lease = ops.host_lease(64, -1)
     src, dst = torch.arange(16.0), torch.zeros(16)
-    ops.offload(src, lease, 0)
-    ops.offload_wait(src, lease, 0)
+    lease = lease_with(src)
     ops.prefetch_(dst, lease, 0)
     ops.wait_(dst, lease, 0)
     after = transfer_stats()

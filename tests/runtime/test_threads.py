@@ -21,7 +21,7 @@ def test_there_and_back(engine):
     engine.offload_wait(src, lease, 64)
     src.zero_()
     engine.prefetch(dst, lease, 64)
-    engine.prefetch_wait(dst)
+    engine.prefetch_wait(dst, lease, 64)
     assert torch.equal(lease[64:192].view(torch.float32).view(8, 4), dst)
     assert dst.abs().sum() > 0
     assert engine.recorder.stats.bytes_out == engine.recorder.stats.bytes_in == 128
@@ -62,7 +62,7 @@ def test_a_failed_copy_is_an_error_where_it_is_waited_for(engine):
 
 def test_a_wait_without_a_copy_is_an_error(engine):
     with pytest.raises(TransferFailed, match="never started"):
-        engine.prefetch_wait(torch.empty(4))
+        engine.prefetch_wait(torch.empty(4), torch.empty(16, dtype=torch.uint8), 0)
 
 
 def test_drain_forgets_what_was_left_behind(engine):

@@ -1,0 +1,121 @@
+"""Transfers in a graph: where they start, where they land, where they are waited for."""
+
+import pytest
+import torch
+from torch import fx
+
+from memo_compile.passes.slices import fetch
+from memo_compile.passes.tokens import call
+from memo_compile.passes.transfers import schedule_offloads, schedule_prefetches
+from memo_compile.runtime.ops import register
+
+register()
+memo = torch.ops.memo
+
+
+@pytest.fixture
+def mode():
+    return torch._subclasses.FakeTensorMode()
+
+
+def tensor(mode, *shape):
+    with mode:
+        return torch.empty(*shape)
+
+
+def placeholder(graph, name, value):
+    node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def names(gm):
+    return [str(n.target).split(".")[1] if n.op == "call_function" else n.op for n in gm.graph.nodes]
+
+
+def forward_of(mode, works=4):
+    """x is offloaded, and then a chain of `works` products runs, each of one second."""
+    graph = fx.Graph()
+    x, lease = placeholder(graph, "x", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 256))
+    value = call(graph, torch.ops.aten.sin.default, (x,))
+    call(graph, memo.offload.default, (value, lease, 0))
+    step = call(graph, torch.ops.aten.mm.default, (value, value))
+    call(graph, memo.offload_wait.default, (value, lease, 0))
+    for _ in range(works - 1):
+        step = call(graph, torch.ops.aten.mm.default, (step, step))
+    graph.output((step,))
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize(("seconds", "products_before_wait"), [(0.5, 1), (1.5, 2), (2.5, 3), (99, 4)])
+def test_a_wait_stands_where_its_copy_has_ended(mode, seconds, products_before_wait):
+    gm = forward_of(mode)
+    schedule_offloads(gm, lambda n: float(n.target is torch.ops.aten.mm.default), rate=256 / seconds)
+    order = names(gm)
+    assert order[: order.index("offload_wait")].count("mm") == products_before_wait
+
+
+def backward_of(mode, parts, works=3):
+    """`works` products of a second each, then one value is read that is joined from `parts` rows of a fetch and others."""
+    graph = fx.Graph()
+    g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 256))
+    kept = placeholder(graph, "kept", tensor(mode, 2, 8))
+    step = g
+    for _ in range(works):
+        step = call(graph, torch.ops.aten.mm.default, (step, step))
+    mark = graph.call_function(fetch, (lease, 0, (parts, 8), torch.float32))
+    mark.meta["val"] = tensor(mode, parts, 8)
+    value = mark
+    if parts < 8:
+        rows = call(graph, torch.ops.aten.slice.Tensor, (g, 0, 0, 6 - parts))
+        remade = call(graph, torch.ops.aten.mm.default, (rows, g))
+        value = call(graph, torch.ops.aten.cat.default, ([mark, remade, kept], 0))
+    result = call(graph, torch.ops.aten.mm.default, (value, step))
+    graph.output((result,))
+    return fx.GraphModule({}, graph)
+
+
+def test_a_prefetch_starts_as_early_as_the_link_needs(mode):
+    for seconds, products_before in ((0.5, 2), (1.5, 1), (99, 0)):
+        gm = backward_of(mode, 8)
+        schedule_prefetches(gm, lambda n: float(n.target is torch.ops.aten.mm.default), rate=256 / seconds)
+        order = names(gm)
+        assert order[: order.index("prefetch_")].count("mm") == products_before
+        assert order[: order.index("wait_")].count("mm") == 3
+
+
+def test_a_slice_lands_in_its_rows_and_nothing_is_copied_again(mode):
+    """No join is left: the product is written to its rows, the kept rows to theirs, and the wait comes last."""
+    gm = schedule_prefetches(backward_of(mode, 4), lambda n: 0.0, rate=1.0)
+    order = names(gm)
+    assert "cat" not in order
+    assert order.index("prefetch_") < order.index("mm_into_") < order.index("copy_") < order.index("wait_")
+    landing = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.empty.memory_format)
+    for target in (memo.prefetch_.default, memo.wait_.default):
+        (node,) = gm.graph.find_nodes(op="call_function", target=target)
+        assert node.args[0].args[0] is landing
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_the_value_is_the_same(mode, parts):
+    gm = schedule_prefetches(backward_of(mode, parts), lambda n: 0.0, rate=1.0)
+    g, there, kept = 0.3 * torch.randn(8, 8), torch.randn(parts, 8), torch.randn(2, 8)
+    lease = torch.empty(256, dtype=torch.uint8)
+    lease[: parts * 32].view(torch.float32).view(parts, 8).copy_(there)
+    (got,) = gm(g, lease, kept)
+    value = there if parts == 8 else torch.cat([there, g[:2] @ g, kept])
+    torch.testing.assert_close(got, value @ torch.linalg.matrix_power(g, 8), rtol=1e-3, atol=1e-3)
+
+
+def test_prefetches_that_start_together_start_in_the_order_in_which_they_are_needed(mode):
+    graph = fx.Graph()
+    g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 768))
+    step = g
+    for i in range(3):
+        mark = graph.call_function(fetch, (lease, 256 * i, (8, 8), torch.float32))
+        mark.meta["val"] = tensor(mode, 8, 8)
+        step = call(graph, torch.ops.aten.mm.default, (step, mark))
+    graph.output((step,))
+    gm = schedule_prefetches(fx.GraphModule({}, graph), lambda n: 0.0, rate=1.0)
+    started = [n.args[2] for n in gm.graph.find_nodes(op="call_function", target=memo.prefetch_.default)]
+    assert started == [0, 256, 512]

@@ -24,7 +24,7 @@ import torch.fx as fx
 from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
-from memo_compile.codegen.order import check_order, emitted_steps, origin_of, place_transfers, planned_steps
+from memo_compile.codegen.order import check_order, emitted_steps, place_transfers, planned_steps
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
@@ -152,7 +152,7 @@ class _Compilation:
         return evidence.layout.peak, evidence
 
     def _dry(self, decided: Decided) -> _Evidence:
-        with _settings_for(decided):
+        with _settings_for(decided, decided.forward):
             forward = dry_run(
                 decided.forward,
                 is_backward=False,
@@ -180,7 +180,7 @@ class _Compilation:
         links = _links(decided, self.num_forward_outputs)
         strides = {link.input: forward.strides[link.output] for link in links}
         (output,) = decided.backward.graph.find_nodes(op="output")
-        with _settings_for(decided), _donated(_donatable(decided, forward, self.num_forward_outputs)):
+        with _settings_for(decided, decided.backward), _donated(_donatable(decided, forward, self.num_forward_outputs)):
             return dry_run(
                 decided.backward,
                 is_backward=True,
@@ -209,7 +209,8 @@ class _Compilation:
             donated = _donatable(self.decided, self.forward_body, self.num_forward_outputs)
         place = self._place_backward if backward else self._place_forward
         inspect = self._inspect_backward if backward else self._inspect_forward
-        with _settings_for(self.decided), _donated(donated), arena_wrapper(place, inspect):
+        graph = self.decided.backward if backward else self.decided.forward
+        with _settings_for(self.decided, graph), _donated(donated), arena_wrapper(place, inspect):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         assert self.dump is not None
         self.dump.code("backward" if backward else "forward", compiled)
@@ -247,12 +248,12 @@ class _Compilation:
         assert self.decided is not None
         self.regions = read_regions(lines, outputs, inputs)
         verify_emitted(self.regions)
-        check_order(planned_steps(self.decided.forward), emitted_steps(lines, origin_of))
+        check_order(planned_steps(self.decided.forward), emitted_steps(lines))
 
     def _inspect_backward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
         assert self.decided is not None
         assert self.regions is not None
-        check_order(planned_steps(self.decided.backward), emitted_steps(lines, origin_of))
+        check_order(planned_steps(self.decided.backward), emitted_steps(lines))
         links = [(link.output, link.input) for link in self.links]
         verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)
 
@@ -326,12 +327,15 @@ def _donated(indices: list[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _settings_for(decided: Decided) -> Iterator[None]:
+def _settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
     """Transfers stay where the plan put them: Inductor's reordering for memory would undo their overlap."""
     from torch._inductor import config
 
     moves = any(h.offloaded for h in decided.homes.values())
-    settings: dict[str, Any] = {"reorder_for_peak_memory": False, "_post_fusion_custom_pass": place_transfers}
+    settings: dict[str, Any] = {
+        "reorder_for_peak_memory": False,
+        "_post_fusion_custom_pass": place_transfers(planned_steps(graph)),
+    }
     with config.patch(settings if moves else {}):
         yield
 

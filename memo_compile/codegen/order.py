@@ -30,7 +30,7 @@ TRANSFERS = frozenset({*STARTS, *STARTS.values()})
 
 @dataclass(frozen=True)
 class Step:
-    """A transfer at a host offset, or (`offset` None) a computation by its node's name."""
+    """A transfer at a host offset, or (`offset` None) a product: a kernel of its own, behind which copies hide."""
 
     name: str
     offset: int | None = None
@@ -47,22 +47,36 @@ def planned_steps(gm: fx.GraphModule) -> list[Step]:
         if name is not None:
             offset: Any = node.args[2]
             steps.append(Step(name, offset))
-        elif node.op == "call_function":
+        elif _is_product(node):
             steps.append(Step(node.name))
     return steps
 
 
 def transfer_of(node: Any) -> str | None:
     """`offload`, `offload_wait`, `prefetch_` or `wait_` for a node that is one."""
-    target = getattr(node, "target", None)
+    return _transfer_name(getattr(node, "target", None))
+
+
+def _transfer_name(target: Any) -> str | None:
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "memo":
         name = target._schema.name.split("::")[1]
         return name if name in TRANSFERS else None
     return None
 
 
-def emitted_steps(lines: Sequence[str], origin: Callable[[str], str | None]) -> list[Step]:
-    """The order in emitted text: transfers, and kernels of which `origin` knows the node by the buffer they write."""
+def _is_product(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name
+    return name in _PRODUCTS or "scaled_dot_product" in name or name.startswith("aten::convolution")
+
+
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "memo::mm_into_", "memo::addmm_into_"})
+
+
+def emitted_steps(lines: Sequence[str]) -> list[Step]:
+    """The order in emitted text: transfers, and calls of kernels that Inductor does not write itself."""
     text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     steps = []
     for statement in flatten(ast.parse(text).body):
@@ -73,19 +87,26 @@ def emitted_steps(lines: Sequence[str], origin: Callable[[str], str | None]) -> 
         name = function.removeprefix("torch.ops.memo.").removesuffix(".default")
         if name in TRANSFERS and function.startswith("torch.ops.memo."):
             steps.append(Step(name, ast.literal_eval(call.args[2])))
-            continue
-        written = [k.value.id for k in call.keywords if k.arg == "out" and isinstance(k.value, ast.Name)]
-        node = origin(written[0]) if written else None
-        if node is not None:
-            steps.append(Step(node))
+        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or name in ("mm_into_", "addmm_into_"):
+            steps.append(Step(function))
     return steps
+
+
+def overlaps(planned: Sequence[Step]) -> dict[Step, int]:
+    """How many products stand between each start and its wait."""
+    at = {step: i for i, step in enumerate(planned) if step.offset is not None}
+    return {
+        start: sum(1 for s in planned[i : at[Step(STARTS[start.name], start.offset)]] if s.offset is None)
+        for start, i in at.items()
+        if start.name in STARTS
+    }
 
 
 def check_order(planned: Sequence[Step], emitted: Sequence[Step]) -> None:
     """Compare the order of an emitted graph with its plan's.
 
-    Transfers must be the plan's, in its order each way, every wait behind its start; and a computation that both know,
-    and that the plan puts between a start and its wait, must stand there.
+    Transfers must be the plan's, in its order each way, every wait behind its start; where the plan computes between a
+    start and its wait, so must the code. Which products those are may differ: fusion moves them.
 
     Raises:
         EmittedOrderChanged: naming the first difference.
@@ -101,36 +122,33 @@ def check_order(planned: Sequence[Step], emitted: Sequence[Step]) -> None:
             raise EmittedOrderChanged(
                 f"the plan has {first[0] or 'nothing more'} where the code has {first[1] or 'none'}."
             )
-    place = {step: i for i, step in enumerate(emitted)}
-    known = [s for s in planned if s.offset is None and s in place]
-    at = {step: i for i, step in enumerate(planned)}
-    for start in (s for s in planned if s.name in STARTS and s.offset is not None):
-        wait = Step(STARTS[start.name], start.offset)
-        if place[wait] < place[start]:
-            raise EmittedOrderChanged(f"the {wait} stands before its start.")
-        between = [s for s in known if at[start] < at[s] < at[wait]]
-        outside = [s for s in between if not place[start] < place[s] < place[wait]]
-        if between and len(outside) == len(between):
+    place = {step: i for i, step in enumerate(emitted) if step.offset is not None}
+    for start, count in overlaps(planned).items():
+        begin, end = place[start], place[Step(STARTS[start.name], start.offset)]
+        if end < begin:
+            raise EmittedOrderChanged(f"the wait for the {start} stands before its start.")
+        # At the very ends of a graph there may be nothing left to overlap with.
+        beside = emitted[:begin] if start.name == "prefetch_" else emitted[end:]
+        if count and not _computes(emitted[begin:end]) and _computes(beside):
             raise EmittedOrderChanged(
-                f"between start and end of the {start} the plan computes {between[0]} and {len(between) - 1} more, "
-                "the emitted code none of them: nothing overlaps with the copy."
+                f"between start and end of the {start} the plan computes {count} products, the emitted code none: "
+                "nothing overlaps with the copy."
             )
 
 
-def origin_of(buffer: str) -> str | None:
-    """The node that a buffer of the graph being emitted was lowered from."""
-    from torch._inductor.virtualized import V
-
-    found = V.graph.name_to_buffer.get(buffer)
-    node = found.get_origin_node() if found is not None else None
-    return node.name if node is not None else None
+def _computes(steps: Sequence[Step]) -> bool:
+    return any(s.offset is None for s in steps)
 
 
-def place_transfers(nodes: list[Any]) -> list[Any]:
-    """Scheduler nodes after fusion, with the transfers where the graph has them.
+def place_transfers(planned: Sequence[Step]) -> Callable[[list[Any]], list[Any]]:
+    """What puts the transfers of scheduler nodes, after fusion, where the plan has them."""
+    counts = overlaps(planned)
+    return lambda nodes: _placed(nodes, counts)
 
-    Computation keeps its order. A start stands behind the last kernel that the graph has before it; a prefetch's wait
-    before the first reader; the wait of an offload behind the last kernel that the graph has before it. Dependencies
+
+def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
+    """Computation keeps its order. A start stands behind the last kernel that the graph has before it; a prefetch's
+    wait before the first reader; the wait of an offload behind the last kernel that the graph has before it. Dependencies
     hold whatever the wishes are.
     """
     from torch._inductor.virtualized import V
@@ -163,29 +181,52 @@ def place_transfers(nodes: list[Any]) -> list[Any]:
             wish = max(wish, last[way])
             last[way] = wish
         slot[node] = wish + 0.5
-    _close_up(moved, fixed, readers, index, slot)
+    _keep_overlap(moved, fixed, readers, index, slot, counts)
     for node in landings:
         slot[node] = min(slot[r] for r in readers[node] if r in slot)
     return _sorted(nodes, needs, readers, slot)
 
 
-def _close_up(moved: list[Any], fixed: list[Any], readers: Any, index: dict[str, int], slot: dict[Any, float]) -> None:
-    """A prefetch that the graph waits for at once starts where its wait has gone: earlier only holds memory."""
-    computed = {p for n in fixed for p in _positions(n, index)}
-    for node in moved:
-        waits = [r for r in readers[node] if _transfer(r) == "wait_"] if _transfer(node) == "prefetch_" else []
+def _keep_overlap(
+    moved: list[Any],
+    fixed: list[Any],
+    readers: dict[Any, list[Any]],
+    index: dict[str, int],
+    slot: dict[Any, float],
+    counts: dict[Step, int],
+) -> None:
+    """As many products between a start and its wait as in the plan, where fusion has moved one of them.
+
+    A prefetch that the plan waits for at once starts where its wait has gone: earlier, it would only hold memory.
+    """
+    products = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
+    next_slot = float("inf")
+    for node in sorted(moved, key=lambda n: -max(_positions(n, index))):
+        kind = _transfer(node)
+        waits = [r for r in readers[node] if _transfer(r) == STARTS.get(str(kind))]
         for wait in waits:
-            between = range(max(_positions(node, index)) + 1, max(_positions(wait, index)))
-            if not computed.intersection(between):
+            count = counts.get(Step(str(kind), _offset(node)), 0)
+            if kind == "offload":
+                later = [slot[n] for n in products if slot[n] > slot[node]]
+                if count and later:
+                    slot[wait] = max(slot[wait], later[min(count, len(later)) - 1] + 0.5)
+                continue
+            earlier = [slot[n] for n in products if slot[n] < slot[wait]]
+            if not count:
                 slot[node] = max(slot[node], slot[wait])
+            elif earlier:
+                slot[node] = min(slot[node], earlier[-min(count, len(earlier))] - 0.5)
+        if kind == "prefetch_":
+            slot[node] = next_slot = min(slot[node], next_slot)  # the link serves them in the graph's order
 
 
 def _transfer(node: Any) -> str | None:
-    origins = getattr(getattr(node, "node", None), "op_overload", None)
-    if isinstance(origins, torch._ops.OpOverload) and origins.namespace == "memo":
-        name = origins._schema.name.split("::")[1]
-        return name if name in TRANSFERS else None
-    return None
+    return _transfer_name(getattr(getattr(node, "node", None), "op_overload", None))
+
+
+def _offset(node: Any) -> int:
+    """The host offset of a scheduler node that is a transfer: its one constant."""
+    return next(int(c) for c in node.node.constant_args)
 
 
 def _positions(node: Any, index: dict[str, int]) -> list[int]:

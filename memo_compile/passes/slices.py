@@ -21,7 +21,16 @@ import torch.fx as fx
 from memo_compile.passes.graph import HOST_LEASE, storage_of
 from memo_compile.passes.partition import Split, order_backward, readable_inputs, recompute_chain
 from memo_compile.passes.provenance import because
-from memo_compile.passes.tokens import TokenAxis, TokenInfo, call, concat_tokens, fake_mode, slice_value, sliced_copy
+from memo_compile.passes.tokens import (
+    TokenAxis,
+    TokenInfo,
+    call,
+    concat_tokens,
+    fake_mode,
+    slice_value,
+    slice_view,
+    sliced_copy,
+)
 
 HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
 
@@ -196,7 +205,7 @@ def _descriptions(old: list[Any], forward_outputs: int, saved: int) -> list[Any]
 def _offload(graph: fx.Graph, value: fx.Node, plan: Homes, lease: fx.Node, offset: int) -> None:
     """Start the copy where the value is final; `schedule_waits` moves the wait to where the copy has ended."""
     with graph.inserting_before(_after(value)):
-        rows = _physical_rows(graph, value, plan, 0, plan.offloaded)
+        rows = _offloaded_rows(graph, value, plan)
         start = call(graph, torch.ops.memo.offload.default, (rows, lease, offset))
     with graph.inserting_before(_after(_last_use(value, start))):
         call(graph, torch.ops.memo.offload_wait.default, (rows, lease, offset))
@@ -349,6 +358,14 @@ def _physical_rows(graph: fx.Graph, value: fx.Node, plan: Homes, lo: int, hi: in
     if hi - lo == plan.tokens:
         return physical
     return slice_value(graph, physical, _physical_axis(value.meta["val"], plan), lo, hi)
+
+
+def _offloaded_rows(graph: fx.Graph, value: fx.Node, plan: Homes) -> fx.Node:
+    """The rows that leave, where they lie: row-major they are what `_fetched` asks for, whatever their rank."""
+    physical = _permuted(graph, value, _physical_order(value.meta["val"]))
+    if plan.offloaded == plan.tokens:
+        return physical
+    return slice_view(graph, physical, _physical_axis(value.meta["val"], plan), 0, plan.offloaded)
 
 
 def _logical(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node:

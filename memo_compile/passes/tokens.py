@@ -185,14 +185,25 @@ def _from_readers(gm: fx.GraphModule, axes: Mapping[fx.Node, TokenAxis], infos: 
 def slice_value(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
     """Insert nodes that compute token rows [lo, hi) of a value."""
     shape = shape_of(node)
+    rows = slice_view(graph, node, axis, lo, hi)
+    if axis.outer == 1:
+        return rows
+    folded = list(shape)
+    folded[axis.dim] = axis.outer * (hi - lo) * axis.inner
+    return call(graph, torch.ops.aten.reshape.default, (rows, folded))
+
+
+def slice_view(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
+    """Insert nodes that view token rows [lo, hi) of a dense value where they lie: nothing is copied.
+
+    Where the axis has an outer factor the rows are no view of the value's own rank; the result has two dimensions more.
+    """
+    shape = shape_of(node)
     if axis.outer == 1:
         return call(graph, torch.ops.aten.slice.Tensor, (node, axis.dim, lo * axis.inner, hi * axis.inner))
     unfolded = [*shape[: axis.dim], axis.outer, axis.tokens, axis.inner, *shape[axis.dim + 1 :]]
-    folded = list(shape)
-    folded[axis.dim] = axis.outer * (hi - lo) * axis.inner
     wide = call(graph, torch.ops.aten.reshape.default, (node, unfolded))
-    rows = call(graph, torch.ops.aten.slice.Tensor, (wide, axis.dim + 1, lo, hi))
-    return call(graph, torch.ops.aten.reshape.default, (rows, folded))
+    return call(graph, torch.ops.aten.slice.Tensor, (wide, axis.dim + 1, lo, hi))
 
 
 def concat_tokens(graph: fx.Graph, parts: Sequence[fx.Node], axis: TokenAxis) -> fx.Node:
@@ -267,5 +278,6 @@ __all__ = [
     "concat_tokens",
     "fake_mode",
     "slice_value",
+    "slice_view",
     "sliced_copy",
 ]

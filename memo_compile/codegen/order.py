@@ -148,8 +148,9 @@ def place_transfers(planned: Sequence[Step]) -> Callable[[list[Any]], list[Any]]
 
 def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     """Computation keeps its order. A start stands behind the last kernel that the graph has before it; a prefetch's
-    wait before the first reader; the wait of an offload behind the last kernel that the graph has before it. Dependencies
-    hold whatever the wishes are.
+    wait before the first reader; an offload's wait behind the last kernel that the graph has before it.
+
+    Dependencies hold whatever the wishes are.
     """
     from torch._inductor.virtualized import V
 
@@ -182,6 +183,9 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
             last[way] = wish
         slot[node] = wish + 0.5
     _keep_overlap(moved, fixed, readers, index, slot, counts)
+    # Starts at one place keep their order, whatever order the scheduler had them in.
+    for number, node in enumerate(sorted(moved, key=lambda n: max(_positions(n, index)))):
+        slot[node] += number * 1e-6
     for node in landings:
         slot[node] = min(slot[r] for r in readers[node] if r in slot)
     return _sorted(nodes, needs, readers, slot)

@@ -89,7 +89,11 @@ class PlacementOverlap(MemoError):
 
 
 class InvalidBuffer(MemoError):
-    """A buffer of negative size or with an empty lifetime, a name given twice, an alias of nothing."""
+    """A buffer of negative size or with an empty lifetime, a name given twice, an alias of nothing or of itself."""
+
+
+class FixedOffsetImpossible(MemoError):
+    """A fixed offset of no buffer, one that is negative or not aligned, or two that share bytes."""
 
 
 class EmittedOrderChanged(MemoError):

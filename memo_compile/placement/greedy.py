@@ -1,76 +1,139 @@
 """Greedy placement: each buffer, in some order, at the lowest offset that is free for all of its life.
 
-A portfolio of orders is tried, and the first to reach the lower bound ends it. On graphs of training steps one of
-them nearly always does.
+A portfolio of orders is tried, and the first to reach the goal ends it. On graphs of training steps one of them nearly
+always does.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from bisect import insort
 
-from memo_compile.placement.problem import Buffer, aligned
+import numpy as np
 
-Order = Callable[[Buffer], tuple[int, ...]]
+from memo_compile.placement.core import Core, Ints
+from memo_compile.placement.deadline import Deadline
+from memo_compile.placement.kernel import Kernel
 
-ORDERS: dict[str, Order] = {
-    "size": lambda b: (-b.size, b.start, b.end),
-    "area": lambda b: (-b.size * (b.end - b.start), b.start),
-    "life": lambda b: (-(b.end - b.start), -b.size, b.start),
-    "start": lambda b: (b.start, -b.size, b.end),
-    "end": lambda b: (-b.end, -b.size, b.start),
-    "life then start": lambda b: (b.start - b.end, b.start, -b.size),
+# Keys to sort by, most important first; a minus sign means descending.
+ORDERS: dict[str, tuple[str, ...]] = {
+    "size": ("-size", "start", "end"),
+    "area": ("-area", "start"),
+    "life": ("-life", "-size", "start"),
+    "start": ("start", "-size", "end"),
+    "end": ("-end", "-size", "start"),
+    "life then start": ("-life", "start", "-size"),
+    "contention": ("-contention", "-area"),
 }
 
 
-def place_in_order(
-    buffers: Sequence[Buffer], order: Order, alignment: int, fixed: Mapping[str, int]
-) -> tuple[dict[str, int], int]:
-    """Offsets and peak of one order: first fit, lowest offset."""
-    index = _Overlaps(buffers)
-    offsets: dict[str, int] = {}
-    for b in buffers:
-        if b.name in fixed:
-            offsets[b.name] = fixed[b.name]
-            index.put(b, fixed[b.name], alignment)
-    for b in sorted((b for b in buffers if b.name not in fixed), key=lambda b: (*order(b), b.name)):
-        offset = index.lowest_free(b, alignment)
-        offsets[b.name] = offset
-        index.put(b, offset, alignment)
-    peak = max((offsets[b.name] + aligned(b.size, alignment) for b in buffers), default=0)
-    return offsets, peak
+def order_by(core: Core, keys: tuple[str, ...]) -> Ints:
+    """Indices of buffers, sorted by keys of ORDERS; ties by name."""
+    columns = []
+    for key in keys:
+        column = _column(core, key.lstrip("-"))
+        columns.append(-column if key.startswith("-") else column)
+    by_name = np.empty(core.n, np.int64)
+    by_name[sorted(range(core.n), key=core.names.__getitem__)] = np.arange(core.n)
+    return np.lexsort((by_name, *reversed(columns))).astype(np.int64)
 
 
-class _Overlaps:
+def _column(core: Core, key: str) -> Ints:
+    if key == "area":
+        return core.life * core.size
+    if key == "contention":  # the most that is live while it lives
+        live = core.live()
+        return np.array([live[a:b].max() for a, b in zip(core.start, core.end, strict=True)], np.int64)
+    return {"size": core.size, "life": core.life, "start": core.start, "end": core.end}[key]
+
+
+def greedy(core: Core, goal: int, kernel: Kernel | None, deadline: Deadline) -> tuple[Ints, int, str]:
+    """Offsets, peak and the order's name of the first order that reaches `goal`, else of the best.
+
+    One order is always finished, whatever the deadline says: there has to be an answer.
+    """
+    best: tuple[Ints, int, str] | None = None
+    for name, keys in ORDERS.items():
+        order = order_by(core, keys)
+        if kernel is None:
+            result = first_fit(core, order, deadline if best else None)
+        else:
+            result = kernel.first_fit(core, order, deadline.stop if best else np.zeros(1, np.int32))
+        if result is not None and (best is None or result[1] < best[1]):
+            best = (*result, name)
+        if best and (best[1] <= goal or deadline.passed()):
+            break
+    assert best is not None
+    return best
+
+
+def first_fit(core: Core, order: Ints, deadline: Deadline | None = None) -> tuple[Ints, int] | None:
+    """Offsets and peak, in units, of first fit in an order; None when the deadline passed."""
+    size, start, end = core.size.tolist(), core.start.tolist(), core.end.tolist()
+    shelf = _Shelf(core.moments)
+    offsets = core.fixed.tolist()
+    for i, offset in enumerate(offsets):
+        if offset >= 0:
+            shelf.put(offset, size[i], start[i], end[i])
+    for k, i in enumerate(order.tolist()):
+        if deadline is not None and k % 256 == 0 and deadline.passed():
+            return None
+        if offsets[i] < 0:
+            offsets[i] = shelf.lowest_free(size[i], start[i], end[i])
+            shelf.put(offsets[i], size[i], start[i], end[i])
+    placed = np.array(offsets, np.int64)
+    return placed, int((placed + core.size).max(initial=0))
+
+
+def improve(core: Core, order: Ints, goal: int, rounds: int, seed: int, deadline: Deadline) -> tuple[Ints, int] | None:
+    """First fit again and again; buffers that ended above `goal` come earlier in the next order.
+
+    What Kernel.improve does, in Python, for where no compiler is.
+    """
+    random = np.random.default_rng(seed)
+    key = np.empty(core.n)
+    best: tuple[Ints, int] | None = None
+    for _ in range(rounds):
+        result = first_fit(core, order, deadline)
+        if result is None:
+            break
+        if best is None or result[1] < best[1]:
+            best = result
+        if result[1] <= goal:
+            break
+        key[order] = np.arange(core.n)
+        late = result[0] + core.size > goal
+        key[late] *= random.uniform(0.2, 0.8, int(late.sum()))
+        order = np.argsort(key, kind="stable").astype(np.int64)
+    return best
+
+
+class _Shelf:
     """Placed buffers by the stretch of time in which they live, so that few need to be looked at.
 
     The timeline is divided into stretches; a placed buffer is listed, by offset, in each stretch that it touches.
     """
 
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
-        starts = sorted({b.start for b in buffers})
-        step = max(1, len(starts) // 256)
-        self._edges = starts[::step] or [0]
-        self._stretches: list[list[tuple[int, int, int, int]]] = [[] for _ in self._edges]
+    def __init__(self, moments: int) -> None:
+        self._step = max(1, moments // 256)
+        self._stretches: list[list[tuple[int, int, int, int]]] = [[] for _ in range(moments // self._step + 1)]
 
-    def _touched(self, b: Buffer) -> range:
-        first = max(0, bisect_left(self._edges, b.start + 1) - 1)
-        return range(first, max(first + 1, bisect_left(self._edges, b.end)))
+    def _touched(self, start: int, end: int) -> range:
+        return range(start // self._step, (end - 1) // self._step + 1)
 
-    def put(self, b: Buffer, offset: int, alignment: int) -> None:
-        for i in self._touched(b):
-            insort(self._stretches[i], (offset, offset + aligned(b.size, alignment), b.start, b.end))
+    def put(self, offset: int, size: int, start: int, end: int) -> None:
+        for k in self._touched(start, end):
+            insort(self._stretches[k], (offset, offset + size, start, end))
 
-    def lowest_free(self, b: Buffer, alignment: int) -> int:
+    def lowest_free(self, size: int, start: int, end: int) -> int:
         taken = sorted(
             {
                 (low, high)
-                for i in self._touched(b)
-                for low, high, start, end in self._stretches[i]
-                if start < b.end and b.start < end
+                for k in self._touched(start, end)
+                for low, high, other_start, other_end in self._stretches[k]
+                if other_start < end and start < other_end
             }
         )
-        size, offset = aligned(b.size, alignment), 0
+        offset = 0
         for low, high in taken:
             if offset + size <= low:
                 break

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from memo_compile.placement.bounds import lower_bound
-from memo_compile.placement.greedy import ORDERS, place_in_order
-from memo_compile.placement.problem import Buffer, Placement, check
+import numpy as np
+
+from memo_compile.placement import kernel as kernels
+from memo_compile.placement import mip
+from memo_compile.placement.bounds import worst_moment
+from memo_compile.placement.core import Core, Ints, core_of, merge_aliases, root_names
+from memo_compile.placement.deadline import Deadline
+from memo_compile.placement.greedy import ORDERS, greedy, improve, order_by
+from memo_compile.placement.kernel import Kernel
+from memo_compile.placement.problem import Buffer, Evidence, Placement, aligned, check, check_fixed, check_limits
+from memo_compile.placement.search import search
+from memo_compile.placement.settle import settle
 from memo_compile.placement.verifier import verify
+
+MANY = 2_000  # buffers: beyond this even one order of greedy wants the compiled kernel
+IMPROVING = 4e8  # of (buffers)² × rounds spent on improving greedy before the search
+DIVE = 2e9  # of buffers × (buffers live, summed over moments): above it the search does not get to the bottom once
+SHORT = 60_000  # nodes of search before HiGHS is asked
+HIGHS_NODE = 100  # nodes of search that one node of branch and bound is reckoned as
+NOT_PROVED = "no placement within the capacity was found, and nothing is proved: more time may find one"
+SEARCHED = "a complete search has shown that no placement fits, though no single moment proves it"
+
+
+@dataclass(frozen=True)
+class _State:
+    """The best so far, in units. No placement is below `least`; by the search, where that is above the lower bound."""
+
+    offsets: Ints
+    peak: int
+    solver: str
+    least: int
+    work: int = 0
 
 
 def place(
@@ -19,6 +47,7 @@ def place(
     capacity: int | None = None,
     fixed: Mapping[str, int] | None = None,
     time_limit: float = 10.0,
+    work: int | None = None,
 ) -> Placement:
     """Give each buffer an offset so that buffers live at the same time share no byte, and the peak is small.
 
@@ -28,9 +57,12 @@ def place(
         capacity: stop at a placement that fits; `Placement.fits` says whether one was found.
         fixed: offsets of buffers placed earlier.
         time_limit: seconds after which the best so far is returned.
+        work: the most nodes of search. The answer is the same for the same work, unless the time limit cut it short.
 
     Raises:
         InvalidBuffer: a buffer that cannot be.
+        FixedOffsetImpossible: a fixed offset that cannot hold.
+        InvalidOption: an alignment, capacity, time limit or work that cannot be.
 
     >>> answer = place([Buffer("a", 4, 0, 2), Buffer("b", 4, 2, 4)])
     >>> answer.peak, answer.proved_optimal
@@ -38,47 +70,135 @@ def place(
     """
     started = time.perf_counter()
     check(buffers)
-    fixed = fixed or {}
-    merged = _merge_aliases(buffers)
-    bound = lower_bound(merged, alignment)
-    goal = bound if capacity is None else max(bound, capacity)
-    best: tuple[int, dict[str, int], str] | None = None
-    for name, order in ORDERS.items():
-        offsets, peak = place_in_order(merged, order, alignment, fixed)
-        if best is None or peak < best[0]:
-            best = (peak, offsets, f"greedy by {name}")
-        if peak <= goal or time.perf_counter() - started > time_limit:
-            break
-    assert best is not None
-    peak, offsets, solver = best
-    for b in buffers:
-        if b.alias is not None:
-            offsets[b.name] = offsets[_root_name(b, {c.name: c for c in buffers})]
-    placement = Placement(offsets, peak, bound, peak == bound, solver, 0.0, _fits(peak, bound, capacity))
-    verify(buffers, placement)
+    check_limits(alignment, capacity, time_limit, work)
+    roots = root_names(buffers)
+    merged = merge_aliases(buffers)
+    fixed = {roots.get(name, name): offset for name, offset in (fixed or {}).items()}
+    check_fixed(merged, fixed, alignment)
+    core = core_of(merged, alignment, fixed)
+    bound = core.lower_bound()
+    prepared = time.perf_counter() - started
+    # What remains after the solvers (the verifier above all) takes about as long as what came before them.
+    with Deadline(max(0.0, time_limit - 3 * prepared)) as deadline:
+        state = _solve(core, bound, None if capacity is None else capacity // core.unit, deadline, work)
+    offsets = {b.name: fixed.get(b.name, 0) for b in merged}
+    offsets |= {name: int(o) * core.unit for name, o in zip(core.names, state.offsets, strict=True)}
+    peak = state.peak * core.unit
+    peak = max([peak, *(o + aligned(b.size, alignment) for b in merged if (o := fixed.get(b.name)) is not None)])
+    offsets = settle(merged, offsets, peak, alignment, fixed)
+    offsets = {b.name: offsets[roots[b.name]] for b in buffers}
+    fits, evidence, reason = _verdict(merged, alignment, capacity, peak, bound * core.unit, state.least * core.unit)
+    placement = Placement(
+        offsets, peak, bound * core.unit, peak <= state.least * core.unit, state.solver, 0.0, fits, evidence, reason
+    )
+    verify(buffers, placement, alignment=alignment, fixed=fixed)
     return replace(placement, seconds=time.perf_counter() - started)
 
 
-def _fits(peak: int, bound: int, capacity: int | None) -> bool | None:
-    if capacity is None or peak <= capacity:
+def _solve(core: Core, bound: int, capacity: int | None, deadline: Deadline, work: int | None) -> _State:
+    """In units. A capacity below the bound cannot be met: greedy's answer is enough then."""
+    if core.n == 0:
+        return _State(np.zeros(0, np.int64), 0, "nothing to place", bound)
+    goal = bound if capacity is None else max(bound, capacity)
+    kernel = kernels.load() if core.n > MANY else None
+    offsets, peak, name = greedy(core, goal, kernel, deadline)
+    state = _State(offsets, peak, f"greedy by {name}", bound)
+    if peak <= goal or (capacity is not None and capacity < bound) or deadline.passed():
+        return state
+    kernel = kernels.load()
+    state = _improve(core, state, goal, name, kernel, deadline)
+    if kernel is not None and _can_search(core):
+        state = _search(core, state, kernel, capacity, deadline, SHORT if work is None else min(SHORT, work))
+    if not _done(state, capacity) and core.n <= mip.LARGEST and not deadline.passed():
+        state = _mip(core, state, deadline, work)
+    if kernel is not None and _can_search(core) and not _done(state, capacity):
+        left = None if work is None else work - state.work
+        state = _search(core, state, kernel, capacity, deadline, left)
+    elif not _done(state, capacity) and core.n > mip.LARGEST:
+        state = _improve_on(core, state, goal, kernel, deadline, work)
+    if kernel is None:
+        state = replace(state, solver=f"{state.solver} (in Python: no C++ compiler)")
+    return state
+
+
+def _done(state: _State, capacity: int | None) -> bool:
+    if capacity is not None and state.least > capacity:
         return True
-    return False if bound > capacity else None
+    return state.peak <= max(state.least, capacity or 0)
 
 
-def _root_name(b: Buffer, by_name: Mapping[str, Buffer]) -> str:
-    while b.alias is not None:
-        b = by_name[b.alias]
-    return b.name
+def _can_search(core: Core) -> bool:
+    return core.n * float((core.end - core.start).sum()) <= DIVE
 
 
-def _merge_aliases(buffers: Sequence[Buffer]) -> list[Buffer]:
-    """Buffers that share an offset become one that lives as long as all of them and is as large as the largest."""
-    by_name = {b.name: b for b in buffers}
-    merged: dict[str, Buffer] = {}
-    for b in buffers:
-        root = _root_name(b, by_name)
-        known = merged.get(root, replace(by_name[root], alias=None))
-        merged[root] = replace(
-            known, size=max(known.size, b.size), start=min(known.start, b.start), end=max(known.end, b.end)
-        )
-    return list(merged.values())
+def _improve(core: Core, state: _State, goal: int, name: str, kernel: Kernel | None, deadline: Deadline) -> _State:
+    rounds = int(max(4, min(100, IMPROVING / core.n**2)))
+    order = order_by(core, ORDERS[name])
+    if kernel is None:
+        result = improve(core, order, goal, rounds, 0, deadline)
+    else:
+        result = kernel.improve(core, order, goal, rounds, 0, deadline.stop)
+    return _better(state, result, f"greedy by {name}, improved")
+
+
+def _improve_on(
+    core: Core, state: _State, goal: int, kernel: Kernel | None, deadline: Deadline, work: int | None
+) -> _State:
+    """Too large to search: one order after the other, from each a little way, then further."""
+    rounds, seed, spent = 8, 1, 0
+    while state.peak > goal and not deadline.passed() and (work is None or spent < work):
+        for name, keys in ORDERS.items():
+            if kernel is None:
+                result = improve(core, order_by(core, keys), goal, rounds, seed, deadline)
+            else:
+                result = kernel.improve(core, order_by(core, keys), goal, rounds, seed, deadline.stop)
+            state = _better(state, result, f"greedy by {name}, improved")
+            spent += rounds * core.n
+            if state.peak <= goal or deadline.passed() or (work is not None and spent >= work):
+                break
+        rounds, seed = 2 * rounds, seed + 1
+    return state
+
+
+def _search(
+    core: Core, state: _State, kernel: Kernel, capacity: int | None, deadline: Deadline, work: int | None
+) -> _State:
+    found = search(core, kernel, state.peak, state.least, capacity, deadline, work)
+    result = None if found.offsets is None else (found.offsets, found.peak)
+    state = _better(state, result, "search")
+    return replace(state, least=max(state.least, found.least), work=state.work + found.work)
+
+
+def _mip(core: Core, state: _State, deadline: Deadline, work: int | None) -> _State:
+    nodes = None if work is None else max(1, work // HIGHS_NODE)
+    answer = mip.solve(core, state.offsets, state.least, deadline, nodes=nodes)
+    result = None if answer.offsets is None else (answer.offsets, int((answer.offsets + core.size).max()))
+    return replace(_better(state, result, "HiGHS"), least=max(state.least, answer.least))
+
+
+def _better(state: _State, result: tuple[Ints, int] | None, solver: str) -> _State:
+    if result is None or result[1] >= state.peak:
+        return state
+    return replace(state, offsets=result[0], peak=result[1], solver=solver)
+
+
+def _verdict(
+    buffers: Sequence[Buffer], alignment: int, capacity: int | None, peak: int, bound: int, least: int
+) -> tuple[bool | None, Evidence | None, str]:
+    """Whether the capacity is met, the moment that proves that it cannot be, and what is proved in words."""
+    if capacity is None or peak <= capacity:
+        return True, None, ""
+    if least <= capacity:
+        return None, None, NOT_PROVED
+    evidence = _evidence(buffers, alignment)
+    if evidence.live > capacity:
+        names = ", ".join(evidence.buffers[:8]) + (", …" if len(evidence.buffers) > 8 else "")
+        return False, evidence, f"at step {evidence.step} {evidence.live} bytes are live, above {capacity}: {names}"
+    if bound > capacity:
+        return False, None, f"a fixed buffer ends at {bound}, above {capacity}"
+    return False, None, SEARCHED
+
+
+def _evidence(buffers: Sequence[Buffer], alignment: int) -> Evidence:
+    step, live = worst_moment(buffers, alignment)
+    return Evidence(step, live, tuple(b.name for b in buffers if b.start <= step < b.end and b.size > 0))

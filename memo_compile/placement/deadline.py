@@ -1,0 +1,44 @@
+"""When to stop: a moment, and a flag that compiled code can read."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+import numpy as np
+
+
+class Deadline:
+    """Passes `seconds` from now. Within its context a timer sets `stop[0]` when it does.
+
+    >>> Deadline(0).passed(), Deadline(60).passed()
+    (True, False)
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
+        self.stop = np.zeros(1, np.int32)
+        self._timer: threading.Timer | None = None
+
+    def left(self) -> float:
+        """Seconds until it passes, at least 0."""
+        return max(0.0, self._end - time.perf_counter())
+
+    def passed(self) -> bool:
+        """Whether it has passed."""
+        return self.left() == 0
+
+    def __enter__(self) -> Deadline:
+        self._timer = threading.Timer(min(self.left(), threading.TIMEOUT_MAX), self._set)
+        self._timer.daemon = True
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._timer is not None
+        self._timer.cancel()
+        self._timer.join()
+
+    def _set(self) -> None:
+        self.stop[0] = 1

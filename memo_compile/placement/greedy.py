@@ -69,17 +69,14 @@ def greedy(core: Core, goal: int, kernel: Kernel | None, deadline: Deadline) -> 
 def first_fit(core: Core, order: Ints, deadline: Deadline | None = None) -> tuple[Ints, int] | None:
     """Offsets and peak, in units, of first fit in an order; None when the deadline passed."""
     size, start, end = core.size.tolist(), core.start.tolist(), core.end.tolist()
-    shelf = _Shelf(core.moments)
     offsets = core.fixed.tolist()
-    for i, offset in enumerate(offsets):
-        if offset >= 0:
-            shelf.put(offset, size[i], start[i], end[i])
+    shelf = sorted((o, o + size[i], start[i], end[i]) for i, o in enumerate(offsets) if o >= 0)
     for k, i in enumerate(order.tolist()):
-        if deadline is not None and k % 256 == 0 and deadline.passed():
+        if deadline is not None and k % 64 == 0 and deadline.passed():
             return None
         if offsets[i] < 0:
-            offsets[i] = shelf.lowest_free(size[i], start[i], end[i])
-            shelf.put(offsets[i], size[i], start[i], end[i])
+            offsets[i] = _lowest_free(shelf, size[i], start[i], end[i])
+            insort(shelf, (offsets[i], offsets[i] + size[i], start[i], end[i]))
     placed = np.array(offsets, np.int64)
     return placed, int((placed + core.size).max(initial=0))
 
@@ -107,35 +104,15 @@ def improve(core: Core, order: Ints, goal: int, rounds: int, seed: int, deadline
     return best
 
 
-class _Shelf:
-    """Placed buffers by the stretch of time in which they live, so that few need to be looked at.
-
-    The timeline is divided into stretches; a placed buffer is listed, by offset, in each stretch that it touches.
+def _lowest_free(shelf: list[tuple[int, int, int, int]], size: int, start: int, end: int) -> int:
+    """The lowest offset at which `size` is free over [start, end). Of what is placed, by offset, little is looked at:
+    most buffers find a gap near the bottom.
     """
-
-    def __init__(self, moments: int) -> None:
-        self._step = max(1, moments // 256)
-        self._stretches: list[list[tuple[int, int, int, int]]] = [[] for _ in range(moments // self._step + 1)]
-
-    def _touched(self, start: int, end: int) -> range:
-        return range(start // self._step, (end - 1) // self._step + 1)
-
-    def put(self, offset: int, size: int, start: int, end: int) -> None:
-        for k in self._touched(start, end):
-            insort(self._stretches[k], (offset, offset + size, start, end))
-
-    def lowest_free(self, size: int, start: int, end: int) -> int:
-        taken = sorted(
-            {
-                (low, high)
-                for k in self._touched(start, end)
-                for low, high, other_start, other_end in self._stretches[k]
-                if other_start < end and start < other_end
-            }
-        )
-        offset = 0
-        for low, high in taken:
-            if offset + size <= low:
+    offset = 0
+    for low, high, other_start, other_end in shelf:
+        if other_start < end and start < other_end:
+            if low - offset >= size:
                 break
-            offset = max(offset, high)
-        return offset
+            if high > offset:
+                offset = high
+    return offset

@@ -37,6 +37,7 @@ from memo_compile.solver import quiet_highs
 SLACK = 0.0005  # of the smallest peak: room in which the least plan may choose the faster of two
 ROUNDING = 1e-3  # of the step: what rounding may cost before another way to round is tried
 ROUNDS = 4  # of rounding and lowering the target by what it broke
+DRAIN = 40  # intervals of the backward in which offloads may still run, at least
 UNIT = float(2**20)  # bytes
 TIE_BREAK = 1e-4  # of the seconds that a transfer takes: enough to prefer fewer bytes, too little to pay for them
 
@@ -395,9 +396,19 @@ def _bounds(
             integral[c.again + i] = a.recompute_seconds is not None
     cost[c.stall : c.stall + c.intervals] = 1.0
     lower[c.overdue : c.overdue + c.intervals] = -math.inf
+    last = _last_copy(grid, c)
+    if last < c.intervals:
+        upper[c.waiting + last - 1] = 0.0
+    for column in (c.out_stalled, c.out, c.waiting, c.overdue, c.held):
+        lower[column + last : column + c.intervals] = upper[column + last : column + c.intervals] = 0.0
     for column in (c.back_stalled, c.back, c.early):
         upper[column : column + grid.forward] = 0.0
     return cost, lower, upper, integral
+
+
+def _last_copy(grid: _Grid, c: _Columns) -> int:
+    """The interval from which on nothing leaves any more: what is away so late would be back at once."""
+    return min(c.intervals, grid.forward + max(DRAIN, (c.intervals - grid.forward) // 8))
 
 
 Changes = list[dict[int, float]]
@@ -447,6 +458,7 @@ def _rows_of_time(
             again[grid.of_step[a.first_backward]][c.again + i] = a.recompute_seconds / scale.tick
     memory: list[int] = []
     rates: dict[str, list[tuple[int, dict[int, float], float]]] = {"offload rate": [], "prefetch rate": []}
+    last = _last_copy(grid, c)
 
     def limited(kind: str, column: int, rate: float, time_of: dict[int, float], constant: float) -> None:
         row = rows.add({column: 1.0, **{k: -rate * v for k, v in time_of.items()}}, -math.inf, rate * constant)
@@ -458,14 +470,15 @@ def _rows_of_time(
         rows.add({**row, **({c.live + i - 1: -1.0} if before else {})}, constant[i], constant[i])
         seconds = float(grid.seconds[i]) / scale.tick
         stalled = {c.stall + i: 1.0}
-        limited("offload rate", c.out_stalled + i, scale.out_rate, stalled, 0.0)
-        limited("offload rate", c.out + i, scale.out_rate, again[i], seconds)
-        copied = {c.out_stalled + i: 1.0, c.out + i: 1.0}
-        row = {c.waiting + i: 1.0, **copied, **{k: -v for k, v in released[i].items()}}
-        rows.add({**row, **({c.waiting + i - 1: -1.0} if before else {})}, 0.0, 0.0)
-        row = {c.overdue + i: 1.0, **copied, **{k: -v for k, v in due[i].items()}}
-        rows.add({**row, **({c.overdue + i - 1: -1.0} if before else {})}, 0.0, 0.0)
-        rows.add({c.held + i: 1.0, c.overdue + i: -1.0, c.out + i: -1.0}, 0.0, math.inf)
+        if i < last:
+            limited("offload rate", c.out_stalled + i, scale.out_rate, stalled, 0.0)
+            limited("offload rate", c.out + i, scale.out_rate, again[i], seconds)
+            copied = {c.out_stalled + i: 1.0, c.out + i: 1.0}
+            row = {c.waiting + i: 1.0, **copied, **{k: -v for k, v in released[i].items()}}
+            rows.add({**row, **({c.waiting + i - 1: -1.0} if before else {})}, 0.0, 0.0)
+            row = {c.overdue + i: 1.0, **copied, **{k: -v for k, v in due[i].items()}}
+            rows.add({**row, **({c.overdue + i - 1: -1.0} if before else {})}, 0.0, 0.0)
+            rows.add({c.held + i: 1.0, c.overdue + i: -1.0, c.out + i: -1.0}, 0.0, math.inf)
         if i >= grid.forward:
             limited("prefetch rate", c.back_stalled + i, scale.in_rate, stalled, 0.0)
             limited("prefetch rate", c.back + i, scale.in_rate, again[i], seconds)

@@ -187,7 +187,16 @@ def _recompute_seconds(problem: Problem, homes: Mapping[str, Residency]) -> floa
 
 
 def _round_all(problem: Problem, answer: _Answer, *, again: bool) -> dict[str, Residency]:
-    return {a.name: _rounded(a, answer, i, problem, again=again) for i, a in enumerate(problem.activations)}
+    """Whole slices for all. Where a slice may only be kept or offloaded, the two take turns, so that neither the
+    device's nor the host's sum strays by more than a slice.
+    """
+    homes: dict[str, Residency] = {}
+    over = 0.0  # bytes offloaded beyond the answer
+    for i, a in enumerate(problem.activations):
+        home = _rounded(a, answer, i, problem, again=again, up=over <= 0)
+        homes[a.name] = home
+        over += a.bytes * (home.offloaded / a.tokens - float(answer.fractions[i, 1]))
+    return homes
 
 
 def _decision(
@@ -547,9 +556,10 @@ def worst_moment(problem: Problem, residency: Mapping[str, Residency]) -> list[A
     return sorted(live, key=lambda a: (-a.bytes, a.name))
 
 
-def _rounded(a: Activation, answer: _Answer, index: int, problem: Problem, *, again: bool) -> Residency:
+def _rounded(a: Activation, answer: _Answer, index: int, problem: Problem, *, again: bool, up: bool) -> Residency:
     """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks; what is left over
-    goes to a home that is open to it: recomputation with `again` or where nothing is offloaded, else the host.
+    goes to a home that is open to it: recomputation with `again` or where nothing is offloaded, else the host, or with
+    `up` false the device.
     """
     k, o, r = answer.fractions[index]
     if a.tokens == 1:
@@ -565,7 +575,7 @@ def _rounded(a: Activation, answer: _Answer, index: int, problem: Problem, *, ag
     sliced = a.recompute_seconds is not None and not a.recompute_whole
     if sliced and (again or r > 1e-6 or not a.can_offload or not offloaded):
         return Residency(kept, offloaded, rest)
-    if a.can_offload:
+    if a.can_offload and (up or not k > 1e-6):
         return Residency(kept, offloaded + rest, 0)
     return Residency(kept + rest, offloaded, 0)
 

@@ -1,0 +1,90 @@
+"""Planning seconds against the number of layers: finding layers, and the linear program.
+
+    python -m bench.planning
+
+Processor seconds of one thread, which a busy machine does not change much. The program is that of gpt-7b at 1M tokens
+on 8 A800s with as many layers; the graph is one of as many small Llama layers, forward only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bench.common import save
+from bench.paper import K, case, stack_of
+from memo_compile.models import Llama, LlamaConfig
+from memo_compile.passes.layers import annotate_layers
+from memo_compile.residency import decide
+from memo_compile.simulate import simulate
+from memo_compile.strategies import remaking
+
+LAYERS = (8, 16, 32, 80, 120, 160)
+
+
+def processor_seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of processor time, and the result."""
+    started = time.process_time()
+    result = fn()
+    return time.process_time() - started, result
+
+
+def row_of(layers: int) -> dict[str, Any]:
+    """One number of layers."""
+    full = case("gpt-7b", K * K)
+    # Host memory grows with the layers, so that each is as hard to place as in the 32-layer model.
+    c = replace(full, preset=replace(full.preset, layers=layers), host=full.host * layers // 32)
+    stack = stack_of(c)
+    anchors = stack.anchors[0]
+    problem = remaking(stack, {a.name for a in stack.problem.activations if a.recompute_seconds} - anchors)
+    program, decision = processor_seconds(lambda: decide(problem, time_limit=120))
+    assert decision is not None
+    simulation, played = processor_seconds(lambda: simulate(problem, decision.residency))
+    model = Llama(LlamaConfig(vocab=64, layers=layers, width=32, heads=4, ffn=64))
+    with torch.no_grad():
+        graph = make_fx(lambda x: model(x, labels=x))(torch.zeros(1, 64, dtype=torch.int64))
+    finding, report = processor_seconds(lambda: annotate_layers(graph))
+    return {
+        "layers": layers,
+        "activations": len(problem.activations),
+        "program_seconds": program,
+        "simulation_seconds": simulation,
+        "nodes": len(graph.graph.nodes),
+        "finding_seconds": finding,
+        "layers_found": len(report.classes),
+        "step_seconds": decision.seconds,
+        "simulated_seconds": played.seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Seconds, and milliseconds a layer."""
+    lines = [
+        "| layers | activations | program s | ms a layer | simulation s | graph nodes | finding layers s | found |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [str(r["layers"]), str(r["activations"]), f"{r['program_seconds']:.2f}"]
+        cells += [f"{1e3 * r['program_seconds'] / r['layers']:.1f}", f"{r['simulation_seconds']:.2f}"]
+        cells += [str(r["nodes"]), f"{r['finding_seconds']:.2f}", str(r["layers_found"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and save."""
+    processor_seconds(lambda: row_of(4))  # imports and caches
+    rows = []
+    for layers in LAYERS:
+        rows.append(row_of(layers))
+        print(rows[-1], flush=True)
+    save("planning", "python -m bench.planning", rows, table(rows))
+
+
+if __name__ == "__main__":
+    main()

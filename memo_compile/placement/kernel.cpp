@@ -156,7 +156,7 @@ public:
 
     // 1: found, 0: there is none, -1: not known. Restarts with growing budgets; failures so far guide the next start.
     int run(int64_t budget, uint64_t seed) {
-        int64_t step = std::max(1000, 4 * p_.n);
+        int64_t step = std::max(1000, p_.n * 5 / 4);
         for (int64_t start = 0;; ++start) {
             end_ = std::min(nodes_ + step, budget);
             disturb(seed, start);

@@ -60,7 +60,7 @@ def search(
     """
     ranks = [_rank(order_by(core, keys)) for keys in PRIORITIES]
     offsets: Ints | None = None
-    taken, turn, budget = 0, 0, max(FIRST_BUDGET, 16 * core.n)
+    taken, turn, budget = 0, 0, max(FIRST_BUDGET, 6 * core.n)
     with ThreadPoolExecutor(max(1, _cores())) as pool:
         while peak > max(least, capacity or 0) and not deadline.passed() and (work is None or taken < work):
             progress = False

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memo_compile.codegen.emitted import Body, live_bytes
 from memo_compile.placement import Buffer, place, verify
@@ -86,6 +86,7 @@ class _Timeline:
     outside: tuple[int, ...]
     kernels: tuple[int, ...]
     chunk: int
+    alone: frozenset[str] = frozenset()
 
 
 def plan_arena(
@@ -96,6 +97,7 @@ def plan_arena(
     *,
     tangent_bytes: int = 0,
     chunk: int = CHUNK,
+    alone: frozenset[str] = frozenset(),
 ) -> ArenaLayout:
     """Place the buffers of both bodies.
 
@@ -105,8 +107,9 @@ def plan_arena(
         user_outputs: the first so many outputs of the forward go to the user.
         tangent_bytes: what autograd holds for the backward to start from.
         chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
+        alone: names of backward buffers that get a segment of their own, so that a call before can take it.
     """
-    timeline = _timeline(forward, backward, links, user_outputs, tangent_bytes, chunk)
+    timeline = replace(_timeline(forward, backward, links, user_outputs, tangent_bytes, chunk), alone=alone)
     cuts = _choose_cuts(timeline)
     return _lay_out(timeline, cuts)
 
@@ -150,12 +153,14 @@ def _groups(timeline: _Timeline, cuts: Sequence[int]) -> list[list[Buffer]]:
     """The buffers of each segment."""
     groups: dict[tuple[int, int], list[Buffer]] = defaultdict(list)
     for b in timeline.buffers:
+        if b.name in timeline.alone:
+            continue
         groups[_window(b.start, cuts), _window(b.end - 1, cuts)].append(b)
     segments: list[list[Buffer]] = []
     for _, group in sorted(groups.items()):
         kept = group[0].start < timeline.forward_steps < group[0].end
         segments += _chunks(group, timeline.chunk) if kept else [group]
-    return segments
+    return segments + [[b] for b in timeline.buffers if b.name in timeline.alone]
 
 
 def _chunks(group: Sequence[Buffer], size: int) -> list[list[Buffer]]:

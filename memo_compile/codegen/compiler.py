@@ -24,6 +24,7 @@ import torch.fx as fx
 from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
+from memo_compile.codegen.landings import how_many_early, schedule_of
 from memo_compile.codegen.order import check_order, emitted_steps, place_transfers, planned_steps
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
@@ -116,6 +117,7 @@ class _Compilation:
     forward_body: Body | None = None
     regions: EmittedRegions | None = None
     schedule: Schedule | None = None
+    budget: int | None = None
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
@@ -130,6 +132,7 @@ class _Compilation:
         if isinstance(budget, (int, float)):
             p = replace(p, unplanned_peak=self._unplanned_peak(p))
         limits = limits_for(self.setting, p.unplanned_peak)
+        self.budget = limits.budget
         settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
         self.decided, self.evidence = settled.decided, settled.evidence
         self.plan = replace(
@@ -163,7 +166,26 @@ class _Compilation:
         return _Evidence(forward, backward, self._layout(decided, forward, backward))
 
     def _layout(self, decided: Decided, forward: Body, backward: Body) -> ArenaLayout:
-        return plan_arena(**self._arena_arguments(decided, forward, backward))
+        arguments = self._arena_arguments(decided, forward, backward)
+        plain = plan_arena(**arguments)
+        if not backward.landings or not decided.ahead:
+            return plain
+        # Where it costs nothing, or the budget has room, slices land in storages that a call before can take.
+        alone = plan_arena(**arguments, alone=frozenset(f"bw:{name}" for name in backward.landings))
+        budget = self.budget if self.budget is not None else plain.peak
+        return alone if alone.peak <= max(plain.peak, budget) else plain
+
+    def _schedule(self, lines: Sequence[str]) -> Schedule:
+        """What calls before this backward may start for it: never more than one arena beside their own."""
+        assert self.layout is not None
+        layout, schedule = self.layout, schedule_of(lines)
+        starts = {b.name: b.start for b in layout.buffers}
+        sizes = [(starts[f"bw:{landing.buffer}"], landing.nbytes) for landing in schedule.early]
+        early = how_many_early(sizes, layout.held, layout.forward_steps, layout.arena_bytes)
+        if self.budget is not None:
+            while early and layout.peak + sum(size for _, size in sizes[:early]) > self.budget:
+                early -= 1
+        return replace(schedule, early=schedule.early[:early])
 
     def _arena_arguments(self, decided: Decided, forward: Body, backward: Body) -> dict[str, Any]:
         placeholders = decided.backward.graph.find_nodes(op="placeholder")
@@ -254,6 +276,7 @@ class _Compilation:
         assert self.decided is not None
         assert self.regions is not None
         check_order(planned_steps(self.decided.backward), emitted_steps(lines))
+        self.schedule = self._schedule(lines)
         links = [(link.output, link.input) for link in self.links]
         verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)
 

@@ -46,13 +46,17 @@ class Storage:
 
 @dataclass(frozen=True)
 class Body:
-    """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body."""
+    """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body.
+
+    `landings` are the buffers in which slices land that come back from the host, in the order in which they start.
+    """
 
     steps: int
     storages: dict[str, Storage]
     outputs: tuple[str | None, ...]
     inputs: tuple[str, ...]
     strides: tuple[tuple[int, ...] | None, ...] = ()
+    landings: tuple[str, ...] = ()
 
 
 def dense_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:

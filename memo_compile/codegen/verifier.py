@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memo_compile.codegen.emitted import DTYPE_BYTES, alias_source, dense_bytes, flatten
+from memo_compile.codegen.landings import landing_size
 from memo_compile.errors import PlacementOverlap
 
 
@@ -62,6 +63,8 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         if function.startswith("empty_strided") and name.startswith("memo_arena_"):
             assert isinstance(value, ast.Call)
             segments[name] = ast.literal_eval(value.args[0])[0]
+        elif (size := landing_size(value)) is not None:
+            segments[name] = size
         elif function == "alloc_from_pool":
             assert isinstance(value, ast.Call)
             regions[name] = _region(name, value, step)

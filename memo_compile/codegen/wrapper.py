@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from memo_compile.codegen.emitted import Body, read_body
+from memo_compile.codegen.landings import landing_buffers, take_landing
 from memo_compile.codegen.workspace import workspace_bytes
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
@@ -111,7 +113,8 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
 
     source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_storage)
-    return replace(body, strides=tuple(_stride(output) for output in graph.graph_outputs))
+    strides = tuple(_stride(output) for output in graph.graph_outputs)
+    return replace(body, strides=strides, landings=tuple(landing_buffers(lines)))
 
 
 def _is_host_lease(buffer: Any) -> bool:
@@ -134,6 +137,8 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
     hold it, and it is free when they are gone.
     """
     places = {b.name.split(":", 1)[1]: b for b in buffers}
+    landings = landing_buffers(lines)
+    shared = Counter(b.segment for b in buffers)
     sizes = {s.name: s.size for s in segments}
     left = {s.name: sum(1 for b in buffers if b.segment == s.name) for s in segments}
     taken: set[str] = set()
@@ -148,7 +153,10 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
         indent, segment = match["indent"], place.segment
         if segment not in taken:
             taken.add(segment)
-            out.append(f"{indent}{segment} = {match['make']}(({sizes[segment]}, ), (1, ), torch.uint8)")
+            made = f"{segment} = {match['make']}(({sizes[segment]}, ), (1, ), torch.uint8)"
+            if shared[segment] == 1 and match["name"] in landings:
+                made = take_landing(segment, sizes[segment], *landings[match["name"]], match["make"])
+            out.append(f"{indent}{made}")
         view = f"alloc_from_pool({segment}, {place.offset}, {dtype}, {shape}, {stride})"
         out.append(f"{indent}{match['name']} = {view}")
         left[segment] -= 1

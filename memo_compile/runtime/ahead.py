@@ -24,9 +24,10 @@ log = logger(__name__)
 class Landing:
     """Where one slice lands: a view (dtype, shape, stride, start in elements) of a storage of `nbytes` bytes.
 
-    `offset` is the slice's place in the host lease.
+    `offset` is the slice's place in the host lease, `buffer` the name in the emitted code.
     """
 
+    buffer: str
     offset: int
     nbytes: int
     dtype: torch.dtype

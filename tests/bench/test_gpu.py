@@ -1,0 +1,90 @@
+"""The GPU benchmark's program, on a CPU and in small: it measures, goes on where it stopped, and refuses."""
+
+import json
+
+import pytest
+import torch
+
+from bench import gpu
+
+PEERS = ["eager", "checkpoint", "checkpoint+save_on_cpu", "checkpoint+streams", "memo@checkpoint"]
+TINY = ["--device", "cpu", "--tiny", "--in-process", "--peers", *PEERS]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "gpu.json"
+    assert gpu.main([*TINY, "--out", str(out)]) == 0
+    return out
+
+
+def test_every_peer_trains_alike(results):
+    rows = json.loads(results.read_text())["rows"]
+    assert len(rows) == len(PEERS)
+    by_peer = {r["peer"]: r for r in rows.values()}
+    assert set(by_peer) == set(PEERS)
+    for row in by_peer.values():
+        assert "failed" not in row or row["failed"] == "BudgetTooSmall", row
+        if "failed" not in row:
+            assert row["losses"] == pytest.approx(by_peer["eager"]["losses"], rel=1e-4)
+            assert row["tokens_per_second"] > 0 < row["peak"]
+    assert by_peer["memo@checkpoint"]["budget"] == by_peer["checkpoint"]["peak"]
+    if "failed" not in by_peer["memo@checkpoint"]:
+        assert by_peer["memo@checkpoint"]["moved_out"] == by_peer["memo@checkpoint"]["planned_out"]
+
+
+def test_a_second_run_measures_nothing_again(results, monkeypatch):
+    monkeypatch.setattr(gpu, "measure", lambda case: pytest.fail("measured again"))
+    assert gpu.main([*TINY, "--out", str(results)]) == 0
+
+
+def test_a_run_that_is_out_of_time_says_so(tmp_path):
+    assert gpu.main([*TINY, "--out", str(tmp_path / "gpu.json"), "--time-limit", "-1", "--no-plot"]) == 3
+
+
+def test_tables_and_plots(results):
+    table = results.with_suffix(".md").read_text()
+    assert all(f"| {peer} |" in table for peer in PEERS)
+    assert results.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_longest_length_is_found_by_bisection(tmp_path, monkeypatch):
+    """A peer that holds 1 KiB a token on a device of 1 MiB trains 1 024 tokens, to an eighth."""
+
+    def measure(case):
+        peak = case.tokens * 1024
+        fits = peak <= case.limit
+        return (
+            {"failed": "OutOfMemory"}
+            if not fits
+            else {
+                "seconds": 1.0,
+                "tokens_per_second": 1.0,
+                "mfu": 0.1,
+                "peak": peak,
+                "reserved": 0,
+                "first_step_seconds": 1.0,
+                "losses": [1.0],
+            }
+        )
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    out = tmp_path / "gpu.json"
+    arguments = ["--parts", "longest", "--device", "cpu", "--tiny", "--in-process", "--peers", "eager", "--no-plot"]
+    assert gpu.main([*arguments, "--limit", str(2**20), "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"].values()
+    assert max(r["tokens"] for r in rows if "failed" not in r) == 1024
+    assert any("failed" in r for r in rows)
+
+
+def test_an_unknown_peer_is_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--peers", "deepspeed"])
+    assert "unknown peers deepspeed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_gpu_the_way_out_is_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--device cpu --tiny" in capsys.readouterr().err

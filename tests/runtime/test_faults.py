@@ -1,0 +1,136 @@
+"""Faults: each a clear error that leaves no lease and no copy behind, and the next step is right."""
+
+import gc
+
+import pytest
+import torch
+from test_contract import check, make, rows
+
+import memo_compile
+from memo_compile import errors
+from memo_compile.runtime import calls, host, ops
+from memo_compile.runtime.host import HostPool
+from memo_compile.runtime.ops import engine, pool
+
+CPU = torch.device("cpu")
+BACKEND = "memo_eager"  # the same calls stand around what Inductor emits; compiling is what takes time
+OFFLOAD = {"offload": "all"}
+
+
+@pytest.fixture
+def trained():
+    model = make()
+    fn = torch.compile(model, backend=BACKEND, options=OFFLOAD)
+    fn(rows()).square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    yield model, fn
+    gc.collect()
+    assert (pool().leased_bytes, engine(CPU).pending) == (0, 0)
+    model.zero_grad(set_to_none=True)
+    fn(rows()).square().mean().backward()
+    check(model, rows())
+
+
+def raising(error, after=1):
+    """Raises at its `after`-th call, and does what it replaces before."""
+
+    def wrap(original):
+        count = iter(range(after, -1, -1))
+
+        def run(*args, **kwargs):
+            if next(count, 0) == 0:
+                raise error() if isinstance(error, type) else error
+            return original(*args, **kwargs)
+
+        return run
+
+    return wrap
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["offload_wait", "prefetch_wait", "offload", "prefetch"])
+def test_an_exception_between_a_start_and_its_wait(trained, monkeypatch, error, where):
+    _, fn = trained
+    mover = engine(CPU)
+    with monkeypatch.context() as patch, mover.delays(lambda kind: 0.01):
+        patch.setattr(mover, where, raising(error)(getattr(mover, where)))
+        with pytest.raises(error):
+            fn(rows()).square().mean().backward()
+    assert mover.pending == 0
+
+
+def test_an_exception_in_a_copy_worker_says_which_copy(trained):
+    _, fn = trained
+
+    def fail(kind):
+        raise OSError("the link is down")
+
+    with (
+        engine(CPU).delays(fail),
+        pytest.raises(errors.TransferFailed, match=r"D2H copy of .* failed: the link is down"),
+    ):
+        fn(rows())
+
+
+def test_an_exception_in_a_hook(trained):
+    _, fn = trained
+    x = rows().requires_grad_()
+    loss = fn(x).square().mean()
+    x.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+
+
+def test_no_host_memory(trained, monkeypatch):
+    _, fn = trained
+    memo_compile.empty_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "free_host_memory", lambda: 1000)
+        with pytest.raises(errors.HostMemoryUnavailable, match=r"1,000 are free.*host_budget"):
+            fn(rows())
+
+
+def test_an_arena_that_does_not_fit_any_more(trained, monkeypatch):
+    _, fn = trained
+    refusal = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 1 bytes")
+    mover = engine(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, "offload", raising(refusal)(mover.offload))
+        with pytest.raises(errors.ArenaDoesNotFit, match=r"free on the device.*memory_budget"):
+            fn(rows())
+
+
+def test_no_pinned_memory_is_one_warning_and_pageable(monkeypatch, caplog):
+    class Refusing:
+        @staticmethod
+        def cudaHostRegister(*args):  # noqa: N802
+            return 2
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Refusing)
+    monkeypatch.setattr(host, "node_of_device", lambda: None)
+    leases = HostPool()
+    with caplog.at_level("WARNING"):
+        held = [leases.lease(1000), leases.lease(2000)]
+    assert len([r for r in caplog.records if "page-locked" in r.message]) == 1
+    held[0].fill_(1)
+
+
+def test_without_the_guard_copies_stay_behind(monkeypatch):
+    """The guard is what the tests above rest on."""
+    import contextlib
+
+    monkeypatch.setattr(calls, "_nothing_left", lambda device: contextlib.nullcontext())
+    fn = torch.compile(make(), backend=BACKEND, options=OFFLOAD)
+    mover = engine(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, "offload_wait", raising(ZeroDivisionError)(mover.offload_wait))
+        with pytest.raises(ZeroDivisionError):
+            fn(rows())
+    assert mover.pending
+    mover.drain()
+
+
+def test_an_engine_is_made_once_for_a_device():
+    assert ops.engine(CPU) is ops.engine(torch.device("cpu"))

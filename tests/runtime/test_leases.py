@@ -1,0 +1,159 @@
+"""Leases: a model whose blocks are compiled alone, one compilation for all of them."""
+
+import gc
+import itertools
+import threading
+
+import pytest
+import torch
+
+import memo_compile
+from memo_compile.runtime.ops import ahead, engine, pool, recorder
+
+CPU = torch.device("cpu")
+BLOCKS = 12
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = torch.nn.Linear(32, 128), torch.nn.Linear(128, 32)
+
+    def forward(self, x):
+        return x + self.narrow(torch.sin(self.wide(x)))
+
+
+class Tower(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.double()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def rows(seed=1):
+    return torch.randn(512, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def compiled():
+    tower = Tower()
+    for block in tower.blocks:
+        block.compile(backend="memo", options={"offload": "all"})
+    return tower
+
+
+def step(tower, x):
+    tower.zero_grad(set_to_none=True)
+    tower(x).square().mean().backward()
+    return [p.grad.clone() for p in tower.parameters()]
+
+
+@pytest.fixture(scope="module")
+def tower():
+    tower = compiled()
+    step(tower, rows())
+    return tower
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """One compilation for all tests here, in place of a reset between them."""
+    yield
+    gc.collect()
+
+
+def test_one_compilation_serves_all_blocks_with_right_gradients(tower):
+    assert len(memo_compile.plans()) == 1
+    (plan,) = memo_compile.plans()
+    assert all(a.offloaded == a.tokens for a in plan.activations if a.bytes >= 16384)
+    for got, want in zip(step(tower, rows()), step(Tower(), rows()), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_no_more_than_two_arenas_are_held_and_all_is_returned(tower):
+    (plan,) = memo_compile.plans()
+    x = rows()
+    peak = memo_compile.measure_peak(step, tower, x)
+    between = (BLOCKS + 3) * x.numel() * 8  # what blocks hand to each other, and the loss's own
+    gradients = 2 * sum(p.numel() * 8 for p in tower.parameters())
+    assert peak <= 2 * plan.arena_bytes + between + gradients
+    assert pool().leased_bytes == 0
+    assert engine(CPU).pending == 0
+    assert ahead(CPU).outstanding == 0
+
+
+def test_each_blocks_slices_are_on_their_way_while_the_next_blocks_backward_runs(tower):
+    recorder().trace = trace = []
+    try:
+        with engine(CPU).delays(lambda kind: 0.0):
+            step(tower, rows())
+    finally:
+        recorder().trace = None
+    backwards = [s for s in trace if s.kind == "backward"]
+    assert len(backwards) == BLOCKS
+    for running, following in itertools.pairwise(backwards):
+        first = min(s.begin for s in trace if s.kind == "H2D" and s.lease == following.lease)
+        assert first < running.end
+
+
+def test_many_steps_hold_the_same_bytes(tower):
+    held = []
+    for _ in range(200):
+        step(tower, rows())
+        held.append((pool().held_bytes, pool().leased_bytes, ahead(CPU).outstanding, engine(CPU).pending))
+    assert set(held) == {held[0]}
+
+
+def test_delays_change_nothing(tower):
+    import random
+
+    expected = step(tower, rows())
+    for seed in range(5):
+        draw = random.Random(seed)
+        with engine(CPU).delays(lambda kind, draw=draw: draw.choice([0, 0, 0.001, 0.004])):
+            assert all(torch.equal(a, b) for a, b in zip(step(tower, rows()), expected, strict=True))
+
+
+def test_two_towers_interleaved_and_in_two_threads(tower):
+    expected = {seed: step(tower, rows(seed)) for seed in (1, 2)}
+    other = compiled()
+    a, b = tower(rows(1)).square().mean(), other(rows(2)).square().mean()
+    tower.zero_grad(set_to_none=True)
+    a.backward()
+    b.backward()
+    for model, seed in ((tower, 1), (other, 2)):
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected[seed], strict=True))
+    results = {}
+    threads = [
+        threading.Thread(target=lambda m=m, s=s: results.update({s: step(m, rows(s))}))
+        for m, s in ((tower, 1), (other, 2))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, want in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(results[seed], want, strict=True))
+
+
+def test_a_dropped_loss_and_a_failing_hook_leave_nothing_behind(tower):
+    loss = tower(rows()).square().mean()
+    del loss
+    x = rows()
+    for i, block in enumerate(tower.blocks):
+        x = block(x)
+        if i == 5:
+            x.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        x.square().mean().backward()
+    del x
+    gc.collect()
+    assert (pool().leased_bytes, engine(CPU).pending, ahead(CPU).outstanding) == (0, 0, 0)
+    want = step(Tower(), rows())
+    for got, expected in zip(step(tower, rows()), want, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -38,8 +38,8 @@ class Copy:
 class Span:
     """A stretch of time on the trace, in seconds of `time.perf_counter`.
 
-    kind: "D2H" or "H2D" for a copy, "wait D2H" or "wait H2D" for the computation standing still, "forward" or
-    "backward" for a call. `lease` is the address of the host lease that it belongs to.
+    kind: "D2H" or "H2D" for a copy, "start D2H" or "start H2D" for the moment it was queued, "wait D2H" or "wait H2D"
+    for the computation standing still, "forward" or "backward" for a call. `lease` is the address of the host lease that it belongs to.
     """
 
     kind: str
@@ -245,6 +245,8 @@ class Engine(ABC):
             started = self._launch(copy, src, dst, after)
             self._pending[copy.key] = started
         self.recorder.started(copy.kind, copy.nbytes)
+        now = time.perf_counter()
+        self.recorder.span(Span(f"start {copy.kind}", copy.lease, copy.offset, copy.nbytes, now, now))
         return started
 
     def _end(self, named: Copy) -> None:

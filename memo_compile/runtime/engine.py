@@ -39,7 +39,8 @@ class Span:
     """A stretch of time on the trace, in seconds of `time.perf_counter`.
 
     kind: "D2H" or "H2D" for a copy, "start D2H" or "start H2D" for the moment it was queued, "wait D2H" or "wait H2D"
-    for the computation standing still, "forward" or "backward" for a call. `lease` is the address of the host lease that it belongs to.
+    for the computation standing still, "forward" or "backward" for a call. `lease` is the address of the host
+    lease that it belongs to.
     """
 
     kind: str

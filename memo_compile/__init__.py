@@ -17,6 +17,7 @@ _HOMES = {
     "Options": "memo_compile.options",
     "Plan": "memo_compile.schema",
     "empty_cache": "memo_compile.api",
+    "explain": "memo_compile.explanation",
     "measure_peak": "memo_compile.measure",
     "plan": "memo_compile.api",
     "plans": "memo_compile.api",
@@ -27,6 +28,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from memo_compile.api import empty_cache, plan, plans, reset
     from memo_compile.errors import BudgetTooSmall, MemoError
+    from memo_compile.explanation import explain
     from memo_compile.measure import measure_peak
     from memo_compile.options import Options
     from memo_compile.runtime.ops import transfer_stats
@@ -47,6 +49,7 @@ __all__ = [
     "Options",
     "Plan",
     "empty_cache",
+    "explain",
     "measure_peak",
     "plan",
     "plans",

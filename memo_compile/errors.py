@@ -112,5 +112,9 @@ class NotReplayable(MemoError):
     """A graph that cannot be written to a dump, or a dump that cannot be run again here."""
 
 
+class NoReport(MemoError):
+    """A folder that holds nothing to make a report of."""
+
+
 class RecompileLimit(MemoError):
     """Too many input shapes: Dynamo would silently run eagerly from here on."""

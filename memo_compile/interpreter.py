@@ -56,6 +56,7 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     record(plan)
     dump.decided(p, decided, setting.options)
     dump.plan(plan)
+    dump.report(p, decided, plan)
     return replace(decided, plan=plan)
 
 

@@ -89,7 +89,8 @@ class Prepared:
 class Decided:
     """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words.
 
-    `limits` are those that it was decided within; `ahead` says whether transfers overlap with computation.
+    `limits` are those that it was decided within, `problem` what the linear program was given; `ahead` says whether
+    transfers overlap with computation.
     """
 
     plan: Plan
@@ -100,6 +101,7 @@ class Decided:
     obstacles: tuple[str, ...] = ()
     limits: Limits | None = None
     ahead: bool = True
+    problem: residency.Problem | None = None
 
 
 def lease_output(decided: Decided, num_forward_outputs: int) -> int | None:
@@ -365,7 +367,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         activations=_activation_plans(p, homes, limits),
     )
     obstacles = _obstacles(p, residency.worst_moment(problem, decision.residency))
-    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, obstacles, limits, ahead)
+    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, obstacles, limits, ahead, problem)
 
 
 Watch = Callable[[str, fx.GraphModule, fx.GraphModule], None]

@@ -48,12 +48,50 @@ log = logger(__name__)
 
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
+    setting = setting_for(options, inputs)
+    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
+    compiled: Any = _through_inductor(run, run.inner, gm, inputs)
+    return run.first_step.forward(compiled)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A graph that was planned and placed, and not compiled."""
+
+    plan: Plan
+    prepared: Prepared
+    decided: Decided
+    layout: ArenaLayout
+
+
+class _Planned(BaseException):
+    """Ends a compilation once the plan is made. Not an `Exception`: nothing wraps it."""
+
+
+def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked | None:
+    """Plan a Dynamo graph as `compile_planned` does, from dry runs, and stop; None where it needs no gradient."""
+    setting = setting_for(options, inputs)
+    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise _Planned
+
+    with contextlib.suppress(_Planned):
+        _through_inductor(run, stop, gm, inputs)
+    if run.plan is None or run.prepared is None or run.decided is None or run.evidence is None:
+        return None
+    run.layout = run.evidence.layout
+    return Looked(run.placed_plan(), run.prepared, run.decided, run.layout)
+
+
+def _through_inductor(
+    run: _Compilation, inner: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
     from torch._functorch import config as functorch_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    setting = setting_for(options, inputs)
-    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
+    options = run.setting.options
     patches: dict[str, Any] = {
         **(list_mode_options(options.mode) if options.mode else {}),
         **options.inductor,
@@ -67,8 +105,8 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
     with functorch_config.patch(
         enable_autograd_cache=False, donated_buffer=False, force_non_lazy_backward_lowering=True
     ):
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=run.inner, config_patches=patches)
-    return run.first_step.forward(compiled)
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
+    return compiled
 
 
 def _num_outputs(gm: fx.GraphModule) -> int:
@@ -106,6 +144,7 @@ class _Compilation:
     setting: Setting
     num_user_outputs: int
     first_step: FirstStep
+    prepared: Prepared | None = None
     decided: Decided | None = None
     plan: Plan | None = None
     evidence: _Evidence | None = None
@@ -134,7 +173,7 @@ class _Compilation:
         limits = limits_for(self.setting, p.unplanned_peak)
         self.budget = limits.budget
         settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
-        self.decided, self.evidence = settled.decided, settled.evidence
+        self.prepared, self.decided, self.evidence = p, settled.decided, settled.evidence
         self.plan = replace(
             self.decided.plan,
             budget=limits.budget,
@@ -240,7 +279,7 @@ class _Compilation:
         if not backward:
             _nothing_donated()
             return compiled if lease_at is None else forward_call(compiled, device, lease_at, lambda: self.schedule)
-        self._finish()
+        record(self.placed_plan())
         called = compiled if lease_at is None else backward_call(compiled, device, lease_input(self.decided))
         return self.first_step.backward(_guarded(called, donated))
 
@@ -280,7 +319,8 @@ class _Compilation:
         links = [(link.output, link.input) for link in self.links]
         verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)
 
-    def _finish(self) -> None:
+    def placed_plan(self) -> Plan:
+        """The plan with what the layout says, written to the dump."""
         assert self.plan is not None
         assert self.layout is not None
         assert self.dump is not None
@@ -296,10 +336,13 @@ class _Compilation:
             segments=layout.segments,
             buffers=layout.buffers,
         )
-        record(plan)
         self.dump.plan(plan)
         if self.decided is not None and self.evidence is not None:
-            self.dump.emitted(self._arena_arguments(self.decided, self.evidence.forward, self.evidence.backward))
+            emitted = self._arena_arguments(self.decided, self.evidence.forward, self.evidence.backward)
+            self.dump.emitted(emitted)
+            assert self.prepared is not None
+            self.dump.report(self.prepared, self.decided, plan, emitted)
+        return plan
 
 
 _NO_PLAN = Plan("", "memo", None, 0, 0, 0, 0.0, 0, 0, 0, "", 0.0, "", "", ())

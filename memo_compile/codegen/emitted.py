@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 _ALLOCATION = re.compile(r"^empty_strided_(cpu|cuda|xpu)$")
 _ALIASES = frozenset({"reinterpret_tensor", "alloc_from_pool", "as_strided"})
@@ -49,6 +49,7 @@ class Body:
     """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body.
 
     `landings` are the buffers in which slices land that come back from the host, in the order in which they start.
+    For reports only: `labels` names what each statement calls, `origins` the FX node that each storage holds.
     """
 
     steps: int
@@ -57,6 +58,8 @@ class Body:
     inputs: tuple[str, ...]
     strides: tuple[tuple[int, ...] | None, ...] = ()
     landings: tuple[str, ...] = ()
+    labels: tuple[str, ...] = field(default=(), compare=False)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def dense_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
@@ -135,7 +138,13 @@ def read_body(
         if names:
             end[home[names[0]]] = len(statements)
     storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}
-    return Body(len(statements), storages, tuple(out), tuple(inputs))
+    return Body(len(statements), storages, tuple(out), tuple(inputs), labels=tuple(map(_label, statements)))
+
+
+def _label(statement: ast.stmt) -> str:
+    """What a statement calls; nothing where it only names or frees something."""
+    value = getattr(statement, "value", None)
+    return ast.unparse(value.func) if isinstance(value, ast.Call) else ""
 
 
 def flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:

@@ -114,7 +114,14 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
     source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_storage)
     strides = tuple(_stride(output) for output in graph.graph_outputs)
-    return replace(body, strides=strides, landings=tuple(landing_buffers(lines)))
+    origins = {name: _origin(graph.name_to_buffer.get(name)) for name in body.storages}
+    return replace(body, strides=strides, landings=tuple(landing_buffers(lines)), origins=origins)
+
+
+def _origin(buffer: Any) -> str:
+    """The name of the FX node whose value a buffer holds, "" where Inductor kept none."""
+    node = buffer.get_origin_node() if buffer is not None and hasattr(buffer, "get_origin_node") else None
+    return str(node.name) if node is not None else ""
 
 
 def _is_host_lease(buffer: Any) -> bool:

@@ -9,6 +9,7 @@
     plan.json, arena.json               what was decided, and where every buffer lies
     joint.json, compilation.json        for `memo replay`
     emitted.json                        what the emitted code allocates, and when
+    report.json                         for `memo report`
 
 No tensor data is written. What a person reads goes into torch's structured trace too, where `TORCH_TRACE` asks for one.
 """
@@ -36,6 +37,7 @@ from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.pass_log import Snapshot, as_files, pass_log, readable, snapshot
 from memo_compile.report.picture import layer_dot, render
 from memo_compile.report.tables import layer_table
+from memo_compile.report.timeline import report_data
 from memo_compile.report.traces import artifact, tracing
 from memo_compile.schema import Plan
 
@@ -116,6 +118,12 @@ class Dump:
         """`emitted.json`: what the arena was laid out from, the arguments of `codegen.arena.plan_arena`."""
         if self.folder is not None:
             self._write("emitted.json", json.dumps({k: _plain(v) for k, v in arguments.items()}))
+
+    def report(self, p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str, Any] | None = None) -> None:
+        """`report.json`: what `memo report` shows; `emitted` as in `timeline.report_data`."""
+        if self.folder is not None:
+            data = report_data(p, decided, plan, emitted)
+            self._write("report.json", json.dumps(data, separators=(",", ":")))
 
     def plan(self, plan: Plan) -> None:
         """`plan.json`, `arena.json` and `layers.txt`."""

@@ -281,5 +281,9 @@ def _body(raw: Mapping[str, Any]) -> Any:
 
     storages = {name: Storage(**s) for name, s in raw["storages"].items()}
     strides = tuple(None if s is None else tuple(s) for s in raw["strides"])
-    rest = {k: v for k, v in raw.items() if k not in ("steps", "storages", "outputs", "inputs", "strides")}
+    rest = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in raw.items()
+        if k not in ("steps", "storages", "outputs", "inputs", "strides")
+    }
     return Body(raw["steps"], storages, tuple(raw["outputs"]), tuple(raw["inputs"]), strides, **rest)

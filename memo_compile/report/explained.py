@@ -1,0 +1,165 @@
+"""An explanation as tables: for a terminal, as text, and as HTML for a notebook."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from memo_compile.explanation import Explanation, GraphExplained
+from memo_compile.report.units import human, short
+
+TEXT_WIDTH = 160
+SQUARES = "; S×S: these grow with the square of the tokens"
+
+Table = tuple[str, Sequence[str], list[Sequence[str]]]  # title, columns, rows
+
+
+def tables(explanation: Explanation) -> list[Table]:
+    """All tables, in the order in which they are read. Cells that begin with "!" are to stand out."""
+    count = len(explanation.graphs)
+    breaks = [(f"!{b.reason}", short(b.source)) for b in explanation.breaks]
+    found: list[Table] = [(f"{count} graph{'s' * (count != 1)}, {len(breaks)} breaks", ("why", "where"), [*breaks])]
+    for graph in explanation.graphs:
+        found += _graph_tables(graph)
+    return found
+
+
+def _graph_tables(graph: GraphExplained) -> Iterable[Table]:
+    plan = graph.plan
+    if plan is None:
+        return [(f"{graph.name}: {graph.nodes} nodes, needs no gradient: nothing is saved", (), [])]
+    budget = "unlimited" if plan.budget is None else human(plan.budget)
+    ratio = f"{plan.arena_bytes / plan.lower_bound:.4f}" if plan.lower_bound else "1"
+    facts: list[Sequence[str]] = [
+        ("budget", f"!{budget}: {graph.refused}" if graph.refused else budget),
+        ("peak", f"{human(plan.predicted_peak)} ({human(plan.unplanned_peak)} unplanned)"),
+        ("arena", f"{human(plan.arena_bytes)}, lower bound {human(plan.lower_bound)}, ratio {ratio}"),
+        ("saved", f"{human(sum(a.bytes for a in plan.activations))} in {len(plan.activations)} activations"),
+        ("homes", _homes(plan.kept_bytes, plan.offloaded_bytes, plan.recomputed_bytes)),
+        ("recomputed FLOPs", f"{plan.recomputed_flops_share:.1%} of the forward"),
+        ("inputs read back", f"{graph.inputs_read} inputs and parameters, {human(graph.inputs_bytes)}, at no cost"),
+        ("binding", plan.binding),
+        ("token axis", plan.token_axis),
+    ]
+    return [
+        (f"{graph.name} ({plan.name}): {graph.nodes} nodes", ("", ""), facts),
+        (
+            f"largest tensors{SQUARES if any(r.quadratic for r in graph.largest) else ''}",
+            ("tensor", "op", "shape", "each", "count", "source"),
+            [
+                (
+                    r.name,
+                    r.op.removeprefix("aten."),
+                    f"!{_shape(r.shape, r.dtype)} S×S" if r.quadratic else _shape(r.shape, r.dtype),
+                    f"!{human(r.bytes)}" if r.quadratic else human(r.bytes),
+                    str(r.count),
+                    short(r.source),
+                )
+                for r in graph.largest
+            ],
+        ),
+        (
+            "residency by layers",
+            ("modules", "layers", "saved", "kept", "offloaded", "recomputed"),
+            [
+                (r.modules, str(r.count), human(r.bytes), *_percent(r.kept, r.offloaded, r.recomputed))
+                for r in graph.layers
+            ],
+        ),
+        (
+            "saved, and why",
+            ("value", "shape", "each", "count", "kept", "offloaded", "recomputed", "read by", "source", "note"),
+            [
+                (
+                    r.name,
+                    _shape(r.shape, r.dtype),
+                    human(r.bytes),
+                    str(r.count),
+                    *_percent(r.kept, r.offloaded, r.recomputed),
+                    ", ".join(r.readers[:3]) + (" …" if len(r.readers) > 3 else ""),
+                    short(r.source),
+                    r.reason,
+                )
+                for r in graph.saved
+            ],
+        ),
+        (
+            "not sliced",
+            ("value", "bytes", "count", "why", "source"),
+            [(u.name, human(u.bytes), str(u.count), u.reason, short(u.source)) for u in graph.unsliced],
+        ),
+        (
+            "where the token axis ends",
+            ("node", "op", "why", "source"),
+            [(s.node, s.op, s.reason, short(s.source)) for s in plan.stops],
+        ),
+    ]
+
+
+def _homes(kept: int, offloaded: int, recomputed: int) -> str:
+    return f"{human(kept)} kept, {human(offloaded)} offloaded, {human(recomputed)} recomputed"
+
+
+def _percent(*shares: float) -> tuple[str, ...]:
+    return tuple(f"{share:.0%}" if share else "" for share in shares)
+
+
+def _shape(shape: Sequence[int], dtype: str) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def render(explanation: Explanation) -> Any:
+    """What rich prints."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for title, columns, rows in tables(explanation):
+        if not rows:
+            if columns and parts:
+                continue
+            parts.append(Text(title, style="bold"))
+            continue
+        table = RichTable(
+            title=title, title_justify="left", title_style="bold", show_header=any(columns), box=box.SIMPLE_HEAD
+        )
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(c.removeprefix("!"), style="bold red" if c.startswith("!") else "") for c in row))
+        parts.append(table)
+    return Group(*parts)
+
+
+def as_text(explanation: Explanation) -> str:
+    """The tables as plain text."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    Console(file=stream, width=TEXT_WIDTH, color_system=None).print(render(explanation))
+    return stream.getvalue()
+
+
+def as_html(explanation: Explanation) -> str:
+    """The tables as HTML, for a notebook."""
+    out: list[str] = []
+    for title, columns, rows in tables(explanation):
+        if not rows and columns and out:
+            continue
+        out.append(f"<h4>{html.escape(title)}</h4>")
+        if not rows:
+            continue
+        head = "".join(f"<th style='text-align:left'>{html.escape(c)}</th>" for c in columns)
+        body = "".join("<tr>" + "".join(_cell(c) for c in row) + "</tr>" for row in rows)
+        out.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return "\n".join(out)
+
+
+def _cell(text: str) -> str:
+    if text.startswith("!"):
+        return f"<td style='text-align:left;color:#c92a2a;font-weight:bold'>{html.escape(text[1:])}</td>"
+    return f"<td style='text-align:left'>{html.escape(text)}</td>"

@@ -281,7 +281,7 @@ def _body(raw: Mapping[str, Any]) -> Any:
 
     storages = {name: Storage(**s) for name, s in raw["storages"].items()}
     strides = tuple(None if s is None else tuple(s) for s in raw["strides"])
-    rest = {
+    rest: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v
         for k, v in raw.items()
         if k not in ("steps", "storages", "outputs", "inputs", "strides")

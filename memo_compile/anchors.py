@@ -10,8 +10,10 @@ planner asks the linear program about each of a few sets.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 EVERYWHERE = 0.75  # a value needed over a larger share of the order than this (tables of positions) bounds no region
+ENDS = 0.05  # of all bytes: what lies so near to either end (an embedding's masks) is no measure of a bottleneck
 TIGHT = 1.25  # a bottleneck is at most so much larger than the smallest
 
 
@@ -61,7 +63,9 @@ def bottlenecks(
         active = {n for n in active if last[n] > i}
         crossings.append(frozenset(active))
     sizes = [sum(nbytes[n] for n in crossing) for crossing in crossings]
-    smallest = min((s for s in sizes if s), default=0)
+    before = list(accumulate(nbytes[n] for n in order))
+    central = [s for s, done in zip(sizes, before, strict=False) if s and ENDS < done / before[-1] < 1 - ENDS]
+    smallest = min(central or [s for s in sizes if s], default=0)
     found: list[frozenset[str]] = []
     for crossing, size in zip(crossings, sizes, strict=True):
         if 0 < size <= TIGHT * smallest and (not found or crossing != found[-1]):

@@ -51,15 +51,22 @@ Timer = Callable[[fx.Node], float | None]
 
 
 def graph_costs(
-    gm: fx.GraphModule, profile: DeviceProfile, *, fused: bool = False, timer: Timer | None = None
+    gm: fx.GraphModule,
+    profile: DeviceProfile,
+    *,
+    fused: bool = False,
+    written: Collection[fx.Node] = (),
+    timer: Timer | None = None,
 ) -> dict[str, Cost]:
     """The cost of each call in a graph, by name.
 
     Args:
         fused: whether a fusing compiler runs the graph.
+        written: values that reach memory whoever reads them: in a joint graph, what is saved.
         timer: seconds of a node measured on a device, None where it does not know: `KernelTimer`.
     """
-    in_registers = {n for n in gm.graph.nodes if fused and not reaches_memory(n)}
+    kept = set(written)
+    in_registers = {n for n in gm.graph.nodes if fused and n not in kept and not reaches_memory(n)}
     costs: dict[str, Cost] = {}
     read: dict[fx.Node, tuple[fx.Node, ...]] = {}  # what is in memory and must be read to have the value
     for node in gm.graph.nodes:

@@ -200,7 +200,7 @@ def resolve(hardware: str, device: str = "cpu") -> DeviceProfile:
         InvalidOption: neither a built-in profile nor a readable file.
     """
     if hardware == "auto":
-        return measured_here(device) or PROFILES[_detect(device)]
+        return measured_here(device) or built_in(device)
     name = _ALIASES.get(hardware.lower(), hardware.lower())
     if name in PROFILES:
         return PROFILES[name]
@@ -208,6 +208,11 @@ def resolve(hardware: str, device: str = "cpu") -> DeviceProfile:
     if path.is_file():
         return load(path)
     raise InvalidOption("hardware", hardware, f'"auto", one of {", ".join(PROFILES)}, or a profile\'s JSON file')
+
+
+def built_in(device: str) -> DeviceProfile:
+    """The built-in profile that is nearest to this machine's device of a type."""
+    return PROFILES[_detect(device)]
 
 
 def measured_here(device: str) -> DeviceProfile | None:
@@ -299,6 +304,17 @@ def save(profile: DeviceProfile, path: Path) -> None:
     """Write a profile as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(profile), indent=1), encoding="utf-8")
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process's cgroup allows; None where it sets no limit."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() and int(text) < 2**60 else None
+    return None
 
 
 def free_host_memory() -> int:

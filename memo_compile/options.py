@@ -95,7 +95,12 @@ def _typed(key: str, text: str) -> Any:
     return text
 
 
-def _bytes(text: str) -> int | None:
+def parse_bytes(text: str) -> int | None:
+    """A size in words as bytes; None for what is none.
+
+    >>> parse_bytes("48GiB"), parse_bytes("48 apples")
+    (51539607552, None)
+    """
     match = _SIZE.match(text)
     unit = _UNITS.get(match["unit"].lower()) if match else None
     return None if match is None or unit is None else int(float(match["number"]) * unit)
@@ -107,7 +112,7 @@ _BUDGETS = 'bytes (an int), "48GiB", a ratio in (0, 1] of the unplanned peak (a 
 def _budget(key: str, value: Any) -> int | float | str:
     if value in ("min", "auto") and isinstance(value, str):
         return str(value)
-    if isinstance(value, str) and (size := _bytes(value)):
+    if isinstance(value, str) and (size := parse_bytes(value)):
         return size
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
@@ -119,7 +124,7 @@ def _budget(key: str, value: Any) -> int | float | str:
 def _host_budget(key: str, value: Any) -> int | str:
     if value == "auto" and isinstance(value, str):
         return "auto"
-    if isinstance(value, str) and (size := _bytes(value)) is not None:
+    if isinstance(value, str) and (size := parse_bytes(value)) is not None:
         return size
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -129,7 +134,7 @@ def _host_budget(key: str, value: Any) -> int | str:
 def _reserve(key: str, value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, str) and (size := _bytes(value)) is not None:
+    if isinstance(value, str) and (size := parse_bytes(value)) is not None:
         return size
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value

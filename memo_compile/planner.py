@@ -44,6 +44,7 @@ from memo_compile.passes.tokens import META, TokenInfo, TokenReport, annotate_to
 from memo_compile.passes.transfers import schedule_offloads, schedule_prefetches
 from memo_compile.schema import ActivationPlan, Plan, Stop
 
+CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
 
 
@@ -146,7 +147,7 @@ def prepare(
     replayable = all(name in by_name for name in unplanned.saved)
     saved = canonical_saved(joint, [by_name[name] for name in unplanned.saved]) if replayable else []
     split = split_saving(joint, saved, num_forward_outputs) if replayable else unplanned
-    costs = graph_costs(joint, profile, fused=fused)
+    costs = graph_costs(joint, profile, fused=fused, written=saved)
     return Prepared(
         joint,
         num_forward_outputs,
@@ -203,7 +204,7 @@ def _results(forward: fx.GraphModule, num_forward_outputs: int) -> set[fx.Node]:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """The linear program's view of a prepared graph: the problem for one set of anchors can be made from it."""
 
     order: tuple[str, ...]
@@ -213,7 +214,7 @@ class _View:
     problem: residency.Problem  # without activations
 
 
-def _view_of(p: Prepared, limits: Limits) -> _View:
+def view_of(p: Prepared, limits: Limits) -> View:
     front_nodes, back_nodes = list(p.forward.graph.nodes), list(p.backward.graph.nodes)
     steps = len(front_nodes)
     results = _results(p.forward, p.num_forward_outputs)
@@ -260,7 +261,7 @@ def _view_of(p: Prepared, limits: Limits) -> _View:
         slice_tokens=limits.slice_tokens or max(1, p.tokens.tokens // 64),
     )
     needs = {name: _needs(p.chains[name], movable) for name in movable}
-    return _View(tuple(movable), activations, needs, axes, problem)
+    return View(tuple(movable), activations, needs, axes, problem)
 
 
 def _step_seconds(p: Prepared, node: fx.Node) -> float:
@@ -300,7 +301,7 @@ def _needs(chain: tuple[fx.Node, ...] | None, movable: Mapping[str, fx.Node]) ->
     return tuple(sorted(found))
 
 
-def _problems(view: _View) -> list[residency.Problem]:
+def problems_of(view: View) -> list[residency.Problem]:
     """One problem for each set of anchors worth a try."""
     remakable = {name for name, a in view.activations.items() if a.recompute_seconds is not None}
     nbytes_of = {name: a.bytes for name, a in view.activations.items()}
@@ -318,11 +319,22 @@ def _problems(view: _View) -> list[residency.Problem]:
     return problems
 
 
-def _best(problems: list[residency.Problem], limits: Limits) -> tuple[residency.Problem, residency.Decision, bool]:
-    """The best answer over all sets of anchors, and whether it keeps the budget."""
+def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.Decision, bool]:
+    """The best answer over all sets of anchors, and whether it keeps the budget.
+
+    The search ends early where a set's answer is as good as if recomputation pulled nothing forward: no set beats that.
+    """
+    problems = problems_of(view)
     if limits.objective == "time":
-        answers = [(p, residency.decide(p, time_limit=limits.time_limit)) for p in problems]
-        fitting = [(p, d) for p, d in answers if d is not None]
+        unpulled = replace(view.problem, activations=tuple(view.activations.values()))
+        bound = residency.decide(unpulled, time_limit=limits.time_limit) if len(problems) > 1 else None
+        fitting: list[tuple[residency.Problem, residency.Decision]] = []
+        for problem in problems:
+            found = residency.decide(problem, time_limit=limits.time_limit)
+            if found is not None:
+                fitting.append((problem, found))
+                if bound is not None and found.seconds <= bound.seconds * (1 + CLOSE):
+                    break
         if fitting:
             problem, decision = min(fitting, key=lambda answer: answer[1].seconds)
             return problem, decision, True
@@ -340,12 +352,12 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     everything = limits.offload == "all"
     if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
         return _unplanned(p, limits, name, backend, started)
-    view = _view_of(p, limits)
+    view = view_of(p, limits)
     if everything:
-        (problem, *_), fits = _problems(view), True
+        (problem, *_), fits = problems_of(view), True
         decision = residency.all_offloaded(problem, time_limit=limits.time_limit)
     else:
-        problem, decision, fits = _best(_problems(view), limits)
+        problem, decision, fits = best_of(view, limits)
     homes = {
         a.name: Homes(a.tokens, r.kept, r.offloaded, r.recomputed, view.axes[a.name])
         for a in problem.activations

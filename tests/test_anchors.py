@@ -13,6 +13,12 @@ def test_the_residual_stream_is_the_bottleneck():
     assert [set(c) for c in bottlenecks(ORDER, NEEDS, BYTES)] == [{"x0"}, {"x1"}]
 
 
+def test_small_values_at_the_ends_do_not_hide_it():
+    order, needs = ["mask", *ORDER], {**NEEDS, "mask": [], "x0": ["mask"]}
+    found = bottlenecks(order, needs, {"mask": 0.01, **BYTES})
+    assert {"x1"} in [set(c) for c in found]
+
+
 def test_what_is_remade_pulls_its_sources_forward():
     needed = first_needed(ORDER, FIRST, NEEDS, set(ORDER) - {"x1"})
     assert needed == {"x0": 7, "h0": 7, "x1": 1, "h1": 1, "x2": 1}

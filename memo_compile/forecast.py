@@ -1,0 +1,350 @@
+"""Answers, for a model on devices that need not be there: what would it hold, what goes where, how long is a step?
+
+One rank's graph is traced on fake tensors, its layers are repeated where the model has more than were traced, and the
+linear program decides. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch.fx as fx
+
+from memo_compile.cost import account, graph_costs
+from memo_compile.errors import BudgetTooSmall, InvalidOption
+from memo_compile.hardware import DeviceProfile, resolve
+from memo_compile.parallel import Layout, ModelState, model_state
+from memo_compile.passes.graph import is_view, nbytes, op_name, source_line, tensors
+from memo_compile.passes.lifetimes import reaches_memory
+from memo_compile.planner import Limits, Prepared, best_of
+from memo_compile.repeat import Long, lengthened
+from memo_compile.residency import Activation, Decision, Problem, memory_profile, worst_moment
+
+MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
+TRACED = 4  # layers of a preset; the others are like the second
+LARGEST = 8  # tensors named in a report
+
+# Which homes are open: (offload, recompute).
+STRATEGIES: Mapping[str, tuple[bool, bool]] = {
+    "memo": (True, True),
+    "keep": (False, False),
+    "offload": (True, False),
+    "recompute": (False, True),
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for. Bytes; `budget` is None for the device's memory, and caps activations and transients."""
+
+    name: str
+    tokens: int
+    layout: Layout
+    hardware: str
+    host_memory: int | None = None
+    budget: int | None = None
+    strategy: str = "memo"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Bytes of activations in each home; of a layer class, or of one tensor of its layers."""
+
+    label: str
+    layers: int
+    bytes: int
+    kept: int
+    offloaded: int
+    recomputed: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One of the largest values of the graph. `quadratic` where two of its dimensions count tokens."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    bytes: int
+    source: str
+    quadratic: bool
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The answer, for one rank. Bytes and seconds; `homes` by layer class, `tensors` by tensor in the largest class.
+
+    `peak` counts activations, transients and outputs, within `budget`; model state lies beside it. `mfu` is of the
+    model's own FLOPs, attention counted causally, nothing recomputed; `prices` are the seconds that one more GiB or
+    GB/s would save.
+    """
+
+    asked: Asked
+    profile: str
+    layers: int
+    parameters: int
+    state: ModelState
+    budget: int
+    host_budget: int
+    peak: int
+    transients: int
+    saved: int
+    kept: int
+    offloaded: int
+    recomputed: int
+    step_seconds: float
+    compute_seconds: float
+    recompute_seconds: float
+    stall_seconds: float
+    flops: float
+    mfu: float
+    tokens_per_second: float
+    binding: str
+    prices: Mapping[str, float]
+    homes: tuple[Home, ...]
+    tensors: tuple[Home, ...]
+    largest: tuple[Tensor, ...]
+    seconds_by_op: Mapping[str, float]
+    planning_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def forecast_preset(asked: Asked, *, traced: int = TRACED, say: Say = lambda _: None) -> Forecast:
+    """What training the preset `asked.name` would take.
+
+    Args:
+        traced: layers to trace; the model's own number is planned.
+        say: told in a few words what is being done.
+
+    Raises:
+        InvalidOption: no such preset, strategy or hardware, or sizes that do not go together.
+        BudgetTooSmall: no plan fits.
+    """
+    from memo_compile.presets import build, preset
+
+    started = time.perf_counter()
+    _check(asked)
+    found = preset(asked.name)
+    traced = min(found.layers, max(TRACED, traced))
+    say(f"building {traced} of {found.layers} layers of {asked.name}")
+    rank = build(asked.name, asked.tokens, ranks=asked.layout.tp, layers=traced)
+    elements = sum(p.numel() for p in rank.model.parameters())
+    layer = sum(p.numel() for p in rank.model.blocks[0].parameters())
+    elements += layer * (found.layers - traced)
+    say(f"tracing {traced} layers at {asked.tokens:,} tokens")
+    p = _traced(rank.model, rank.args, rank.kwargs, asked.hardware)
+    return _answer(asked, p, found.layers, elements, layer, started, say)
+
+
+def forecast_model(
+    asked: Asked, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, say: Say = lambda _: None
+) -> Forecast:
+    """What training a model of fake tensors would take, all its layers traced.
+
+    Raises:
+        MemoError: it cannot be traced into one graph, or no plan fits.
+    """
+    started = time.perf_counter()
+    _check(asked)
+    elements = sum(p.numel() for p in getattr(model, "parameters", list)())
+    say(f"tracing {asked.name}: all its layers")
+    p = _traced(model, tuple(args), kwargs, asked.hardware)
+    asked = replace(asked, tokens=p.tokens.tokens)
+    return _answer(asked, p, 0, elements, elements, started, say)
+
+
+def _check(asked: Asked) -> None:
+    if asked.strategy not in STRATEGIES:
+        raise InvalidOption("--strategy", asked.strategy, f"one of {', '.join(STRATEGIES)}")
+    resolve(asked.hardware)
+
+
+def _traced(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hardware: str) -> Prepared:
+    from memo_compile.offline import trace
+
+    return trace(model, args, kwargs, {"hardware": hardware})[0]
+
+
+def _answer(
+    asked: Asked, p: Prepared, layers: int, elements: int, largest_layer: int, started: float, say: Say
+) -> Forecast:
+    profile, where = p.profile, asked.layout
+    state = model_state(elements, min(elements, largest_layer), where)
+    budget = asked.budget if asked.budget is not None else int(profile.memory * (1 - MARGIN)) - state.total
+    host = where.host_share(asked.host_memory if asked.host_memory is not None else profile.host_memory)
+    if budget <= 0:
+        raise BudgetTooSmall(int(profile.memory * (1 - MARGIN)), state.total, _state_in_words(state))
+    offload, recompute = STRATEGIES[asked.strategy]
+    limits = Limits(budget, host, offload=offload, recompute=recompute)
+    say("repeating layers")
+    long = lengthened(p, limits, layers)
+    say(f"deciding on {len(long.view.order)} activations")
+    problem, decision, fits = best_of(long.view, limits)
+    if not fits:
+        raise BudgetTooSmall(budget, decision.peak, _obstacles(p, long, problem, decision))
+    return _forecast(asked, p, long, problem, decision, state, elements, time.perf_counter() - started)
+
+
+def _forecast(
+    asked: Asked,
+    p: Prepared,
+    long: Long,
+    problem: Problem,
+    decision: Decision,
+    state: ModelState,
+    elements: int,
+    planning_seconds: float,
+) -> Forecast:
+    homes, tensors_of_class = _homes(p, long, problem, decision)
+    costs = graph_costs(p.joint, p.profile, fused=p.fused, written=p.saved)
+    return Forecast(
+        asked=asked,
+        profile=p.profile.name,
+        layers=len(long.classes),
+        parameters=elements * asked.layout.tp,
+        state=state,
+        budget=problem.budget or 0,
+        host_budget=problem.host_budget,
+        peak=max(decision.peak, max(memory_profile(problem, decision.residency))),
+        transients=max(problem.base_bytes),
+        saved=sum(h.bytes for h in homes),
+        kept=sum(h.kept for h in homes),
+        offloaded=sum(h.offloaded for h in homes),
+        recomputed=sum(h.recomputed for h in homes),
+        step_seconds=decision.seconds,
+        compute_seconds=sum(problem.seconds),
+        recompute_seconds=decision.recompute_seconds,
+        stall_seconds=decision.stall_seconds,
+        flops=long.flops,
+        mfu=long.flops / (decision.seconds * _peak_flops(p.profile, p)),
+        tokens_per_second=asked.tokens * asked.layout.replicas / decision.seconds,
+        binding=_binds(problem, decision),
+        prices=dict(decision.prices),
+        homes=homes,
+        tensors=tensors_of_class,
+        largest=_largest(p),
+        seconds_by_op={op: c.seconds for op, c in account(p.joint, costs).items() if c.seconds},
+        planning_seconds=planning_seconds,
+    )
+
+
+def _binds(problem: Problem, decision: Decision) -> str:
+    """What limits the plan: what the program prices; where whole tensors leave it without prices, what is used up."""
+    if decision.binding != "nothing" or decision.recompute_seconds + decision.stall_seconds == 0:
+        return decision.binding
+    offloaded = sum(a.bytes * decision.residency[a.name].offloaded / a.tokens for a in problem.activations)
+    return "host memory" if offloaded > 0.99 * problem.host_budget else "device memory"
+
+
+def _op(node: fx.Node) -> str:
+    """The op that makes a value, tuples' items named after what makes the tuple."""
+    return op_name(node.all_input_nodes[0] if node.target is operator.getitem else node)
+
+
+def _peak_flops(profile: DeviceProfile, p: Prepared) -> float:
+    """Peak FLOP/s in the type in which most of the graph's FLOPs are done."""
+    by_type: dict[str, int] = {}
+    for node in p.joint.graph.nodes:
+        if p.flops.get(node.name) and tensors(node):
+            name = str(tensors(node)[0].dtype).removeprefix("torch.")
+            by_type[name] = by_type.get(name, 0) + p.flops[node.name]
+    return profile.flops(max(by_type, key=lambda name: by_type[name], default="float32"))
+
+
+def _homes(p: Prepared, long: Long, problem: Problem, decision: Decision) -> tuple[tuple[Home, ...], tuple[Home, ...]]:
+    """By layer class, and by tensor in the class that holds most."""
+    nodes = {n.name: n for n in p.saved}
+    by_class: dict[int | None, list[Activation]] = {}
+    for a in problem.activations:
+        layer = long.layer[a.name]
+        by_class.setdefault(None if layer is None else long.classes[layer], []).append(a)
+    homes = [
+        _home(_class_label(long, cls), 0 if cls is None else long.classes.count(cls), members, decision)
+        for cls, members in sorted(by_class.items(), key=lambda item: (item[0] is None, item[0] or 0))
+    ]
+    in_layers = {cls: members for cls, members in by_class.items() if cls is not None}
+    if not in_layers:
+        return tuple(homes), ()
+    largest = max(in_layers, key=lambda cls: sum(a.bytes for a in in_layers[cls]))
+    by_tensor: dict[tuple[int, str], list[Activation]] = {}
+    for members in _by_layer(long, in_layers[largest]):
+        for i, a in enumerate(members):
+            by_tensor.setdefault((i, str(tuple(_shape(nodes[long.template[a.name]])))), []).append(a)
+    return tuple(homes), tuple(
+        _home(
+            f"{_op(nodes[long.template[members[0].name]])} {shape}",
+            len(members),
+            members,
+            decision,
+            source_line(nodes[long.template[members[0].name]]),
+        )
+        for (_, shape), members in by_tensor.items()
+    )
+
+
+def _by_layer(long: Long, members: Sequence[Activation]) -> list[list[Activation]]:
+    by_layer: dict[int, list[Activation]] = {}
+    for a in members:
+        by_layer.setdefault(long.layer[a.name] or 0, []).append(a)
+    return [by_layer[layer] for layer in sorted(by_layer)]
+
+
+def _class_label(long: Long, cls: int | None) -> str:
+    if cls is None:
+        return "outside the layers"
+    places = [i for i, c in enumerate(long.classes) if c == cls]
+    if len(places) == 1:
+        return f"layer {places[0]}"
+    contiguous = places[-1] - places[0] + 1 == len(places)
+    return f"layers {places[0]} to {places[-1]}" if contiguous else f"{len(places)} layers from {places[0]} on"
+
+
+def _home(label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = "") -> Home:
+    kept = offloaded = recomputed = 0
+    for a in members:
+        home = decision.residency[a.name]
+        kept += a.bytes * home.kept // a.tokens
+        offloaded += a.bytes * home.offloaded // a.tokens
+        recomputed += a.bytes * home.recomputed // a.tokens
+    return Home(label, layers, sum(a.bytes for a in members), kept, offloaded, recomputed, source)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(int(s) for s in node.meta["val"].shape)
+
+
+def _largest(p: Prepared) -> tuple[Tensor, ...]:
+    """The largest values of the graph as traced, one for each op and shape that a source line makes."""
+    found: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+    for node in (n for g in (p.forward, p.backward) for n in g.graph.nodes if n.op == "call_function"):
+        if not nbytes(node) or is_view(node) or (p.fused and not reaches_memory(node)):
+            continue
+        shape, source = _shape(node), source_line(node)
+        quadratic = p.tokens.tokens > 1 and sum(1 for s in shape if s >= p.tokens.tokens) > 1
+        found.setdefault(
+            (op_name(node), source, shape), Tensor(node.name, op_name(node), shape, nbytes(node), source, quadratic)
+        )
+    return tuple(sorted(found.values(), key=lambda t: (-t.bytes, not t.quadratic, t.name))[:LARGEST])
+
+
+def _obstacles(p: Prepared, long: Long, problem: Problem, decision: Decision) -> tuple[str, ...]:
+    nodes = {n.name: n for n in p.saved}
+    live = [
+        f"{a.name}: {a.bytes:,} bytes, {source_line(nodes[long.template[a.name]])}"
+        for a in worst_moment(problem, decision.residency)[:3]
+    ]
+    return (*live, *(f"{t.op} {t.shape}: {t.bytes:,} bytes, {t.source}" for t in _largest(p)[:3]))
+
+
+def _state_in_words(state: ModelState) -> tuple[str, ...]:
+    return tuple(f"{name}: {size:,} bytes" for name, size in asdict(state).items() if size)

@@ -22,7 +22,7 @@ from memo_compile.passes.graph import is_view, nbytes, op_name, source_line, ten
 from memo_compile.passes.lifetimes import reaches_memory
 from memo_compile.planner import Limits, Prepared, best_of
 from memo_compile.repeat import Long, lengthened
-from memo_compile.residency import Activation, Decision, Problem, memory_profile, worst_moment
+from memo_compile.residency import Activation, Decision, Problem, memory_profile
 
 MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
 TRACED = 4  # layers of a preset; the others are like the second
@@ -81,13 +81,14 @@ class Tensor:
 class Forecast:
     """The answer, for one rank. Bytes and seconds; `homes` by layer class, `tensors` by tensor in the largest class.
 
-    `peak` counts activations, transients and outputs, within `budget`; model state lies beside it. `mfu` is of the
-    model's own FLOPs, attention counted causally, nothing recomputed; `prices` are the seconds that one more GiB or
-    GB/s would save.
+    Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `peak` counts activations,
+    transients and outputs, within `budget`; model state lies beside it. `mfu` is of the model's own FLOPs, attention
+    counted causally, nothing recomputed; `prices` are the seconds that one more GiB or GB/s would save.
     """
 
     asked: Asked
     profile: str
+    fits: bool
     layers: int
     parameters: int
     state: ModelState
@@ -128,7 +129,7 @@ def forecast_preset(asked: Asked, *, traced: int = TRACED, say: Say = lambda _: 
 
     Raises:
         InvalidOption: no such preset, strategy or hardware, or sizes that do not go together.
-        BudgetTooSmall: no plan fits.
+        BudgetTooSmall: the model's state alone does not fit.
     """
     from memo_compile.presets import build, preset
 
@@ -152,7 +153,7 @@ def forecast_model(
     """What training a model of fake tensors would take, all its layers traced.
 
     Raises:
-        MemoError: it cannot be traced into one graph, or no plan fits.
+        MemoError: it cannot be traced into one graph, or its state alone does not fit.
     """
     started = time.perf_counter()
     _check(asked)
@@ -190,9 +191,7 @@ def _answer(
     long = lengthened(p, limits, layers)
     say(f"deciding on {len(long.view.order)} activations")
     problem, decision, fits = best_of(long.view, limits)
-    if not fits:
-        raise BudgetTooSmall(budget, decision.peak, _obstacles(p, long, problem, decision))
-    return _forecast(asked, p, long, problem, decision, state, elements, time.perf_counter() - started)
+    return _forecast(asked, p, long, problem, decision, fits, state, elements, time.perf_counter() - started)
 
 
 def _forecast(
@@ -201,6 +200,7 @@ def _forecast(
     long: Long,
     problem: Problem,
     decision: Decision,
+    fits: bool,
     state: ModelState,
     elements: int,
     planning_seconds: float,
@@ -210,6 +210,7 @@ def _forecast(
     return Forecast(
         asked=asked,
         profile=p.profile.name,
+        fits=fits,
         layers=len(long.classes),
         parameters=elements * asked.layout.tp,
         state=state,
@@ -335,15 +336,6 @@ def _largest(p: Prepared) -> tuple[Tensor, ...]:
             (op_name(node), source, shape), Tensor(node.name, op_name(node), shape, nbytes(node), source, quadratic)
         )
     return tuple(sorted(found.values(), key=lambda t: (-t.bytes, not t.quadratic, t.name))[:LARGEST])
-
-
-def _obstacles(p: Prepared, long: Long, problem: Problem, decision: Decision) -> tuple[str, ...]:
-    nodes = {n.name: n for n in p.saved}
-    live = [
-        f"{a.name}: {a.bytes:,} bytes, {source_line(nodes[long.template[a.name]])}"
-        for a in worst_moment(problem, decision.residency)[:3]
-    ]
-    return (*live, *(f"{t.op} {t.shape}: {t.bytes:,} bytes, {t.source}" for t in _largest(p)[:3]))
 
 
 def _state_in_words(state: ModelState) -> tuple[str, ...]:

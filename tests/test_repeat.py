@@ -12,7 +12,7 @@ GIB = 2**30
 TOKENS, RANKS = 1 << 20, 8
 
 
-@pytest.fixture(scope="module", params=["gpt-7b", "llama-8b"])
+@pytest.fixture(scope="module", params=["gpt-7b", pytest.param("llama-8b", marks=pytest.mark.grid)])
 def traces(request):
     """Traces of 4 and of 8 layers of one model."""
     built = [presets.build(request.param, TOKENS, ranks=RANKS, layers=n) for n in (4, 8)]

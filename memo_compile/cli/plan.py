@@ -1,7 +1,7 @@
 """Plan training without a GPU: what a rank holds, where activations go, how long a step takes.
 
 Either one of the models that memo knows by name (--preset), or a function, package.module:function, that returns
-(model, args), (model, args, kwargs) or (model, args, kwargs, options). It is called with fake tensors.
+(model, args) or (model, args, kwargs). It is called with fake tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, and print the table."""
+    """Plan, and print the table; 1 where nothing fits, and the table is of the plan that needs least."""
     from rich.console import Console
 
     from memo_compile.forecast import Asked
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     for part in _report(found):
         console.print(part)
-    return 0
+    return 0 if found.fits else 1
 
 
 def _size(option: str, text: str | None) -> int | None:
@@ -86,11 +86,14 @@ def _size(option: str, text: str | None) -> int | None:
 
 
 def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
-    from memo_compile.forecast import forecast_preset
+    from memo_compile.forecast import forecast_model, forecast_preset
+    from memo_compile.targets import fake_target
 
     if arguments.preset is not None:
         return forecast_preset(asked, traced=arguments.trace_layers, say=say)
-    raise InvalidOption("target", asked.name, "--preset")
+    say(f"building {asked.name}")
+    model, args, kwargs = fake_target(asked.name)
+    return forecast_model(asked, model, args, kwargs, say=say)
 
 
 def _report(f: Forecast) -> list[Any]:
@@ -121,6 +124,9 @@ def _summary(f: Forecast) -> Any:
     where = f"{a.layout.gpus} × {f.profile}, tensor parallel {a.layout.tp}, ZeRO {a.layout.zero}"
     table = _table(f"{a.name}, {a.tokens:,} tokens, {where}", "", "")
     table.show_header = False
+    if not f.fits:
+        short = (f.peak - f.budget) / 2**30
+        table.add_row("[bold red]does not fit[/]", f"[bold red]{short:,.1f} GiB short; this is the smallest plan[/]")
     table.add_row("step", f"{f.step_seconds:.4g} s")
     table.add_row("of it recomputing", f"{f.recompute_seconds:.3g} s")
     table.add_row("of it waiting for transfers", f"{f.stall_seconds:.3g} s")

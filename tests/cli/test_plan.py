@@ -36,6 +36,7 @@ def test_a_preset_is_planned(tmp_path, capsys):
     assert found["tokens_per_second"] == pytest.approx(tokens / found["step_seconds"])
 
 
+@pytest.mark.grid
 def test_a_tighter_budget_is_no_faster():
     at = [
         forecast_preset(Asked("gpt-7b", 1 << 20, layout(8, 8, 1), "a800", 2 << 40, budget << 30)) for budget in (60, 45)
@@ -57,6 +58,10 @@ def test_a_tighter_budget_is_no_faster():
         (["--preset", "gpt-7b", "--seq", "1024", "--host-memory", "much"], "--host-memory"),
         (["--preset", "gpt-7b", "--seq", "1024", "--memory-budget", "0"], "--memory-budget"),
         (["--preset", "gpt-7b", "--seq", "1024", "--strategy", "pray"], "--strategy"),
+        (["no_such_module:function"], "no_such_module"),
+        (["json"], "package.module:function"),
+        (["json:loads"], "a function that works"),
+        (["math:pi"], "a function that works"),
         (["--preset", "gpt-7b", "--seq", "1024", "--json", "/no/such/folder/plan.json"], "--json"),
     ],
 )
@@ -70,3 +75,36 @@ def test_a_mistake_is_one_message(arguments, named, capsys):
 def test_a_model_that_does_not_fit_says_so_with_numbers(capsys):
     assert main(["plan", "--preset", "gpt-65b", "--seq", "65536", "--hardware", "a800"]) == 2
     assert "optimizer" in capsys.readouterr().err
+
+
+HF_LLAMA = """
+import torch, transformers
+
+def make():
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    tokens = 131072
+    config = transformers.LlamaConfig(
+        vocab_size=128256, num_hidden_layers=2, max_position_embeddings=tokens, use_cache=False,
+        bos_token_id=0, eos_token_id=0, **sizes,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    model = transformers.LlamaForCausalLM(config)
+    torch.set_default_dtype(before)
+    model.loss_type = "ForCausalLM"
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    return model, (ids,), {"labels": ids, "attention_mask": torch.ones_like(ids)}
+"""
+
+
+def test_a_mask_of_hugging_faces_llama_jumps_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hf_long.py").write_text(HF_LLAMA)
+    monkeypatch.chdir(tmp_path)
+    main(["plan", "hf_long:make", "--hardware", "h200", "--json", "plan.json"])
+    found = json.loads((tmp_path / "plan.json").read_text())
+    mask = next(t for t in found["largest"] if t["quadratic"])
+    assert mask["shape"][-2:] == [131072, 131072]
+    assert "transformers/" in mask["source"]
+    text = " ".join(capsys.readouterr().out.split())
+    assert "grow with the square of the tokens" in text
+    assert "leave out attention_mask" in text

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: demo test test-all test-compat lint clean
+.PHONY: demo test test-all test-compat check check-update lint clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,15 @@ compat-%:
 	$(VENV)-$*/bin/pip install --quiet -e '.[test]'
 	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 -m 'not grid' tests/compat.txt || \
 	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 tests/test_contract.py tests/runtime tests/passes
+
+# Memory and time of the model zoo against what was committed; `make check-update` after a change that is meant.
+ZOO := $(addprefix bench.zoo:,llama llama_in_three_quarters llama_recomputed gpt_dropout hf_gpt2 hf_llama)
+
+check: $(STAMP)
+	$(BIN)/memo check --baseline bench/baselines/h100.json $(ZOO)
+
+check-update: $(STAMP)
+	$(BIN)/memo check --baseline bench/baselines/h100.json --hardware h100 --update $(ZOO)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

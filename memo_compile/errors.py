@@ -80,6 +80,20 @@ class NothingToPlan(MemoError):
     """A model that needs no gradient, or that makes no graph."""
 
 
+class InvalidTarget(MemoError):
+    """`memo check` was given something that is no function which makes a model and its inputs."""
+
+    def __init__(self, target: str, problem: str) -> None:
+        super().__init__(
+            f"cannot check {target!r}: {problem}. A target is package.module:function, a function without arguments "
+            "that returns (model, args), (model, args, kwargs) or (model, args, kwargs, options)."
+        )
+
+
+class InvalidBaseline(MemoError):
+    """A baseline that is missing, of another format, or made for other targets or hardware."""
+
+
 class TransferFailed(MemoError):
     """A copy between device and host failed; the step that needed it cannot go on."""
 

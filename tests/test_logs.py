@@ -50,7 +50,7 @@ def test_torch_logs_shows_summary_details_and_what_was_measured(trained):
     measured = re.findall(r"peak .* MiB measured in the first step, ([+-][0-9.]+) %", said)
     assert len(measured) == 1
     assert abs(float(measured[0])) < 5
-    assert re.search(r"\[128, 96\], 0.05 MiB, of 128 rows 0 kept, 128 offloaded, 0 recomputed; .*llama.py", said)
+    assert re.search(r"MiB, of 128 rows \d+ kept, \d+ offloaded, \d+ recomputed; .*llama.py", said)
 
 
 def test_tlparse_renders_plan_layers_arena_and_graphs(trained):

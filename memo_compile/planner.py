@@ -16,8 +16,10 @@ from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.cost import graph_costs
 from memo_compile.hardware import DeviceProfile
+from memo_compile.passes.early_products import keep_early_products
 from memo_compile.passes.graph import (
     HOST_LEASE,
+    draws_from_seed,
     is_dense,
     is_on_host,
     is_view,
@@ -247,7 +249,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
             last_backward=steps + max(back.ranges[name].end - 1, 0) if name in back.ranges else steps,
             recompute_seconds=None if chain is None else sum(p.seconds.get(n.name, 0.0) for n in chain),
             can_offload=bool(limits.offload),
-            recompute_whole=axis is not None and not (info is not None and info.sliceable),
+            recompute_whole=axis is not None and not _remade_by_rows(info, chain),
         )
     problem = residency.Problem(
         seconds=tuple(seconds),
@@ -267,6 +269,11 @@ def view_of(p: Prepared, limits: Limits) -> View:
 def _step_seconds(p: Prepared, node: fx.Node) -> float:
     """Of a node of either graph. The backward's placeholders have names of what the forward computed, and are free."""
     return p.seconds.get(node.name, 0.0) if node.op == "call_function" else 0.0
+
+
+def _remade_by_rows(info: TokenInfo | None, chain: tuple[fx.Node, ...] | None) -> bool:
+    """Whether rows alone can be made again. A draw is a function of the place in the whole: a row of it costs all."""
+    return info is not None and info.sliceable and not any(draws_from_seed(n) for n in chain or ())
 
 
 def _movable(p: Prepared, results: set[fx.Node]) -> dict[str, fx.Node]:
@@ -405,6 +412,7 @@ def carry_out(
 
     forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead)
     backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead)
+    backward = keep_early_products(backward)
     show("transfers", forward, backward)
     return replace(sliced, forward=forward, backward=backward)
 

@@ -21,12 +21,13 @@ from memo_compile.placement import Buffer, place, verify
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 ALIGNMENT = 64  # bytes: what torch's own CPU allocator gives, and enough for vector loads and for CUDA's TMA
-GOOD_ENOUGH = 1.002  # of the lower bound: below that another segment costs more than it saves
+GOOD_ENOUGH = 1.0002  # of the lower bound: below that another segment costs more than it saves
 MAX_CUTS = 48
 SMALLEST = 256  # bytes: alignment would cost a scalar more than it takes, so that torch's allocator keeps those
 # The C library serves blocks beyond 32 MiB by fresh mappings, every page of which faults in again at every step: a
 # sixth of a step of a small model. Below it, freed blocks are used again.
 CHUNK = 16 * 2**20
+CHUNKS = 24  # kept activations go back in about so many portions: few enough for the allocator, many for the peak
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _timeline(
             gone.append((f + s.start, f + end, s.bytes))
             if s.kind == "kernel" and s.name not in returned:
                 kernels.append((f + s.start, f + end, s.bytes))
+    kept = sum(b.size for b in inside if b.start < f < b.end)
+    chunk = min(chunk, max(kept // CHUNKS, SMALLEST))
     outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
     return _Timeline(steps, f, tuple(inside), outside, kernel_bytes, chunk)
 

@@ -108,8 +108,30 @@ def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether running the op twice may give two values."""
-    return has_tag(node, torch.Tag.nondeterministic_seeded)
+    """Whether running the op twice may give two values. Attention with `dropout_p=0` draws nothing."""
+    return has_tag(node, torch.Tag.nondeterministic_seeded) and argument(node, "dropout_p") != 0.0
+
+
+def argument(node: fx.Node, name: str) -> object:
+    """The value of an op's argument, wherever it stands; None where the op has none of that name."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    for i, declared in enumerate(target._schema.arguments):
+        if declared.name == name:
+            given = node.args[i] if i < len(node.args) else declared.default_value
+            return node.kwargs.get(name, given)
+    return None
+
+
+def is_seed(node: fx.Node) -> bool:
+    """Whether the value is what Inductor's random numbers are a function of: few bytes, drawn afresh at each run."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _SEEDS
+
+
+def draws_from_seed(node: fx.Node) -> bool:
+    """Whether the op gives random numbers that are a function of a seed and of their place in the whole draw."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _DRAWS
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -119,8 +141,12 @@ def is_pointwise(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _POINTWISE
 
 
+_SEEDS = frozenset({"prims::inductor_seed", "prims::inductor_seeds"})
+_DRAWS = frozenset({"prims::inductor_random", "prims::inductor_randint"})
+
 _POINTWISE = frozenset(
     {
+        *_DRAWS,
         "prims::convert_element_type",
         "aten::_to_copy",
         "aten::clone",
@@ -171,6 +197,9 @@ def is_reduction(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _REDUCTIONS
 
 
+_COSTLY = frozenset({"aten::cat", "aten::embedding", "aten::index", *_DRAWS})
+
+
 def is_cheap(node: fx.Node) -> bool:
     """Ops so cheap that computing them again beats holding their result: views, casts, arithmetic on elements."""
     if node.op != "call_function" or is_random(node) or not is_pure(node):
@@ -178,7 +207,7 @@ def is_cheap(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return _is_item_of_view(node)
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-    return is_view(node) or (is_pointwise(node) and name not in {"aten::cat", "aten::embedding", "aten::index"})
+    return is_view(node) or (is_pointwise(node) and name not in _COSTLY)
 
 
 def is_pure(node: fx.Node) -> bool:

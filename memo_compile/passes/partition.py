@@ -6,13 +6,17 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
 
-from memo_compile.passes.graph import is_cheap, is_pure, is_view, nbytes, storage_of
+from memo_compile.passes.graph import is_cheap, is_pure, is_reduction, is_seed, is_view, nbytes, storage_of
+
+NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
+SMALL_STATISTIC = 8  # a reduction is kept beside its argument if it is so many times smaller than the result
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,14 @@ def _output_descriptors(gm: fx.GraphModule) -> list[Any]:
 def canonical_saved(joint: fx.GraphModule, saved: Collection[fx.Node]) -> list[fx.Node]:
     """What min-cut saved, made small and alike in every layer.
 
-    A view, expand or cast gives way to its smallest ancestor; a value that cheap ops make from inputs and from other
-    saved values is not saved at all. The result is in graph order, and still gives the backward all that it needs.
+    A view, expand or cast gives way to its smallest ancestor, a normalized value to what it was made from and its small
+    statistics; a value that cheap ops make from inputs and from other saved values is not saved at all. Seeds of random
+    numbers are saved, so that a draw can be made again. The result is in graph order, and still gives the backward all
+    that it needs.
     """
     inputs = readable_inputs(joint)
-    chosen = {_smallest_ancestor(n, inputs) for n in saved}
+    chosen = {n for value in saved for n in _origin(value, inputs)}
+    chosen |= {n for n in _ancestors(chosen) if is_seed(n)}
     position = {n: i for i, n in enumerate(joint.graph.nodes)}
     # Latest first: a later value is made from earlier ones, and dropping it cannot take away what they need.
     for node in sorted(chosen - inputs, key=position.__getitem__, reverse=True):
@@ -130,25 +137,53 @@ def canonical_saved(joint: fx.GraphModule, saved: Collection[fx.Node]) -> list[f
     return sorted(chosen, key=position.__getitem__)
 
 
-def _smallest_ancestor(node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node:
-    """Follow views and casts of a single value up, to the smallest of them; the oldest among equals.
+def _ancestors(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
-    A view holds its whole storage, so that the storage itself is saved in its place: once, however many views.
+
+def _origin(value: fx.Node, inputs: Collection[fx.Node]) -> list[fx.Node]:
+    """The smallest single value that cheap ops make `value` from, the oldest among equals; and small reductions of it.
+
+    A view holds its whole storage, so that the storage itself is saved in its place: once, however many views. The way
+    up is through single values (views, casts), and through norms: elementwise ops on a value and reductions of it.
     """
-    storage = storage_of(node)
-    if storage.op == "call_function" or storage in inputs:
-        node = storage
-    best = current = node
-    while current.op == "call_function" and is_cheap(current) and len(current.all_input_nodes) == 1:
-        parent = current.all_input_nodes[0]
-        if not (is_view(current) or _is_copy(current)) or not nbytes(parent):
+    storage = storage_of(value)
+    start = storage if storage.op == "call_function" or storage in inputs else value
+    best, statistics, reduced = start, list[fx.Node](), list[fx.Node]()
+    position = {n: i for i, n in enumerate(start.graph.nodes)}
+    frontier, copies_only = {start}, True
+    for _ in range(NORM_OPS):
+        node = max(frontier, key=position.__getitem__)
+        if not (is_cheap(node) or _is_statistic(node)):
             break
-        if parent.op == "placeholder" and parent not in inputs:
+        frontier.remove(node)
+        frontier.update(a for a in node.all_input_nodes if len(node.all_input_nodes) == 1 or a not in inputs)
+        if _is_statistic(node) and nbytes(node):
+            reduced.append(node)
+        copies_only = copies_only and (is_view(node) or _is_copy(node))
+        if not frontier or any(n.op == "placeholder" and n not in inputs for n in frontier):
             break
-        current = parent
-        if nbytes(current) <= nbytes(best):
-            best = current
-    return best
+        (parent, *others) = frontier
+        if others or not nbytes(parent):
+            continue
+        if nbytes(parent) < nbytes(best) or (nbytes(parent) == nbytes(best) and (copies_only or reduced)):
+            best, statistics = parent, [n for n in reduced if nbytes(n) * SMALL_STATISTIC <= nbytes(start)]
+            copies_only = True
+    return [best, *statistics]
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """A reduction that may run twice, or one of its results."""
+    if node.target is operator.getitem:
+        return is_reduction(node.all_input_nodes[0])
+    return is_reduction(node) and is_pure(node)
 
 
 def _is_copy(node: fx.Node) -> bool:

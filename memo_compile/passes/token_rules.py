@@ -70,7 +70,7 @@ def is_elementwise(node: fx.Node) -> bool:
 
 
 _ELEMENTWISE = frozenset(
-    {"prims::convert_element_type", "aten::_to_copy", "aten::clone", "aten::where", "aten::full_like", "aten::detach", "aten::alias", "prims::fma"}
+    {"prims::convert_element_type", "aten::_to_copy", "aten::clone", "aten::where", "aten::full_like", "aten::detach", "aten::alias", "prims::fma", "aten::expand"}
 )
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch._functorch.aot_autograd import aot_function
 
+from memo_compile.passes.graph import is_seed, nbytes
 from memo_compile.passes.lifetimes import last_reads, lifetimes
 from memo_compile.passes.partition import canonical_saved, order_backward, recompute_chain, split_min_cut, split_saving
 
@@ -71,3 +72,33 @@ def test_a_value_dies_after_its_last_reader():
         assert span.start < span.end
         if name in reads:
             assert span.end == min(reads[name] + 1, spans.steps)
+
+
+def test_a_normalized_value_gives_way_to_what_it_was_made_from():
+    def block(x, weight):
+        y = x @ weight
+        centred = y - y.mean(-1, keepdim=True)
+        return (centred * centred.square().mean(-1, keepdim=True).add(1e-5).rsqrt()) @ weight
+
+    joint, split = joint_of(block, torch.randn(128, 64), torch.randn(64, 64, requires_grad=True))
+    by_name = {n.name: n for n in joint.graph.nodes}
+    saved = canonical_saved(joint, [by_name[name] for name in split.saved])
+    large = [n for n in saved if n.op != "placeholder" and nbytes(n) > 128 * 4]
+    assert [str(n.target) for n in large] == ["aten.mm.default"]
+
+
+def test_a_draw_is_made_again_only_from_its_saved_seed():
+    from torch._inductor import inductor_prims
+
+    def drop(x):
+        seed = inductor_prims.lookup_seed(inductor_prims.seeds(1, torch.device("cpu")), 0)
+        mask = inductor_prims.random([128, 64], seed, "rand") > 0.1
+        return (x * mask).sin()
+
+    joint, split = joint_of(drop, torch.randn(128, 64, requires_grad=True))
+    by_name = {n.name: n for n in joint.graph.nodes}
+    saved = canonical_saved(joint, [by_name[name] for name in split.saved])
+    (seeds,) = [n for n in saved if is_seed(n)]
+    mask = next(n for n in saved if "gt" in n.name)
+    assert recompute_chain(mask, {seeds}) is not None
+    assert recompute_chain(mask, set()) is None

@@ -114,6 +114,16 @@ class EmittedOrderChanged(MemoError):
     """The code that Inductor emitted does not follow the plan."""
 
 
+class DrawnTwice(MemoError):
+    """A plan would draw the forward's random numbers a second time in the backward: its gradients would be wrong."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"the backward would draw random numbers of the forward again ({', '.join(names)}), and get others. This"
+            " is a mistake in memo: please report it with a dump (dump=...). recompute=False avoids it."
+        )
+
+
 class VerificationFailed(MemoError):
     """With verify=True: the first step differs from that of the unplanned graph."""
 

@@ -22,6 +22,7 @@ from memo_compile.passes.graph import (
     draws_from_seed,
     is_dense,
     is_on_host,
+    is_seed,
     is_view,
     nbytes,
     op_name,
@@ -154,7 +155,8 @@ def prepare(
         joint,
         num_forward_outputs,
         unplanned,
-        tuple(n for n in saved if n.name in split.saved),
+        # Seeds are read by the backward only where a plan makes a draw again.
+        tuple(n for n in saved if n.name in split.saved or is_seed(n)),
         tokens,
         layers,
         split.forward,

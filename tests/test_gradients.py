@@ -113,7 +113,7 @@ def test_compiled_pairwise(name, size, budget, way):
 def test_slices_of_a_recomputed_activation_give_the_same_gradient():
     model, x = zoo.make("llama"), zoo.batch(1)
     _, expected = zoo.gradients(model, model, x)
-    options = {"memory_budget": 0.62, "offload": False, "token_slice": 7}
+    options = {"memory_budget": 0.66, "offload": False, "token_slice": 7}
     _, got = zoo.gradients(model, torch.compile(model, backend="memo_eager", options=options), x)
     assert any(0 < a.recomputed < a.tokens for a in memo_compile.plans()[-1].activations)
     zoo.assert_close(got, expected)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from memo_compile.passes.graph import is_cheap, is_pure, is_reduction, is_seed, is_view, nbytes, storage_of
+from memo_compile.errors import DrawnTwice
+from memo_compile.passes.graph import is_cheap, is_pure, is_random, is_reduction, is_seed, is_view, nbytes, storage_of
 
 NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
 SMALL_STATISTIC = 8  # a reduction is kept beside its argument if it is so many times smaller than the result
@@ -61,7 +62,16 @@ def split_saving(joint: fx.GraphModule, saved: Collection[fx.Node], num_fwd_outp
     forward, backward = partitioners._extract_fwd_bwd_modules(
         joint, values, saved_sym_nodes=symbols, num_fwd_outputs=num_fwd_outputs
     )
+    _check_drawn_once(forward, backward)
     return Split(forward, backward, _saved_names(forward, num_fwd_outputs), num_fwd_outputs)
+
+
+def _check_drawn_once(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+    """A second draw of the forward's random numbers would give other numbers, and wrong gradients."""
+    drawn = {n.name for n in forward.graph.nodes if n.op == "call_function" and is_random(n)}
+    again = [n.name for n in backward.graph.nodes if n.op == "call_function" and n.name in drawn]
+    if again:
+        raise DrawnTwice(again)
 
 
 def order_backward(backward: fx.GraphModule) -> fx.GraphModule:

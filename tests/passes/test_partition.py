@@ -1,8 +1,10 @@
 """The split of a joint graph: what is saved, and what is made again from what."""
 
+import pytest
 import torch
 from torch._functorch.aot_autograd import aot_function
 
+from memo_compile.errors import DrawnTwice
 from memo_compile.passes.graph import is_seed, nbytes
 from memo_compile.passes.lifetimes import last_reads, lifetimes
 from memo_compile.passes.partition import canonical_saved, order_backward, recompute_chain, split_min_cut, split_saving
@@ -102,3 +104,5 @@ def test_a_draw_is_made_again_only_from_its_saved_seed():
     mask = next(n for n in saved if "gt" in n.name)
     assert recompute_chain(mask, {seeds}) is not None
     assert recompute_chain(mask, set()) is None
+    with pytest.raises(DrawnTwice, match="seeds"):
+        split_saving(joint, [n for n in saved if n not in (seeds, mask)], split.num_forward_outputs)

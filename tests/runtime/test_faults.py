@@ -124,11 +124,11 @@ def test_without_the_guard_copies_stay_behind(monkeypatch):
     monkeypatch.setattr(calls, "_nothing_left", lambda device: contextlib.nullcontext())
     fn = torch.compile(make(), backend=BACKEND, options=OFFLOAD)
     mover = engine(CPU)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, mover.delays(lambda kind: 0.5):
         patch.setattr(mover, "offload_wait", raising(ZeroDivisionError)(mover.offload_wait))
         with pytest.raises(ZeroDivisionError):
             fn(rows())
-    assert mover.pending
+        assert mover.pending
     mover.drain()
 
 

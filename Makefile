@@ -24,14 +24,18 @@ test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
 
 # A smoke set against the oldest and the newest torch, each in a virtual environment of its own.
-test-compat: compat-2.11.0 compat-2.15.0
+COMPAT := 2.11.0 2.15.0
+SMOKE := tests/test_contract.py tests/test_options.py tests/runtime/test_ops.py tests/passes/test_partition.py \
+	tests/codegen/test_emitted.py
+
+test-compat: $(STAMP) $(addprefix compat-,$(COMPAT))
+	$(BIN)/python -m bench.compat $(foreach v,$(COMPAT),$(v)=$(VENV)-$(v)/smoke.xml)
 
 compat-%:
 	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install --quiet torch==$*
-	$(VENV)-$*/bin/pip install --quiet -e '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 -m 'not grid' tests/compat.txt || \
-	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 tests/test_contract.py tests/runtime tests/passes
+	$(VENV)-$*/bin/pip install --quiet -e . 'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6' 'transformers>=4.57'
+	-OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -n 2 --junitxml=$(VENV)-$*/smoke.xml $(SMOKE)
 
 # Memory and time of the model zoo against what was committed; `make check-update` after a change that is meant.
 ZOO := $(addprefix bench.zoo:,llama llama_in_three_quarters llama_recomputed gpt_dropout hf_gpt2 hf_llama)

@@ -13,6 +13,7 @@ from memo_compile.planner import Decided, Limits, Prepared, decide
 log = logger(__name__)
 
 ROUNDS = 2  # with the smallest plan as the third
+OVERSHOOT = 1.3  # of the excess, for a smaller plan misses by a little more than the one before
 T = TypeVar("T")
 
 
@@ -48,7 +49,7 @@ def settle(
             return Settled(decided, peak, evidence, rounds)
         log.debug("%s: the plan for %s bytes holds %s, over a budget of %s", name, target, peak, limits.budget)
         assert target is not None
-        target = max(1, min(target, decided.plan.predicted_peak) - (peak - limits.budget))
+        target = max(1, min(target, decided.plan.predicted_peak) - int(OVERSHOOT * (peak - limits.budget)))
     decided, peak, evidence = _looked_at(p, smallest, evaluate, name, backend)
     if limits.budget is not None and peak > limits.budget:
         raise BudgetTooSmall(limits.budget, peak, decided.obstacles)

@@ -305,16 +305,20 @@ class _Compilation:
         assert self.layout is not None
         return [b for b in self.layout.buffers if b.name.startswith("bw:")], self.layout.segments
 
+    def _report(self, lost: Sequence[str]) -> None:
+        if lost:
+            log.info("%s: %d copies run by themselves; the first: %s", self.setting.name, len(lost), lost[0])
+
     def _inspect_forward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
         assert self.decided is not None
         self.regions = read_regions(lines, outputs, inputs)
         verify_emitted(self.regions)
-        check_order(planned_steps(self.decided.forward), emitted_steps(lines))
+        self._report(check_order(planned_steps(self.decided.forward), emitted_steps(lines)))
 
     def _inspect_backward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
         assert self.decided is not None
         assert self.regions is not None
-        check_order(planned_steps(self.decided.backward), emitted_steps(lines))
+        self._report(check_order(planned_steps(self.decided.backward), emitted_steps(lines)))
         self.schedule = self._schedule(lines)
         links = [(link.output, link.input) for link in self.links]
         verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)

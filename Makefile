@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := 2.13.0
+# Of this checkout alone: in a shared cache, a compiler that was stopped half-way leaves broken files behind.
+export TORCHINDUCTOR_CACHE_DIR ?= $(abspath $(VENV))/inductor
 
 .PHONY: demo test test-all test-compat check check-update lint clean
 

@@ -11,6 +11,8 @@ import torch.fx as fx
 
 _FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 
+_PLUMBING = ("/torch/", "/memo_compile/models/parallel.py")  # frames that say nothing of where in a model a value is made
+
 HOST_LEASE = "memo_host_lease"  # the placeholder through which a backward receives its forward's host lease
 
 # Ops that make no new storage although their schema does not say so.
@@ -62,7 +64,7 @@ def source_line(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace") or ""
     frames = list(_FILE_LINE.finditer(trace))
     for match in reversed(frames):
-        if "/torch/" not in match["file"]:
+        if not any(part in match["file"] for part in _PLUMBING):
             return f"{match['file']}:{match['line']}: {match['code'].strip()}"
     return f"{frames[-1]['file']}:{frames[-1]['line']}: {frames[-1]['code'].strip()}" if frames else ""
 

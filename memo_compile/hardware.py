@@ -7,7 +7,6 @@ sources. `measuring.py` makes a profile of this machine.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import platform
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from memo_compile.errors import InvalidOption
+from memo_compile.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Efficiency = tuple[tuple[float, float], ...]
 

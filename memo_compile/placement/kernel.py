@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memo_compile.logs import logger
 from memo_compile.placement.core import Core, Ints
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")

@@ -17,6 +17,7 @@ import torch.fx as fx
 from memo_compile.cost import account, graph_costs
 from memo_compile.errors import BudgetTooSmall, InvalidOption
 from memo_compile.hardware import DeviceProfile, resolve
+from memo_compile.offline_arena import OfflineArena, offline_arena
 from memo_compile.parallel import Layout, ModelState, model_state
 from memo_compile.passes.graph import is_view, nbytes, op_name, source_line, tensors
 from memo_compile.passes.lifetimes import reaches_memory
@@ -82,8 +83,9 @@ class Forecast:
     """The answer, for one rank. Bytes and seconds; `homes` by layer class, `tensors` by tensor in the largest class.
 
     Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `peak` counts activations,
-    transients and outputs, within `budget`; model state lies beside it. `mfu` is of the model's own FLOPs, attention
-    counted causally, nothing recomputed; `prices` are the seconds that one more GiB or GB/s would save.
+    transients and outputs, within `budget`; model state lies beside it. `arena` holds the same, placed. `mfu` is of the
+    model's own FLOPs, attention counted causally, nothing recomputed; `prices` are the seconds that one more
+    GiB or GB/s would save.
     """
 
     asked: Asked
@@ -113,6 +115,7 @@ class Forecast:
     tensors: tuple[Home, ...]
     largest: tuple[Tensor, ...]
     seconds_by_op: Mapping[str, float]
+    arena: OfflineArena
     planning_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,7 +194,9 @@ def _answer(
     long = lengthened(p, limits, layers)
     say(f"deciding on {len(long.view.order)} activations")
     problem, decision, fits = best_of(long.view, limits)
-    return _forecast(asked, p, long, problem, decision, fits, state, elements, time.perf_counter() - started)
+    say("placing")
+    arena = offline_arena(p, long, problem, decision.residency)
+    return _forecast(asked, p, long, problem, decision, fits, state, elements, arena, time.perf_counter() - started)
 
 
 def _forecast(
@@ -203,6 +208,7 @@ def _forecast(
     fits: bool,
     state: ModelState,
     elements: int,
+    arena: OfflineArena,
     planning_seconds: float,
 ) -> Forecast:
     homes, tensors_of_class = _homes(p, long, problem, decision)
@@ -235,6 +241,7 @@ def _forecast(
         tensors=tensors_of_class,
         largest=_largest(p),
         seconds_by_op={op: c.seconds for op, c in account(p.joint, costs).items() if c.seconds},
+        arena=arena,
         planning_seconds=planning_seconds,
     )
 

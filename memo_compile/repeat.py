@@ -28,7 +28,7 @@ class Long:
     """A view of many layers.
 
     `template` names the traced activation that each is a copy of, `layer` the layer in which it is made; `classes` are
-    the layers'.
+    the layers'. `period` says which steps were repeated; None where none were.
     """
 
     view: View
@@ -37,17 +37,22 @@ class Long:
     classes: tuple[int, ...]
     forward_flops: float
     flops: float
+    period: Period | None = None
 
 
 @dataclass(frozen=True)
-class _Period:
-    """The template's steps: forward [start, stop), backward [back_start, back_stop), over the whole timeline."""
+class Period:
+    """The template's steps: forward [start, stop), backward [back_start, back_stop), over the whole timeline.
+
+    `layer` is the template's index, `extra` the number of copies.
+    """
 
     start: int
     stop: int
     back_start: int
     back_stop: int
     extra: int
+    layer: int
 
     @property
     def forward(self) -> int:
@@ -95,7 +100,7 @@ def lengthened(p: Prepared, limits: Limits, layers: int) -> Long:
     )
     classes = (*report.classes[:middle], *[report.classes[middle]] * extra, *report.classes[middle:])
     forward_flops = sum(long_flops[: longer.forward_steps])
-    return Long(made, copies.template, copies.layer, classes, forward_flops, sum(long_flops))
+    return Long(made, copies.template, copies.layer, classes, forward_flops, sum(long_flops), period)
 
 
 def _graphs(p: Prepared) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -125,7 +130,7 @@ def _middle(report: LayerReport) -> int:
     return max(1, min(stack[1] if stack[0] == 0 else stack[0], len(report.classes) - 2))
 
 
-def _period(p: Prepared, infos: Mapping[str, LayerInfo], middle: int, extra: int) -> _Period:
+def _period(p: Prepared, infos: Mapping[str, LayerInfo], middle: int, extra: int) -> Period:
     forward, backward = (list(g.graph.nodes) for g in _graphs(p))
     of_forward = {n.name for n in forward}
 
@@ -139,16 +144,17 @@ def _period(p: Prepared, infos: Mapping[str, LayerInfo], middle: int, extra: int
         return node.op == "call_function"
 
     steps = len(forward)
-    return _Period(
+    return Period(
         first(forward, middle, is_call),
         first(forward, middle + 1, is_call),
         steps + first(backward, middle, is_gradient),
         steps + first(backward, middle - 1, is_gradient),
         extra,
+        middle,
     )
 
 
-def _repeated(row: tuple[T, ...] | list[T], p: _Period) -> list[T]:
+def _repeated(row: tuple[T, ...] | list[T], p: Period) -> list[T]:
     once = list(row)
     return [
         *once[: p.stop],
@@ -159,6 +165,27 @@ def _repeated(row: tuple[T, ...] | list[T], p: _Period) -> list[T]:
     ]
 
 
+def repeated_ranges(start: int, end: int, p: Period) -> list[tuple[int, int, int]]:
+    """(copy, start, end) of each copy of a live range [start, end) of the trace, on the long timeline.
+
+    What the template makes is made by every copy. What comes from elsewhere is there once: made before the template, it
+    reaches into the template itself, the first of the copies; made behind it, into the last, which runs backward first.
+    """
+    on, back = p.forward * p.extra, p.backward * p.extra
+    if p.start <= start < p.stop:
+        return [
+            (c, start + p.forward * c, end + (p.forward * c if end <= p.back_start else on + back - p.backward * c))
+            for c in range(p.extra + 1)
+        ]
+    if p.back_start <= start < p.back_stop:
+        return [(c, start + on + back - p.backward * c, end + on + back - p.backward * c) for c in range(p.extra + 1)]
+
+    def at(step: int, turn: int) -> int:
+        return step + (on if step >= p.stop else 0) + (back if step >= turn else 0)
+
+    return [(0, at(start, p.back_start), at(end - 1, p.back_start if start < p.stop else p.back_stop) + 1)]
+
+
 @dataclass(frozen=True)
 class _Copies:
     activations: dict[str, Activation]
@@ -167,7 +194,7 @@ class _Copies:
     layer: dict[str, int | None]
 
 
-def _repeated_activations(view: View, infos: Mapping[str, LayerInfo], p: _Period, middle: int) -> _Copies:
+def _repeated_activations(view: View, infos: Mapping[str, LayerInfo], p: Period, middle: int) -> _Copies:
     index = {name: infos[name].index if name in infos else None for name in view.order}
     own = [name for name in view.order if p.start <= view.activations[name].produced < p.stop]
     before = [n for n in view.order if index[n] == middle - 1]
@@ -205,7 +232,7 @@ def _copy_name(name: str, copy: int) -> str:
     return f"{name}+{copy}" if copy else name
 
 
-def _moved(a: Activation, p: _Period, copy: int) -> Activation:
+def _moved(a: Activation, p: Period, copy: int) -> Activation:
     """Copy number `copy` of one of the template's activations: later in the forward, earlier in the backward."""
     on, back = p.forward * copy, p.forward * p.extra + p.backward * (p.extra - copy)
     return replace(
@@ -217,7 +244,7 @@ def _moved(a: Activation, p: _Period, copy: int) -> Activation:
     )
 
 
-def _stretched(a: Activation, p: _Period) -> Activation:
+def _stretched(a: Activation, p: Period) -> Activation:
     """Another layer's activation, around the copies."""
 
     def at(step: int) -> int:

@@ -136,6 +136,8 @@ def _summary(f: Forecast) -> Any:
     for name, price in f.prices.items():
         if price:
             table.add_row(f"one more {'GiB' if 'memory' in name else 'GB/s'} of {name}", f"saves {price:.3g} s")
+    arena = f.arena
+    table.add_row("arena / lower bound", f"{arena.bytes / max(1, arena.lower_bound):.4f}, {arena.buffers:,} buffers")
     table.add_row("planned in", f"{f.planning_seconds:.1f} s")
     return table
 
@@ -149,6 +151,7 @@ def _memory(f: Forecast) -> Any:
         ("gathered in passing", f.state.gathered),
         ("activations and transients, at most", f.peak),
         ("  the most transients alone", f.transients),
+        ("  placed in one arena", f.arena.bytes),
         ("  budget for both", f.budget),
         ("in all, at most", f.state.total + f.peak),
         ("on the host, for one device", f.offloaded),

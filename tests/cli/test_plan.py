@@ -21,12 +21,14 @@ def test_a_preset_is_planned(tmp_path, capsys):
         "MFU",
         "tokens/s",
         "what binds",
+        "arena / lower bound",
         "layers 0 to 31",
     ):
         assert part in text
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["layers"] == 32
     assert found["peak"] <= found["budget"]
+    assert 0 < found["arena"]["bytes"] <= 1.001 * found["arena"]["lower_bound"]
     assert found["offloaded"] <= found["host_budget"] == 2 * 2**40 // 8
     assert found["kept"] + found["offloaded"] + found["recomputed"] == pytest.approx(found["saved"], rel=1e-6)
     # By hand: a step's FLOPs for one of 8 ranks, without the head's (0.7 %), at the predicted time and peak rate.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +47,8 @@ class StreamEngine(Engine):
         # A capture begins with the device idle, and events do not reach across its border.
         if isinstance(after, _Queued) and after.captured == captured:
             stream.wait_event(after.done)
-        self._cuda.copy(dst.detach(), src.detach(), stream)
+        for to, origin in pieces(dst.detach(), src.detach()):
+            self._cuda.copy(to, origin, stream)
         done = self._cuda.Event()
         done.record(stream)
         tensor = src if copy.kind == "D2H" else dst
@@ -69,6 +72,31 @@ class StreamEngine(Engine):
 
 
 _NOTHING = torch.empty(0)
+MOST_PIECES = 1024  # of one slice: each costs the host some microseconds
+
+
+def pieces(dst: torch.Tensor, src: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One copy as copies between dense parts, such as the token rows of each head.
+
+    torch copies between host and device through a temporary of the whole on the device where one side is strided:
+    bytes that nobody has counted, and one more pass over them. Dense parts go straight from where they lie. Where
+    there would be too many parts, or a single row is strided, the temporary is the lesser evil.
+
+    >>> whole = torch.zeros(2, 8, 4)
+    >>> [tuple(to.shape) for to, _ in pieces(torch.zeros(2, 3, 4), whole[:, :3])]
+    [(3, 4), (3, 4)]
+    """
+    outer = 0
+    while not (_dense_inside(dst, outer) and _dense_inside(src, outer)):
+        outer += 1
+    if outer == 0 or outer == dst.dim() or math.prod(dst.shape[:outer]) > MOST_PIECES:
+        return [(dst, src)]
+    return [(dst[at], src[at]) for at in itertools.product(*(range(size) for size in dst.shape[:outer]))]
+
+
+def _dense_inside(value: torch.Tensor, outer: int) -> bool:
+    """Whether each part of a value at one place of its first `outer` dimensions is dense."""
+    return value.numel() == 0 or value[(0,) * outer].is_contiguous()
 
 
 class _Cuda:

@@ -70,6 +70,22 @@ def test_a_strided_slice_goes_there_and_back(device):
     assert dst[:, :4].abs().sum() == 0
 
 
+def test_token_rows_of_heads_move_without_a_temporary(device):
+    mover, lease = engine(device), pool().lease(1 << 20)
+    src = torch.randn(2, 8, 1024, 16, device=device)
+    dst = torch.zeros_like(src)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mover.offload(src[:, :, :512], lease, 0)
+    mover.offload_wait(src[:, :, :512], lease, 0)
+    mover.prefetch(dst[:, :, :512], lease, 0)
+    mover.prefetch_wait(dst[:, :, :512], lease, 0)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before
+    assert torch.equal(dst[:, :, :512], src[:, :, :512])
+
+
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -18,7 +18,25 @@ def workspace_bytes(node: fx.Node) -> int:
         return _flash_on_cpu(node.args[0], node.args[1], backward=False)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
         return _flash_on_cpu(node.args[1], node.args[2], backward=True)
+    if name == "aten::_scaled_dot_product_flash_attention_backward":
+        return _flash_backward_on_cuda(node.args[1], node.args[2])
     return 0
+
+
+def _flash_backward_on_cuda(query: Any, key: Any) -> int:
+    """aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd, not deterministic.
+
+    The gradient of the queries is summed in float32, beside one sum a row; keys that serve several heads get a
+    gradient for each head first. The forward has scratch only where it splits a few queries' keys, and counts 0.
+    """
+    q: torch.Tensor = query.meta["val"]  # (batch, heads, rows, head)
+    k: torch.Tensor = key.meta["val"]
+    batch, heads, rows, head = (int(s) for s in q.shape)
+    padded_rows, padded_head = -(-rows // 128) * 128, 256 if head > 192 else -(-head // 32) * 32
+    scratch = 4 * batch * heads * padded_rows * (padded_head + 1)
+    if int(k.shape[1]) != heads:
+        scratch += 2 * q.element_size() * batch * heads * int(k.shape[2]) * head
+    return scratch
 
 
 def _flash_on_cpu(query: Any, key: Any, *, backward: bool) -> int:

@@ -1,0 +1,37 @@
+"""Scratch of kernels that allocate for themselves, by the formulas of their sources."""
+
+import pytest
+import torch
+
+from memo_compile.codegen.workspace import workspace_bytes
+
+
+def node_of(op, *shapes, dtype=torch.bfloat16):
+    graph = torch.fx.Graph()
+    arguments = []
+    for number, shape in enumerate(shapes):
+        argument = graph.placeholder(f"a{number}")
+        argument.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        arguments.append(argument)
+    return graph.call_function(op, tuple(arguments))
+
+
+@pytest.mark.parametrize(
+    ("heads_of_keys", "expected"),
+    [(32, 4 * 32 * 8192 * (128 + 1)), (8, 4 * 32 * 8192 * (128 + 1) + 2 * 2 * 32 * 8192 * 128)],
+    ids=["a key a head", "grouped queries"],
+)
+def test_flash_attentions_backward_sums_in_float32(heads_of_keys, expected):
+    q, k = (1, 32, 8192, 128), (1, heads_of_keys, 8192, 128)
+    op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    assert workspace_bytes(node_of(op, q, q, k, k)) == expected
+
+
+def test_rows_and_heads_are_padded():
+    op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    shape = (2, 3, 130, 40)
+    assert workspace_bytes(node_of(op, shape, shape, shape, shape)) == 4 * 2 * 3 * 256 * (64 + 1)
+
+
+def test_other_kernels_have_none():
+    assert workspace_bytes(node_of(torch.ops.aten.mm.default, (8, 8), (8, 8))) == 0

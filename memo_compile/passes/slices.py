@@ -31,6 +31,7 @@ from memo_compile.passes.tokens import (
     slice_view,
     sliced_copy,
 )
+from memo_compile.placement import Buffer, place
 
 HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
 
@@ -90,8 +91,7 @@ def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes],
     marks. Values not in `homes` are kept whole.
     """
     split = _with_sources(joint, split, homes)
-    transfers = _layout(split, homes)
-    host_bytes = transfers[-1].offset + _aligned(transfers[-1].bytes) if transfers else 0
+    transfers, host_bytes = _layout(split, homes)
     offsets = {t.value: t.offset for t in transfers}
     saved = _rewrite_forward(split, homes, offsets, host_bytes, host_budget)
     _rewrite_backward(joint, split, homes, offsets, host_bytes)
@@ -138,22 +138,22 @@ def _chain(joint: fx.GraphModule, value: fx.Node, present: Collection[str]) -> l
     return chain
 
 
-def _layout(split: Split, homes: Mapping[str, Homes]) -> tuple[Transfer, ...]:
-    """Host offsets. All slices of a lease live from the forward to the backward, so they lie side by side."""
-    transfers: list[Transfer] = []
-    end = 0
-    for node in split.forward.graph.nodes:
+def _layout(split: Split, homes: Mapping[str, Homes]) -> tuple[tuple[Transfer, ...], int]:
+    """Host offsets, and the bytes of the lease.
+
+    A slice lies on the host from its offload in the forward to its prefetch in the backward. So all of them are there
+    at the border of the two, none can lie where another has lain, and their sum is the least that there can be.
+    """
+    nodes = list(split.forward.graph.nodes)
+    slices: list[Buffer] = []
+    for step, node in enumerate(nodes):
         plan = homes.get(node.name)
         if plan is not None and plan.offloaded and node.name in split.saved:
             value: torch.Tensor = node.meta["val"]
             size = value.numel() * value.element_size() * plan.offloaded // plan.tokens
-            transfers.append(Transfer(node.name, end, size))
-            end += _aligned(size)
-    return tuple(transfers)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // HOST_ALIGNMENT) * HOST_ALIGNMENT
+            slices.append(Buffer(node.name, size, step, len(nodes) + 1))
+    placement = place(slices, alignment=HOST_ALIGNMENT)
+    return tuple(Transfer(s.name, placement.offsets[s.name], s.size) for s in slices), placement.peak
 
 
 def _rewrite_forward(

@@ -1,11 +1,15 @@
 """The host arena: exact, leased, counted."""
 
 import gc
+import itertools
 
 import pytest
 import torch
 
+import memo_compile
 from memo_compile.errors import HostBudgetExceeded
+from memo_compile.passes.slices import HOST_ALIGNMENT
+from memo_compile.runtime import ops
 from memo_compile.runtime.host import HostPool
 
 
@@ -52,3 +56,20 @@ def test_a_lease_is_plain_memory():
     lease = HostPool().lease(16)
     lease.copy_(torch.arange(16, dtype=torch.uint8))
     assert lease.tolist() == list(range(16))
+
+
+def test_slices_share_no_byte_and_take_no_more_than_all_of_them():
+    """Between forward and backward every slice is on the host, so that their sum is the least there can be."""
+    x = torch.randn(512, 48, requires_grad=True)
+    model = torch.nn.Sequential(*(layer for _ in range(4) for layer in (torch.nn.Linear(48, 48), torch.nn.Sigmoid())))
+    spans = ops.recorder().trace = []
+    try:
+        torch.compile(model, backend="memo_eager", options={"offload": "all", "host_budget": 2**20})(x).sum().backward()
+    finally:
+        ops.recorder().trace = None
+    (plan,) = memo_compile.plans()
+    slices = sorted((s.offset, s.offset + s.nbytes) for s in spans if s.kind == "D2H")
+    assert len(slices) >= 3
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(slices))
+    assert sum(end - begin for begin, end in slices) <= plan.host_bytes == ops.pool().held_bytes <= 2**20
+    assert plan.host_bytes == sum(-(-(end - begin) // HOST_ALIGNMENT) * HOST_ALIGNMENT for begin, end in slices)

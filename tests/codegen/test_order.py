@@ -66,19 +66,6 @@ def test_steps_are_read_from_text():
     assert emitted_steps(text) == [Step("extern_kernels.mm"), Step("offload", 128)]
 
 
-@pytest.fixture
-def emitted(monkeypatch):
-    """What the compiled graphs' texts say, beside their plans: (planned, emitted) for forward and backward."""
-    seen = []
-
-    def spy(planned, found):
-        seen.append((planned, found))
-        check_order(planned, found)
-
-    monkeypatch.setattr(compiler, "check_order", spy)
-    return seen
-
-
 class Chain(torch.nn.Module):
     """No residual, so that Inductor folds no product into a sum and every product keeps its name."""
 
@@ -92,12 +79,47 @@ class Chain(torch.nn.Module):
         return x
 
 
+@pytest.fixture(scope="module")
+def emitted():
+    """What the compiled graphs' texts say, beside their plans: (planned, emitted) for forward and backward."""
+    seen = []
+
+    def spy(planned, found):
+        seen.append((planned, found))
+        return check_order(planned, found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "check_order", spy)
+        torch.compile(Chain(), backend="memo", options=ALL)(torch.randn(1024, 32)).sum().backward()
+    return seen
+
+
 def test_compiled_code_overlaps_where_the_plan_does(emitted):
-    torch.compile(Chain(), backend="memo", options=ALL)(torch.randn(1024, 32)).sum().backward()
     for planned, found in emitted:
         expected, got = order.overlaps(planned), order.overlaps(found)
         assert any(expected.values())
         assert all(bool(got[start]) >= bool(count) for start, count in expected.items())
+
+
+def test_emitted_code_that_lacks_any_start_or_wait_is_refused(emitted):
+    removed = 0
+    for planned, found in emitted:
+        for place, step in enumerate(found):
+            if step.offset is not None:
+                removed += 1
+                with pytest.raises(EmittedOrderChanged, match=f"host offset {step.offset}"):
+                    check_order(planned, [*found[:place], *found[place + 1 :]])
+    assert removed >= 8
+
+
+def test_emitted_code_with_a_wait_before_its_start_is_refused(emitted):
+    for planned, found in emitted:
+        for start in (s for s in found if s.name in order.STARTS):
+            wait = Step(order.STARTS[start.name], start.offset)
+            rest = [s for s in found if s != wait]
+            place = rest.index(start)
+            with pytest.raises(EmittedOrderChanged, match="before its start"):
+                check_order(planned, [*rest[:place], wait, *rest[place:]])
 
 
 def waits_at_once(nodes):

@@ -4,10 +4,16 @@ import pytest
 import torch
 from torch import fx
 
+from memo_compile.compilation import limits_for
+from memo_compile.models import GPT, GPTConfig
+from memo_compile.offline import trace
 from memo_compile.passes.slices import fetch
 from memo_compile.passes.tokens import call
 from memo_compile.passes.transfers import schedule_offloads, schedule_prefetches
+from memo_compile.planner import carry_out, decide
+from memo_compile.residency import Residency
 from memo_compile.runtime.ops import register
+from memo_compile.simulate import simulate
 
 register()
 memo = torch.ops.memo
@@ -119,3 +125,39 @@ def test_prefetches_that_start_together_start_in_the_order_in_which_they_are_nee
     gm = schedule_prefetches(fx.GraphModule({}, graph), lambda n: 0.0, rate=1.0)
     started = [n.args[2] for n in gm.graph.find_nodes(op="call_function", target=memo.prefetch_.default)]
     assert started == [0, 256, 512]
+
+
+def played(gm, seconds, rate):
+    """Seconds that a clock stands still at waits, and that copies take, each way one after another at `rate` bytes/s."""
+    clock = free = waited = copied = 0.0
+    ends = {}
+    for node in gm.graph.nodes:
+        if node.target in (memo.offload.default, memo.prefetch_.default):
+            rows = node.args[0].meta["val"]
+            copy = rows.numel() * rows.element_size() / rate
+            ends[node.args[2]] = free = max(clock, free) + copy
+            copied += copy
+        elif node.target in (memo.offload_wait.default, memo.wait_.default):
+            wait = max(0.0, ends[node.args[2]] - clock)
+            clock, waited = clock + wait, waited + wait
+        elif node.op == "call_function":
+            clock += seconds.get(node.name, 0.0)
+    return waited, copied
+
+
+def test_a_model_waits_for_no_copy_where_its_plan_predicts_no_stall():
+    """Both graphs of a GPT on the clock of their own costs. Without room to overlap in, every copy is waited for."""
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        model = GPT(GPTConfig(vocab=512, layers=2, width=64, tokens=512))
+        x = torch.randint(0, 512, (1, 512))
+    p, setting = trace(model, (x,), {"labels": x}, {"memory_budget": 0.6, "recompute": False})
+    decided = decide(p, limits_for(setting, p.unplanned_peak), name="gpt", backend="memo")
+    homes = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
+    assert sum(simulate(decided.problem, homes).stalls.values()) == 0
+    tight = carry_out(p, decided.homes, ahead=False, host_budget=-1)
+    ways = ((decided.forward, tight.forward, p.profile.d2h), (decided.backward, tight.backward, p.profile.h2d))
+    for graph, without_room, rate in ways:
+        waited, copied = played(graph, p.seconds, rate)
+        assert waited <= 0.05 * copied
+        waited, copied = played(without_room, p.seconds, rate)
+        assert waited > 0.5 * copied > 0

@@ -10,6 +10,7 @@
     joint.json, compilation.json        for `memo replay`
     emitted.json                        what the emitted code allocates, and when
     report.json                         for `memo report`
+    simulated.trace.json                the step as the simulator plays it, for Perfetto
 
 No tensor data is written. What a person reads goes into torch's structured trace too, where `TORCH_TRACE` asks for one.
 """
@@ -37,7 +38,7 @@ from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.pass_log import Snapshot, as_files, pass_log, readable, snapshot
 from memo_compile.report.picture import layer_dot, render
 from memo_compile.report.tables import layer_table
-from memo_compile.report.timeline import report_data
+from memo_compile.report.timeline import report_data, simulated
 from memo_compile.report.traces import artifact, tracing
 from memo_compile.schema import Plan
 
@@ -120,10 +121,13 @@ class Dump:
             self._write("emitted.json", json.dumps({k: _plain(v) for k, v in arguments.items()}))
 
     def report(self, p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str, Any] | None = None) -> None:
-        """`report.json`: what `memo report` shows; `emitted` as in `timeline.report_data`."""
+        """`report.json`, for `memo report`, and `simulated.trace.json`; `emitted` as in `timeline.report_data`."""
         if self.folder is not None:
             data = report_data(p, decided, plan, emitted)
             self._write("report.json", json.dumps(data, separators=(",", ":")))
+            played = simulated(p, decided)
+            if played is not None:
+                self._write("simulated.trace.json", played.to_trace())
 
     def plan(self, plan: Plan) -> None:
         """`plan.json`, `arena.json` and `layers.txt`."""

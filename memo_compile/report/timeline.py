@@ -7,7 +7,7 @@ else as its graphs say. A timeline's steps are the forward's, then the backward'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from memo_compile.passes.provenance import FOR, WHY
 from memo_compile.passes.slices import Homes
 from memo_compile.placement import Buffer, place
 from memo_compile.planner import Decided, Prepared
+from memo_compile.residency import Residency
 from memo_compile.schema import Plan
+from memo_compile.simulate import Simulation, simulate
 
 REPORT_VERSION = 1
 
@@ -73,7 +75,7 @@ def report_data(p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str,
         "segments": _segments(plan),
         "activations": [_activation(a, strings) for a in plan.activations],
         "layers": list(p.layers.classes),
-        "streams": _streams(p, decided),
+        "streams": _streams(simulated(p, decided)),
         "strings": list(strings.index),
     }
 
@@ -216,20 +218,20 @@ def _segments(plan: Plan) -> list[list[Any]]:
     return [[s.name, offsets[s.name], s.size, s.start, s.end] for s in plan.segments]
 
 
-def _streams(p: Prepared, decided: Decided) -> dict[str, Any] | None:
-    """The step as the simulator plays it; None where nothing was decided."""
-    from memo_compile.residency import Residency
-    from memo_compile.simulate import simulate
-
+def simulated(p: Prepared, decided: Decided) -> Simulation | None:
+    """The step as the simulator plays it, its steps named by their nodes; None where nothing was decided."""
     if decided.problem is None or not decided.homes:
         return None
     homes = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
     played = simulate(decided.problem, homes)
     names = [n.name for n in (*p.forward.graph.nodes, *p.backward.graph.nodes)]
-    events = []
-    for e in played.events:
-        if e.end > e.start:
-            step = e.name.removeprefix("step ")
-            name = names[int(step)] if step.isdigit() and int(step) < len(names) else e.name
-            events.append([e.stream, name, e.start, e.end, e.bytes])
+    steps = {f"step {i}": name for i, name in enumerate(names)}
+    events = (replace(e, name=steps.get(e.name, e.name)) for e in played.events if e.end > e.start)
+    return replace(played, events=tuple(events))
+
+
+def _streams(played: Simulation | None) -> dict[str, Any] | None:
+    if played is None:
+        return None
+    events = [[e.stream, e.name, e.start, e.end, e.bytes] for e in played.events]
     return {"seconds": played.seconds, "stalls": dict(played.stalls), "overlap": played.overlap, "events": events}

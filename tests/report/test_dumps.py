@@ -48,6 +48,22 @@ def test_each_pass_leaves_its_graphs_and_what_it_did(inductor_dump):
     assert "the copy starts, early enough" in (folder / "passes/5-transfers/diff.txt").read_text()
 
 
+def test_the_simulated_step_opens_in_perfetto(inductor_dump):
+    """Chrome's trace format: complete events on named threads, and memory as a counter."""
+    trace = json.loads((inductor_dump.folder / "simulated.trace.json").read_text())["traceEvents"]
+    threads = {e["tid"]: e["args"]["name"] for e in trace if e["ph"] == "M"}
+    assert set(threads.values()) == {"compute", "d2h", "h2d"}
+    complete = [e for e in trace if e["ph"] == "X"]
+    moved = {a.name for a in inductor_dump.plan.activations if a.offloaded}
+    assert moved
+    for stream in ("d2h", "h2d"):
+        assert {e["name"] for e in complete if threads[e["tid"]] == stream} == moved
+    forward = (inductor_dump.folder / "forward.py").read_text()
+    assert any(e["name"] in forward for e in complete if threads[e["tid"]] == "compute")
+    assert all(e["dur"] > 0 and e["ts"] >= 0 for e in complete)
+    assert any(e["ph"] == "C" and e["args"]["bytes"] > 0 for e in trace)
+
+
 def test_one_layer_is_a_picture_with_live_ranges_and_homes(eager_dump):
     folder = eager_dump.folder
     dot = (folder / "layer.dot").read_text()

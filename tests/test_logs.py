@@ -15,34 +15,48 @@ import memo_compile
 from memo_compile import logs
 from memo_compile.schema import ActivationPlan, Plan, Stop
 
+RANKS = 2
 SCRIPT = """
+import sys
 import torch
+from torch import distributed
 from memo_compile.models import Llama, LlamaConfig
 
+store, rank, ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
 model = Llama(LlamaConfig(vocab=64, layers=2, width=32, heads=4, kv_heads=2, ffn=96))
 x = torch.randint(0, 64, (1, 128))
 fn = torch.compile(model, backend="memo_eager", options={"memory_budget": "min"})
 for _ in range(2):
     fn(x, labels=x).backward()
+distributed.destroy_process_group()
 """
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A training process with logs and a trace: its stderr, and the pages that tlparse makes of the trace."""
+    """Two ranks with logs and a trace: the stderr of each, and what tlparse makes of the first one's trace."""
     folder = tmp_path_factory.mktemp("trace")
     environment = {**os.environ, "TORCH_LOGS": "+memo_compile", "TORCH_TRACE": str(folder / "raw")}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (raw,) = (folder / "raw").glob("*.log")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(folder / "store"), str(rank), str(RANKS)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * RANKS, said
+    (raw,) = (folder / "raw").glob("*rank_0_*.log")
     command = [os.path.join(os.path.dirname(sys.executable), "tlparse"), raw, "-o", folder / "pages", "--no-browser"]
     subprocess.run(command, check=True, capture_output=True)
-    return done.stderr, folder / "pages"
+    return said, folder / "pages"
 
 
 def test_torch_logs_shows_summary_details_and_what_was_measured(trained):
-    said, _ = trained
+    (said, _), _ = trained
     summaries = [line for line in said.splitlines() if "MiB planned of" in line]
     assert len(summaries) == 1
     for part in ("budget unlimited", "peak", "offloaded", "recomputed", "planned in"):
@@ -51,6 +65,12 @@ def test_torch_logs_shows_summary_details_and_what_was_measured(trained):
     assert len(measured) == 1
     assert abs(float(measured[0])) < 5
     assert re.search(r"MiB, of 128 rows \d+ kept, \d+ offloaded, \d+ recomputed; .*llama.py", said)
+
+
+def test_the_second_rank_plans_the_same_and_says_nothing(trained):
+    (first, second), _ = trained
+    assert "memo_compile" in first
+    assert "memo_compile" not in second
 
 
 def test_tlparse_renders_plan_layers_arena_and_graphs(trained):

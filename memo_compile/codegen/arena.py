@@ -108,7 +108,36 @@ def plan_arena(
         alone: names of backward buffers that get a segment of their own, so that a call before can take it.
     """
     timeline = replace(_timeline(forward, backward, links, user_outputs, tangent_bytes, chunk), alone=alone)
-    return _lay_out(timeline)
+    return _lay_out(timeline, *_placed(_groups(timeline)))
+
+
+def plan_backward(
+    emitted: ArenaLayout,
+    forward: Body,
+    backward: Body,
+    links: Sequence[Link],
+    user_outputs: int,
+    *,
+    tangent_bytes: int = 0,
+    chunk: int = CHUNK,
+) -> ArenaLayout:
+    """Place the backward's buffers anew, those of the forward where the code of `emitted` has put them.
+
+    Arguments as those of `plan_arena`, `emitted` being what it answered for another backward.
+    """
+    timeline = _timeline(forward, backward, links, user_outputs, tangent_bytes, chunk)
+    lives = {b.name: b for b in timeline.buffers}
+    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.name in lives and b.name[:3] == "fw:"]
+    segments = []
+    for s in emitted.segments:
+        inside = [b for b in fixed if b.segment == s.name]
+        if inside:
+            segments.append(replace(s, end=max(b.end for b in inside)))
+    held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
+    beside = tuple(o + h for o, h in zip(timeline.outside, held, strict=True))
+    born = tuple(b for b in timeline.buffers if b.name.startswith("bw:"))
+    more, buffers = _placed(_groups(replace(timeline, buffers=born, outside=beside)), len(emitted.segments))
+    return _lay_out(timeline, [*segments, *more], [*fixed, *buffers])
 
 
 def _timeline(
@@ -164,16 +193,21 @@ def _groups(timeline: _Timeline) -> list[list[Buffer]]:
     return [group for _, group in sorted(groups.items())]
 
 
-def _lay_out(timeline: _Timeline) -> ArenaLayout:
+def _placed(groups: Sequence[Sequence[Buffer]], first: int = 0) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
+    """Each group at offsets in a segment of its own, numbered from `first`."""
     segments: list[ArenaSegment] = []
     buffers: list[ArenaBuffer] = []
-    for index, group in enumerate(_groups(timeline)):
+    for index, group in enumerate(groups, first):
         name = f"memo_arena_{index}"
         placement = place(group, alignment=ALIGNMENT, time_limit=2.0)
         verify(group, placement)
         start, end = min(b.start for b in group), max(b.end for b in group)
         segments.append(ArenaSegment(name, placement.peak, start, end))
         buffers += [ArenaBuffer(b.name, name, placement.offsets[b.name], b.size, b.start, b.end) for b in group]
+    return segments, buffers
+
+
+def _lay_out(timeline: _Timeline, segments: Sequence[ArenaSegment], buffers: Sequence[ArenaBuffer]) -> ArenaLayout:
     held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
     live = live_bytes([(b.start, b.end, _aligned(b.size)) for b in timeline.buffers], timeline.steps)
     return ArenaLayout(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
+from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena, plan_backward
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
 from memo_compile.codegen.landings import how_many_early, schedule_of
@@ -29,6 +29,7 @@ from memo_compile.codegen.order import check_order, emitted_steps, place_transfe
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.errors import BudgetTooSmall
 from memo_compile.first_step import FirstStep
 from memo_compile.logs import logger
 from memo_compile.options import Options
@@ -50,7 +51,12 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
     """Compile a Dynamo graph with Inductor, planned and placed."""
     setting = setting_for(options, inputs)
     run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
-    compiled: Any = _through_inductor(run, run.inner, gm, inputs)
+    try:
+        compiled: Any = _through_inductor(run, run.inner, gm, inputs)
+    except _Exceeded:
+        log.info("%s: what was emitted is over the budget, and is planned again from closer dry runs", setting.name)
+        run = replace(run, first_step=FirstStep(setting.name), scalar=False)
+        compiled = _through_inductor(run, run.inner, gm, inputs)
     return run.first_step.forward(compiled)
 
 
@@ -66,6 +72,10 @@ class Looked:
 
 class _Planned(BaseException):
     """Ends a compilation once the plan is made. Not an `Exception`: nothing wraps it."""
+
+
+class _Exceeded(BaseException):
+    """Ends a compilation whose emitted code holds more than the budget. Not an `Exception`: nothing wraps it."""
 
 
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked | None:
@@ -157,6 +167,7 @@ class _Compilation:
     regions: EmittedRegions | None = None
     schedule: Schedule | None = None
     budget: int | None = None
+    scalar: bool = True
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
@@ -200,6 +211,7 @@ class _Compilation:
                 is_backward=False,
                 user_visible=self._user_visible(decided.forward),
                 static_inputs=self.static,
+                scalar=self.scalar,
             )
             backward = self._dry_backward(decided, forward)
         return _Evidence(forward, backward, self._layout(decided, forward, backward))
@@ -247,6 +259,7 @@ class _Compilation:
                 is_backward=True,
                 user_visible=[i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)],
                 input_strides={name: s for name, s in strides.items() if s is not None},
+                scalar=self.scalar,
             )
 
     def _user_visible(self, forward: fx.GraphModule) -> list[int]:
@@ -287,23 +300,32 @@ class _Compilation:
         self.forward_body = body
         assert self.evidence is not None
         assert self.decided is not None
+        layout = self.evidence.layout
         if self.evidence.forward != body:
             log.debug("%s: the forward differs from its dry run and is placed again", self.setting.name)
             layout = self._layout(self.decided, body, self.evidence.backward)
-            self.evidence = _Evidence(body, self.evidence.backward, layout)
-        self.layout = self.evidence.layout
-        return [b for b in self.layout.buffers if b.name.startswith("fw:")], self.layout.segments
+        return self._settle_on(layout, body, self.evidence.backward, "fw:")
 
     def _place_backward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         assert self.evidence is not None
         assert self.decided is not None
+        layout, forward = self.evidence.layout, self.evidence.forward
         if body != self.evidence.backward:
-            # What is kept lies where the forward's code has put it; its segments hold nothing born in the backward.
             log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
-            self.layout = self._layout(self.decided, self.evidence.forward, body)
-            self.evidence = _Evidence(self.evidence.forward, body, self.layout)
-        assert self.layout is not None
-        return [b for b in self.layout.buffers if b.name.startswith("bw:")], self.layout.segments
+            layout = plan_backward(layout, **self._arena_arguments(self.decided, forward, body))
+        return self._settle_on(layout, forward, body, "bw:")
+
+    def _settle_on(
+        self, layout: ArenaLayout, forward: Body, backward: Body, prefix: str
+    ) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
+        """Emit from this layout, if it is within the budget."""
+        if self.budget is not None and layout.peak > self.budget:
+            assert self.decided is not None
+            if self.scalar:
+                raise _Exceeded
+            raise BudgetTooSmall(self.budget, layout.peak, self.decided.obstacles)
+        self.evidence, self.layout = _Evidence(forward, backward, layout), layout
+        return [b for b in layout.buffers if b.name.startswith(prefix)], layout.segments
 
     def _report(self, lost: Sequence[str]) -> None:
         if lost:

@@ -24,6 +24,7 @@ def dry_run(
     user_visible: Sequence[int] = (),
     static_inputs: Sequence[int] = (),
     input_strides: dict[str, tuple[int, ...]] | None = None,
+    scalar: bool = False,
 ) -> Body:
     """The body that Inductor would emit for `gm`.
 
@@ -31,7 +32,11 @@ def dry_run(
         user_visible: indices of outputs whose strides the user sees, which Inductor then keeps.
         static_inputs: indices of inputs at fixed addresses (parameters).
         input_strides: strides of inputs that differ from those of the trace, by placeholder name.
+        scalar: write C++ kernels without their vectorized loops, in two thirds of the time. Which buffers a kernel
+            reads and writes does not depend on them, except that rarely two loops that share a local buffer are not
+            joined: the caller compares with what is emitted in the end.
     """
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
 
@@ -44,7 +49,7 @@ def dry_run(
     def capture(body: Body) -> Any:
         raise BodyCaptured(body)
 
-    with arena_wrapper(capture):
+    with arena_wrapper(capture), config.patch({"cpp.simdlen": 1} if scalar else {}):
         try:
             compile_fx_inner(
                 twin,

@@ -17,6 +17,7 @@ from typing import Any
 
 from memo_compile.codegen.emitted import Body, read_body
 from memo_compile.codegen.landings import landing_buffers, take_landing
+from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.workspace import workspace_bytes
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
@@ -42,6 +43,7 @@ def arena_wrapper(planner: Planner, inspect: Inspector | None = None) -> Iterato
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 
     init_backend_registration()
+    register_lowerings()
     swapped = {device: codegen.wrapper_codegen for device, codegen in device_codegens.items()}
     try:
         for device, base in swapped.items():

@@ -181,7 +181,7 @@ def _rewrite_forward(
             why = f"{_rows(value.name, plan, plan.tokens - plan.kept, plan.tokens)} stay on the device, alone"
             with graph.inserting_before(_after(_last_use(value, value))), because(split.forward, why, value.name):
                 rows = _physical_rows(graph, value, plan, plan.tokens - plan.kept, plan.tokens)
-                copy = call(graph, torch.ops.aten.clone.default, (rows,))
+                copy = call(graph, torch.ops.memo.keep.default, (rows,))
                 copy.meta["memo_part_of"] = value.name
                 kept.append(copy)
     saved = [*kept, *([lease] if lease is not None else [])]

@@ -6,6 +6,7 @@
 * `prefetch_(dst!, lease, offset)`, `wait_(dst!, lease, offset)`: H2D; readers of `dst` stand behind the wait
 * `landing(lease, offset, nbytes, device) -> Tensor`: the storage in which the slice at `offset` lands already, or a new
   one; it stands in emitted code alone, in place of an allocation
+* `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: products written to their rows of a larger value
 """
 
@@ -28,6 +29,7 @@ _SCHEMAS = (
     "prefetch_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
     "wait_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
     "landing(Tensor lease, SymInt offset, SymInt nbytes, Device device) -> Tensor",
+    "keep(Tensor src) -> Tensor",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
 )
@@ -121,6 +123,10 @@ def _landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device
     return there if there is not None else torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+def _keep(src: torch.Tensor) -> torch.Tensor:
+    return src.clone(memory_format=torch.contiguous_format)
+
+
 def _mm_into(dst: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     torch.mm(a, b, out=dst)
 
@@ -141,6 +147,13 @@ def _fake_nothing(*args: Any) -> None:
     return None
 
 
+def _fake_keep(src: torch.Tensor) -> torch.Tensor:
+    return torch.empty(src.shape, dtype=src.dtype, device=src.device)
+
+
+_FAKES = {"host_lease": _fake_lease, "landing": _fake_landing, "keep": _fake_keep}
+
+
 @cache
 def register() -> torch.library.Library:
     """Define the ops; once, at the first call. The library lives as long as what this returns."""
@@ -154,10 +167,11 @@ def register() -> torch.library.Library:
         ("prefetch_", _prefetch),
         ("wait_", _wait),
         ("landing", _landing),
+        ("keep", _keep),
         ("mm_into_", _mm_into),
         ("addmm_into_", _addmm_into),
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
-        fake: Any = {"host_lease": _fake_lease, "landing": _fake_landing}.get(name, _fake_nothing)
+        fake: Any = _FAKES.get(name, _fake_nothing)
         torch.library.register_fake(f"memo::{name}", fake, lib=library)
     return library

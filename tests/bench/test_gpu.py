@@ -7,7 +7,7 @@ import torch
 
 from bench import gpu
 
-PEERS = ["eager", "checkpoint", "checkpoint+save_on_cpu", "checkpoint+streams", "memo@checkpoint"]
+PEERS = ["eager", "checkpoint", "checkpoint+save_on_cpu", "checkpoint+streams", "inductor", "memo@checkpoint"]
 TINY = ["--device", "cpu", "--tiny", "--in-process", "--peers", *PEERS]
 
 
@@ -31,6 +31,9 @@ def test_every_peer_trains_alike(results):
     assert by_peer["memo@checkpoint"]["budget"] == by_peer["checkpoint"]["peak"]
     if "failed" not in by_peer["memo@checkpoint"]:
         assert by_peer["memo@checkpoint"]["moved_out"] == by_peer["memo@checkpoint"]["planned_out"]
+        assert by_peer["memo@checkpoint"]["host_bytes"] == by_peer["memo@checkpoint"]["planned_host_bytes"]
+    assert by_peer["eager"]["host_bytes"] == 0
+    assert by_peer["inductor"]["compile_seconds"] > 0
 
 
 def test_a_second_run_measures_nothing_again(results, monkeypatch):
@@ -63,7 +66,8 @@ def test_the_longest_length_is_found_by_bisection(tmp_path, monkeypatch):
                 "mfu": 0.1,
                 "peak": peak,
                 "reserved": 0,
-                "first_step_seconds": 1.0,
+                "host_bytes": 0,
+                "compile_seconds": 1.0,
                 "losses": [1.0],
             }
         )

@@ -57,6 +57,8 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options)
         log.info("%s: what was emitted is over the budget, and is planned again from closer dry runs", setting.name)
         run = replace(run, first_step=FirstStep(setting.name), scalar=False)
         compiled = _through_inductor(run, run.inner, gm, inputs)
+    if run.dump is not None:
+        compiled = run.dump.measured("forward", compiled, setting.device)
     return run.first_step.forward(compiled)
 
 
@@ -294,7 +296,7 @@ class _Compilation:
             return compiled if lease_at is None else forward_call(compiled, device, lease_at, lambda: self.schedule)
         record(self.placed_plan())
         called = compiled if lease_at is None else backward_call(compiled, device, lease_input(self.decided))
-        return self.first_step.backward(_guarded(called, donated))
+        return self.first_step.backward(self.dump.measured("backward", _guarded(called, donated), device))
 
     def _place_forward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         self.forward_body = body

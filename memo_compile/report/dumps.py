@@ -11,6 +11,7 @@
     emitted.json                        what the emitted code allocates, and when
     report.json                         for `memo report`
     simulated.trace.json                the step as the simulator plays it, for Perfetto
+    measured_{forward,backward}.trace.json  the second step, profiled; on CUDA
 
 No tensor data is written. What a person reads goes into torch's structured trace too, where `TORCH_TRACE` asks for one.
 """
@@ -18,7 +19,7 @@ No tensor data is written. What a person reads goes into torch's structured trac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from memo_compile.passes.lifetimes import lifetimes
 from memo_compile.passes.tokens import META
 from memo_compile.planner import Decided, Prepared
 from memo_compile.report.graph_io import graph_to_json
+from memo_compile.report.measured import profiled
 from memo_compile.report.pass_log import Snapshot, as_files, pass_log, readable, snapshot
 from memo_compile.report.picture import layer_dot, render
 from memo_compile.report.tables import layer_table
@@ -114,6 +116,12 @@ class Dump:
         source = getattr(compiled, "source_code", None)
         if self.wanted and source:
             self._show(f"{name}_code.py", source)
+
+    def measured(self, name: str, fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+        """`fn`, which on CUDA leaves `measured_NAME.trace.json` once it has run twice."""
+        if self.folder is None or device.type != "cuda":
+            return fn
+        return profiled(fn, self.folder / f"measured_{name}.trace.json")
 
     def emitted(self, arguments: Mapping[str, Any]) -> None:
         """`emitted.json`: what the arena was laid out from, the arguments of `codegen.arena.plan_arena`."""

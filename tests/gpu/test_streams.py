@@ -1,13 +1,17 @@
 """The stream engine on a GPU: what runs late there must not change a result."""
 
 import gc
+import random
+import threading
 
 import pytest
 import torch
 
 import memo_compile
+from memo_compile import errors
 from memo_compile.runtime.engine import Engine
 from memo_compile.runtime.ops import ahead, engine, pool, register
+from memo_compile.runtime.streams import _Cuda
 
 CYCLES = 20_000_000  # of torch.cuda._sleep: some ten milliseconds
 ROWS = 1 << 20
@@ -108,6 +112,144 @@ def step(model, x):
     model.zero_grad(set_to_none=True)
     model(x).square().mean().backward()
     return [p.grad.clone() for p in model.parameters()]
+
+
+def rows(device, seed=1):
+    """They want a gradient, so that the first block is compiled like all others."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(2048, 256, dtype=torch.float64, device=device, generator=generator)
+    return x.requires_grad_()
+
+
+def nothing_is_left(device):
+    gc.collect()
+    torch.cuda.synchronize()
+    return (pool().leased_bytes, engine(device).pending, ahead(device).outstanding) == (0, 0, 0)
+
+
+class Late(_Cuda):
+    """CUDA, with pauses drawn from a seed before copies."""
+
+    def __init__(self, seed):
+        self.draw = random.Random(seed)
+
+    def copy(self, dst, src, stream):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(self.draw.choice([1, 1, CYCLES // 20, CYCLES // 5]))
+        _Cuda.copy(dst, src, stream)
+
+
+def test_delays_change_nothing(device, monkeypatch):
+    model, x = tower(device, {"offload": "all"}), rows(device)
+    expected = step(model, x)
+    for seed in range(10):
+        monkeypatch.setattr(engine(device), "_cuda", Late(seed))
+        assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True)), seed
+    assert nothing_is_left(device)
+
+
+@pytest.mark.parametrize("wait", ["offload_wait", "prefetch_wait"])
+def test_without_waits_delays_are_seen(device, monkeypatch, wait):
+    """`prefetch_wait` reads what has not landed; behind `offload_wait` the bytes are anyone's."""
+    model, x = tower(device, {"offload": "all"}), rows(device)
+    expected = step(model, x)
+    step(model, rows(device, seed=2))
+    way = {"offload_wait": "D2H", "prefetch_wait": "H2D"}[wait]
+    mover = engine(device)
+
+    def forget(tensor, lease, offset):
+        mover._pending.pop(mover._describe(way, tensor, lease, offset).key)
+        if way == "D2H":
+            tensor.view(torch.uint8).fill_(255)
+
+    monkeypatch.setattr(mover, "_cuda", Late(0))
+    monkeypatch.setattr(mover, wait, forget)
+    try:
+        differs = not all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
+    except RuntimeError as error:  # autograd may see that a saved value was written
+        differs = "modified by an inplace operation" in str(error)
+    torch.cuda.synchronize()
+    assert differs
+
+
+def test_no_more_than_two_arenas_are_held(device):
+    model, x = tower(device, {"offload": "all"}), rows(device)
+    step(model, x)
+    plan = memo_compile.plans()[-1]
+    peak = memo_compile.measure_peak(step, model, x)
+    between = (len(model) + 3) * x.numel() * 8  # what blocks hand to each other, and the loss's own
+    gradients = 2 * sum(p.numel() * 8 for p in model.parameters())
+    assert peak <= 2 * plan.arena_bytes + between + gradients
+    assert nothing_is_left(device)
+
+
+def test_two_threads_with_streams_of_their_own(device):
+    models = {seed: tower(device, {"offload": "all"}) for seed in (1, 2)}
+    expected = {seed: step(model, rows(device, seed)) for seed, model in models.items()}
+    inputs = {seed: rows(device, seed) for seed in models}
+    torch.cuda.synchronize()
+    found = {}
+
+    def run(seed):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found[seed] = step(models[seed], inputs[seed])
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, want in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[seed], want, strict=True))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["offload", "offload_wait", "prefetch", "prefetch_wait"])
+def test_a_fault_leaves_nothing_behind_and_the_next_step_is_right(device, monkeypatch, where, error):
+    model, x = tower(device, {"offload": "all"}), rows(device)
+    expected = step(model, x)
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine(device), where, fail)
+        with pytest.raises(error):
+            step(model, x)
+    assert nothing_is_left(device)
+    assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
+
+
+def test_a_dropped_loss_and_a_failing_hook_leave_nothing_behind(device):
+    model, x = tower(device, {"offload": "all"}), rows(device)
+    expected = step(model, x)
+    loss = model(x).square().mean()
+    del loss
+    assert nothing_is_left(device)
+    y = model[:3](x)
+    y.register_hook(lambda grad: 1 / 0)
+    loss = model[3:](y).square().mean()
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    del y, loss
+    assert nothing_is_left(device)
+    assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
+
+
+def test_an_arena_that_does_not_fit_any_more_is_a_clear_error(device):
+    model, x = tower(device, {"offload": "all"}), rows(device)
+    expected = step(model, x)
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, device)
+    try:
+        with pytest.raises((errors.ArenaDoesNotFit, torch.OutOfMemoryError)):
+            step(model, x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert nothing_is_left(device)
+    assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
 
 
 @pytest.mark.parametrize("options", [{"offload": "all"}, {"memory_budget": "min"}, {"memory_budget": 0.7}])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bench import common
 from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
 
 TOKENS = 1024
@@ -42,24 +43,7 @@ def gpt_dropout() -> Target:
 
 def hf_gpt2() -> Target:
     """Hugging Face's GPT-2."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=512,
-        n_positions=TOKENS,
-        n_embd=256,
-        n_layer=2,
-        n_head=8,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"
-    return _target(model, LEAST)
+    return _target(common.hf_gpt2(layers=2, tokens=TOKENS, dropout=0.0), LEAST)
 
 
 def hf_llama() -> Target:

@@ -31,9 +31,11 @@ def test_plain_loop():
 
 
 def test_per_block_makes_one_plan_for_all_layers():
-    losses = run("per_block", *TINY, "--steps", "2")
+    """With Inductor: of one block it is soon done."""
+    losses = run("per_block", *TINY, "--backend", "memo", "--steps", "2")
     assert losses[-1] < losses[0]
-    assert len(memo_compile.plans()) == 1
+    (plan,) = memo_compile.plans()
+    assert plan.backend == "memo"
 
 
 def test_bfloat16_with_gradient_accumulation():

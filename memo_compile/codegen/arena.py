@@ -11,8 +11,9 @@ statement to the last; each cut lets room go back earlier, so that gradients can
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from memo_compile.codegen.emitted import Body, live_bytes
 from memo_compile.codegen.segments import Lives, choose_cuts, segment_of
@@ -24,6 +25,7 @@ SMALLEST = 256  # bytes: alignment would cost a scalar more than it takes, so th
 # The C library serves blocks beyond 32 MiB by fresh mappings, every page of which faults in again at every step: a
 # sixth of a step of a small model. Below it, freed blocks are used again.
 CHUNK = 16 * 2**20
+NOTHING: Mapping[str, int] = MappingProxyType({})
 PORTIONS = 24  # kept activations go back in about so many portions: few enough for the allocator, many for the peak
 
 
@@ -93,7 +95,7 @@ def plan_arena(
     links: Sequence[Link],
     user_outputs: int,
     *,
-    tangent_bytes: int = 0,
+    tangents: Mapping[str, int] = NOTHING,
     chunk: int = CHUNK,
     alone: frozenset[str] = frozenset(),
 ) -> ArenaLayout:
@@ -103,11 +105,11 @@ def plan_arena(
         forward, backward: what was emitted.
         links: which forward outputs are which backward inputs.
         user_outputs: the first so many outputs of the forward go to the user.
-        tangent_bytes: what autograd holds for the backward to start from.
+        tangents: bytes of the backward's inputs that come from autograd, by name: it lets go of them in the call.
         chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
         alone: names of backward buffers that get a segment of their own, so that a call before can take it.
     """
-    timeline = replace(_timeline(forward, backward, links, user_outputs, tangent_bytes, chunk), alone=alone)
+    timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=alone)
     return _lay_out(timeline, *_placed(_groups(timeline)))
 
 
@@ -118,14 +120,14 @@ def plan_backward(
     links: Sequence[Link],
     user_outputs: int,
     *,
-    tangent_bytes: int = 0,
+    tangents: Mapping[str, int] = NOTHING,
     chunk: int = CHUNK,
 ) -> ArenaLayout:
     """Place the backward's buffers anew, those of the forward where the code of `emitted` has put them.
 
     Arguments as those of `plan_arena`, `emitted` being what it answered for another backward.
     """
-    timeline = _timeline(forward, backward, links, user_outputs, tangent_bytes, chunk)
+    timeline = _timeline(forward, backward, links, user_outputs, tangents, chunk)
     lives = {b.name: b for b in timeline.buffers}
     fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.name in lives and b.name[:3] == "fw:"]
     segments = []
@@ -141,7 +143,7 @@ def plan_backward(
 
 
 def _timeline(
-    forward: Body, backward: Body, links: Sequence[Link], user_outputs: int, tangent_bytes: int, chunk: int
+    forward: Body, backward: Body, links: Sequence[Link], user_outputs: int, tangents: Mapping[str, int], chunk: int
 ) -> _Timeline:
     f, steps = forward.steps, forward.steps + backward.steps
     for_user = {s for s in forward.outputs[:user_outputs] if s is not None}
@@ -150,10 +152,9 @@ def _timeline(
     for link in links:
         storage = forward.outputs[link.output]
         if storage is not None:
-            received = backward.storages[link.input]
-            death[storage] = max(death.get(storage, 0), f + received.end)
+            death[storage] = max(death.get(storage, 0), f + backward.storages[link.input].end)
     inside: list[Buffer] = []
-    gone: list[tuple[int, int, int]] = [(f, steps, tangent_bytes)]
+    gone = [(f, f + max(1, _last_held(backward, name, size)), size) for name, size in tangents.items()]
     kernels: list[tuple[int, int, int]] = []
     for s in forward.storages.values():
         end = steps if s.name in for_user else max(s.end, death.get(s.name, 0))
@@ -175,6 +176,11 @@ def _timeline(
     portion = min(chunk, max(kept // PORTIONS, SMALLEST))
     outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
     return _Timeline(steps, f, tuple(inside), outside, kernel_bytes, portion)
+
+
+def _last_held(backward: Body, tangent: str, size: int) -> int:
+    """The statement after which autograd lets go of a tangent; it holds a scalar, from which it starts, all along."""
+    return backward.storages[tangent].end if size >= SMALLEST and tangent in backward.storages else backward.steps
 
 
 def _aligned(size: int) -> int:

@@ -247,7 +247,7 @@ class _Compilation:
             "backward": backward,
             "links": _links(decided, self.num_forward_outputs),
             "user_outputs": self.num_forward_outputs,
-            "tangent_bytes": sum(nbytes(n) for n in placeholders if "tangents" in str(n.target)),
+            "tangents": {n.name: nbytes(n) for n in placeholders if "tangents" in str(n.target)},
             "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
         }
 

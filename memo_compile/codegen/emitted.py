@@ -101,6 +101,7 @@ def read_body(
     size: dict[str, int] = dict.fromkeys(inputs, 0)
     start: dict[str, int] = dict.fromkeys(inputs, 0)
     end: dict[str, int] = dict.fromkeys(inputs, 0)
+    results: dict[str, str] = {}  # item -> the tuple it was taken from, which holds it as long as it has a name
     for step, statement in enumerate(statements):
         if isinstance(statement, ast.Delete):
             continue
@@ -114,12 +115,15 @@ def read_body(
         if (size_here := allocation_of(value)) is not None:
             kind[target], size[target] = "allocated", size_here
         elif source_name is not None and source_name in home:
-            own = kernel_storage(target) if isinstance(value, ast.Subscript) else None
+            # `buf6 = buf5[0]`, and `buf6 = buf5` where the kernel has one result: the storage is the result's.
+            of_kernel = isinstance(value, ast.Subscript) or kind[home[source_name]] == "workspace"
+            own = kernel_storage(target) if of_kernel else None
             if own is None:
                 home[target] = home[source_name]
                 continue
             kind[target], size[target] = own
             home[target], start[target], end[target] = target, start[home[source_name]], step + 1
+            results[target] = home[source_name]
             continue  # an item of a kernel's results was made when the kernel ran
         elif isinstance(value, ast.Call):
             own = kernel_storage(target)
@@ -137,6 +141,8 @@ def read_body(
         out.append(home[names[0]] if names else None)
         if names:
             end[home[names[0]]] = len(statements)
+    for item, whole in results.items():
+        end[item] = max(end[item], end[whole])
     storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}
     return Body(len(statements), storages, tuple(out), tuple(inputs), labels=tuple(map(_label, statements)))
 

@@ -60,6 +60,21 @@ def test_nothing_to_do_adds_no_nodes(tmp_path):
     assert memo_compile.plans()[-1].offloaded_bytes == memo_compile.plans()[-1].recomputed_bytes == 0
 
 
+@pytest.mark.parametrize("name", ["hf-gpt2", "hf-gpt2-dropout"])
+def test_what_autograd_and_kernels_hold_is_counted_to_the_byte(name):
+    """A tangent of the size of the logits, a kernel with one result, kernels with several."""
+    model, x = zoo.make(name), zoo.batch(1)
+    fn = torch.compile(model, backend="memo")
+    fn(x, labels=x).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+    def step():
+        output = fn(x, labels=x)
+        output.loss.backward()
+
+    assert memo_compile.measure_peak(step) == memo_compile.plans()[-1].predicted_peak
+
+
 def test_without_a_budget_the_peak_is_no_higher_than_inductors():
     model, x = zoo.make("gpt"), zoo.batch(3)
     peaks = {}

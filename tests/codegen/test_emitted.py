@@ -42,6 +42,19 @@ def test_a_kernel_that_allocates_its_own_output_is_counted():
     assert (storage.kind, storage.bytes) == ("kernel", 40)
 
 
+def test_the_only_result_of_a_kernel_is_counted():
+    """Inductor emits `buf4 = buf3` where a kernel returns one tensor and no tuple."""
+    storage = read(BODY.replace("buf3[0]", "buf3")).storages["buf4"]
+    assert (storage.kind, storage.bytes) == ("kernel", 40)
+
+
+def test_results_live_as_long_as_the_tuple_that_holds_them():
+    text = BODY.replace("del buf3", "del buf4\ncpp_fused_2(primals_1)\nbuf5 = buf3[1]\ndel buf3")
+    sizes = {"buf3": ("workspace", 8), "buf4": ("kernel", 40), "buf5": ("kernel", 16)}
+    storages = read_body(text, ["primals_1"], ["primals_1", "primals_2"], sizes.get).storages
+    assert storages["buf4"].end == storages["buf5"].end
+
+
 def test_bytes_of_a_strided_tensor_are_what_it_spans():
     assert dense_bytes((2, 3), (4, 1), 4) == 28
     assert dense_bytes((0, 3), (3, 1), 4) == 0

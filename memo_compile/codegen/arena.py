@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from memo_compile.codegen.emitted import Body, live_bytes
 from memo_compile.codegen.segments import Lives, choose_cuts, segment_of
-from memo_compile.placement import Buffer, place, verify
+from memo_compile.placement import Buffer, place_layers, verify
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 ALIGNMENT = 64  # bytes: what torch's own CPU allocator gives, and enough for vector loads and for CUDA's TMA
@@ -98,6 +98,7 @@ def plan_arena(
     tangents: Mapping[str, int] = NOTHING,
     chunk: int = CHUNK,
     alone: frozenset[str] = frozenset(),
+    layer_of: Mapping[str, int] | None = None,
 ) -> ArenaLayout:
     """Place the buffers of both bodies.
 
@@ -108,9 +109,10 @@ def plan_arena(
         tangents: bytes of the backward's inputs that come from autograd, by name: it lets go of them in the call.
         chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
         alone: names of backward buffers that get a segment of their own, so that a call before can take it.
+        layer_of: by name, the layer of buffers of layers that may repeat; those that do are placed once.
     """
     timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=alone)
-    return _lay_out(timeline, *_placed(_groups(timeline)))
+    return _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
 
 
 def plan_backward(
@@ -122,6 +124,7 @@ def plan_backward(
     *,
     tangents: Mapping[str, int] = NOTHING,
     chunk: int = CHUNK,
+    layer_of: Mapping[str, int] | None = None,
 ) -> ArenaLayout:
     """Place the backward's buffers anew, those of the forward where the code of `emitted` has put them.
 
@@ -138,7 +141,8 @@ def plan_backward(
     held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
     beside = tuple(o + h for o, h in zip(timeline.outside, held, strict=True))
     born = tuple(b for b in timeline.buffers if b.name.startswith("bw:"))
-    more, buffers = _placed(_groups(replace(timeline, buffers=born, outside=beside)), len(emitted.segments))
+    groups = _groups(replace(timeline, buffers=born, outside=beside))
+    more, buffers = _placed(groups, layer_of or {}, len(emitted.segments))
     return _lay_out(timeline, [*segments, *more], [*fixed, *buffers])
 
 
@@ -199,13 +203,15 @@ def _groups(timeline: _Timeline) -> list[list[Buffer]]:
     return [group for _, group in sorted(groups.items())]
 
 
-def _placed(groups: Sequence[Sequence[Buffer]], first: int = 0) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
+def _placed(
+    groups: Sequence[Sequence[Buffer]], layer_of: Mapping[str, int], first: int = 0
+) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
     """Each group at offsets in a segment of its own, numbered from `first`."""
     segments: list[ArenaSegment] = []
     buffers: list[ArenaBuffer] = []
     for index, group in enumerate(groups, first):
         name = f"memo_arena_{index}"
-        placement = place(group, alignment=ALIGNMENT, time_limit=2.0)
+        placement = place_layers(group, layer_of, alignment=ALIGNMENT, time_limit=2.0)
         verify(group, placement)
         start, end = min(b.start for b in group), max(b.end for b in group)
         segments.append(ArenaSegment(name, placement.peak, start, end))

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +34,7 @@ from memo_compile.first_step import FirstStep
 from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.graph import nbytes
+from memo_compile.passes.layers import META as LAYER
 from memo_compile.passes.partition import num_mutated_outputs
 from memo_compile.planner import Decided, Prepared, lease_input, lease_output, prepare
 from memo_compile.report.dumps import Dump
@@ -170,6 +171,7 @@ class _Compilation:
     schedule: Schedule | None = None
     budget: int | None = None
     scalar: bool = True
+    layers: dict[str, int] = field(default_factory=dict)
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
@@ -180,6 +182,7 @@ class _Compilation:
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
         self.dump.joint(joint, num_forward_outputs, static)
         p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
+        self.layers = {n.name: n.meta[LAYER].index for n in joint.graph.nodes if LAYER in n.meta}
         budget = self.setting.options.memory_budget
         if isinstance(budget, (int, float)):
             p = replace(p, unplanned_peak=self._unplanned_peak(p))
@@ -249,6 +252,15 @@ class _Compilation:
             "user_outputs": self.num_forward_outputs,
             "tangents": {n.name: nbytes(n) for n in placeholders if "tangents" in str(n.target)},
             "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
+            "layer_of": self._layer_of("fw", forward) | self._layer_of("bw", backward),
+        }
+
+    def _layer_of(self, side: str, body: Body) -> dict[str, int]:
+        """The layer of each buffer that one of its nodes makes; the forward and the backward of a layer count as two."""
+        return {
+            f"{side}:{name}": 2 * self.layers[origin] + (side == "bw")
+            for name, origin in body.origins.items()
+            if origin in self.layers
         }
 
     def _dry_backward(self, decided: Decided, forward: Body) -> Body:

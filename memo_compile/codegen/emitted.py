@@ -49,7 +49,7 @@ class Body:
     """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body.
 
     `landings` are the buffers in which slices land that come back from the host, in the order in which they start.
-    For reports only: `labels` names what each statement calls, `origins` the FX node that each storage holds.
+    `labels` names what each statement calls, for reports; `origins` the FX node that each storage holds.
     """
 
     steps: int

@@ -21,7 +21,7 @@ from memo_compile.placement.problem import Buffer, Placement, aligned, check
 from memo_compile.placement.solve import place
 from memo_compile.placement.verifier import verify
 
-SLACK = 0.001  # of the lower bound: by how much two levels may be worse than what flat placement could reach
+SLACK = 0.0005  # of the lower bound: by how much two levels may be worse than what flat placement could reach
 BLOCK = "block of layer "
 
 Shape = tuple[tuple[int, int, int], ...]

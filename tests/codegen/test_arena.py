@@ -1,5 +1,6 @@
 """The arena of a compiled model: what is emitted, and what it holds."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import torch
 import zoo
 
 import memo_compile
+from memo_compile.codegen.arena import plan_arena
+from memo_compile.codegen.emitted import Body, Storage
 
 SCRIPT = """
 import sys, torch, zoo, memo_compile
@@ -49,6 +52,8 @@ def test_what_is_planned_is_what_is_measured(budget, tmp_path):
     code = (tmp_path / plan.name / "forward_code.py").read_text()
     assert re.search(r"alloc_from_pool\(memo_arena_\d+, \d+, torch\.float64", code)
     assert re.search(r"extern_kernels\.mm\(.*out=", code)
+    layers = json.loads((tmp_path / plan.name / "emitted.json").read_text())["layer_of"]
+    assert {0, 1, 2, 3} <= set(layers.values())
 
 
 def test_nothing_to_do_adds_no_nodes(tmp_path):
@@ -86,3 +91,21 @@ def test_without_a_budget_the_peak_is_no_higher_than_inductors():
         peaks[backend] = memo_compile.measure_peak(lambda fn=fn: fn(x, labels=x).backward())
         model.zero_grad(set_to_none=True)
     assert peaks["memo"] <= peaks["inductor"]
+
+
+def test_layers_that_repeat_are_placed_once():
+    # (KiB, start, life) of a layer's transients; the longest first order that greedy would take differs by layer.
+    shape = [(8, 0, 3), (4, 1, 4), (6, 3, 4), (2, 2, 2)]
+    storages, layer_of = {}, {}
+    for k in range(4):
+        for i, (size, start, life) in enumerate(shape):
+            name = f"buf{k}_{i}"
+            storages[name] = Storage(name, "allocated", size << 10, 7 * k + start, 7 * k + start + life)
+            layer_of[f"fw:{name}"] = 2 * k
+    forward, backward = Body(28, storages, (), ()), Body(1, {}, (), ())
+    layout = plan_arena(forward, backward, [], 0, layer_of=layer_of)
+    places = {b.name: b.offset for b in layout.buffers}
+    assert len(layout.segments) == 1
+    assert layout.arena_bytes == layout.lower_bound
+    for i in range(len(shape)):
+        assert len({places[f"fw:buf{k}_{i}"] for k in range(4)}) == 1

@@ -8,19 +8,20 @@ The instances are read from `../shared/data/dsa` beside the checkout. Figures of
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-import random
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.common import save
+from bench.instances import crowded, layered, meeting, rectangles, training_like
 from memo_compile.placement import Buffer, Placement, kernel, mip, place, place_layers, read_csv
 from memo_compile.placement.core import Core, core_of
 from memo_compile.placement.deadline import Deadline
@@ -74,25 +75,6 @@ def instances(data: Path, seconds: float) -> list[Row]:
     return rows
 
 
-def rectangles(count: int, seed: int, steps: int = 1000, height: int = 1000) -> list[Buffer]:
-    """A block cut at random: the optimum is `height`, and nothing may be wasted."""
-    rng = random.Random(seed)
-    parts = [(0, steps, 0, height)]
-    while len(parts) < count:
-        k = rng.randrange(len(parts))
-        left, right, low, high = parts[k]
-        if rng.random() < 0.5 and right - left > 1:
-            cut = rng.randrange(left + 1, right)
-            parts[k] = (left, cut, low, high)
-            parts.append((cut, right, low, high))
-        elif high - low > 1:
-            cut = rng.randrange(low + 1, high)
-            parts[k] = (left, right, low, cut)
-            parts.append((left, right, cut, high))
-    rng.shuffle(parts)
-    return [Buffer(f"r{i}", high - low, left, right) for i, (left, right, low, high) in enumerate(parts)]
-
-
 def packable() -> list[Row]:
     """Perfectly packable rectangles, ten seeds each."""
     rows = []
@@ -104,21 +86,6 @@ def packable() -> list[Row]:
             rows.append(row("packable", f"grid {grid}", count, worst, solved=f"{solved} of {len(answers)}"))
             print(rows[-1], flush=True)
     return rows
-
-
-def training_like(count: int, seed: int = 0) -> list[Buffer]:
-    """Lifetimes as in a training step: a fifth is saved until the backward mirrors its birth, the rest soon dies."""
-    rng = random.Random(seed)
-    buffers = []
-    for i in range(count):
-        size = 256 * int(2 ** rng.uniform(0, 14))
-        if i % 5 == 0:
-            start = rng.randrange(count)
-            buffers.append(Buffer(f"b{i}", size, start, 2 * count - start + rng.randrange(1, 20)))
-        else:
-            start = rng.randrange(2 * count)
-            buffers.append(Buffer(f"b{i}", size, start, start + rng.randrange(1, 20)))
-    return buffers
 
 
 def scaling() -> list[Row]:
@@ -157,42 +124,36 @@ def one_scale(count: int) -> None:
     print(f"{answer.peak / answer.lower_bound}|{answer.seconds}|{verified}|{mebibytes}|{answer.solver}")
 
 
-def crowded(count: int, seed: int) -> list[Buffer] | None:
-    """A random problem 40–75 % of whose pairs meet and on which every greedy order is above LB; None where not so."""
-    rng = random.Random(seed)
-    steps = 20
-    buffers = []
-    for i in range(count):
-        life = rng.randrange(4, 15)
-        start = rng.randrange(steps - life + 1)
-        buffers.append(Buffer(f"b{i}", rng.randrange(10, 100), start, start + life))
-    meeting = sum(a.start < b.end and b.start < a.end for i, a in enumerate(buffers) for b in buffers[:i])
-    if not 0.4 <= meeting / (count * (count - 1) / 2) <= 0.75:
-        return None
-    core = core_of(buffers, 1, {})
-    _, peak = greedy_start(core)
-    return buffers if peak > core.lower_bound() else None
-
-
 def greedy_start(core: Core) -> tuple[Any, int]:
     """The best of the greedy orders."""
     results = [first_fit(core, order_by(core, keys)) for keys in ORDERS.values()]
     return min((r for r in results if r is not None), key=lambda r: r[1])
 
 
+def above_the_bound(count: int, wanted: int) -> Iterator[tuple[list[Buffer], Core, Any, int]]:
+    """Crowded problems on which the best of all greedy orders is above LB: buffers, core, greedy's offsets and peak."""
+    for seed in itertools.count():
+        buffers = crowded(count, seed)
+        core = core_of(buffers, 1, {})
+        known, peak = greedy_start(core)
+        if 0.4 <= meeting(buffers) <= 0.75 and peak > core.lower_bound():
+            yield buffers, core, known, peak
+            wanted -= 1
+            if not wanted:
+                return
+
+
 def programs(count: int, wanted: int, seconds: float, tricks: dict[str, mip.Tricks]) -> list[Row]:
     """HiGHS alone on crowded problems, with all tricks and with each of them left out."""
-    problems = [p for p in (crowded(count, seed) for seed in range(20 * wanted)) if p is not None][:wanted]
+    problems = list(above_the_bound(count, wanted))
     rows = []
     for name, kind in tricks.items():
         proved, times, ratios, better = 0, [], [], 0
-        for buffers in problems:
-            core = core_of(buffers, 1, {})
-            known, peak = greedy_start(core)
+        for _, core, known, peak in problems:
             bound = core.lower_bound()
-            started = time.perf_counter()
+            started = time.process_time()
             answer = mip.solve(core, known, bound, Deadline(seconds), kind)
-            times.append(time.perf_counter() - started)
+            times.append(time.process_time() - started)
             best = peak if answer.offsets is None else int((answer.offsets + core.size).max())
             proved += best <= answer.least
             better += best < peak
@@ -203,8 +164,8 @@ def programs(count: int, wanted: int, seconds: float, tricks: dict[str, mip.Tric
                 "name": name,
                 "buffers": count,
                 "ratio": float(np.mean(ratios)),
-                "seconds": max(times),
-                "mean seconds": float(np.mean(times)),
+                "processor seconds": max(times),
+                "mean": float(np.mean(times)),
                 "proved": f"{proved} of {len(problems)}",
                 "improved": f"{better} of {len(problems)}",
             }
@@ -225,22 +186,6 @@ def highs() -> list[Row]:
         "none": mip.Tricks(False, False, False, False),
     }
     return programs(25, 20, 5.0, without) + programs(50, 5, 20.0, {"all tricks": everything})
-
-
-def layered(layers: int) -> tuple[list[Buffer], dict[str, int]]:
-    """A stack of equal layers: 60 transients each, three saved activations that the mirrored backward layer frees."""
-    rng = random.Random(0)
-    shape = [(256 * rng.randrange(1, 400), rng.randrange(36), rng.randrange(1, 8)) for _ in range(60)]
-    span, buffers, layer_of = 44, [], {}
-    for k in range(2 * layers):
-        for i, (size, start, life) in enumerate(shape):
-            buffers.append(Buffer(f"l{k}.{i}", size, k * span + start, k * span + start + life))
-            layer_of[f"l{k}.{i}"] = k
-        if k < layers:
-            for i in range(3):
-                end = (2 * layers - k) * span - 5 * i
-                buffers.append(Buffer(f"kept{k}.{i}", 256 * (300 + 70 * i), k * span + 10 * i, end))
-    return buffers, layer_of
 
 
 def layers() -> list[Row]:

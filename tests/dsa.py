@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -33,25 +32,6 @@ def instance(name):
     if not file.exists():
         pytest.skip(f"shared/data/dsa/{name}.csv is not beside the checkout")
     return read_csv(file)
-
-
-def cut_rectangles(count, seed, steps=1000, height=1000):
-    """A block cut at random into `count` buffers: `height` is the optimum, and nothing may be wasted."""
-    rng = random.Random(seed)
-    parts = [(0, steps, 0, height)]
-    while len(parts) < count:
-        k = rng.randrange(len(parts))
-        left, right, low, high = parts[k]
-        if rng.random() < 0.5 and right - left > 1:
-            cut = rng.randrange(left + 1, right)
-            parts[k] = (left, cut, low, high)
-            parts.append((cut, right, low, high))
-        elif high - low > 1:
-            cut = rng.randrange(low + 1, high)
-            parts[k] = (left, right, low, cut)
-            parts.append((left, right, cut, high))
-    rng.shuffle(parts)
-    return [Buffer(f"r{i}", high - low, left, right) for i, (left, right, low, high) in enumerate(parts)]
 
 
 def core(buffers, alignment=1, fixed=None) -> Core:

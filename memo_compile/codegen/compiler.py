@@ -256,7 +256,7 @@ class _Compilation:
         }
 
     def _layer_of(self, side: str, body: Body) -> dict[str, int]:
-        """The layer of each buffer that one of its nodes makes; the forward and the backward of a layer count as two."""
+        """The layer of each buffer that a node of one makes; its forward and its backward count as two."""
         return {
             f"{side}:{name}": 2 * self.layers[origin] + (side == "bw")
             for name, origin in body.origins.items()

@@ -194,6 +194,7 @@ private:
     std::vector<double> weight_;
     std::vector<uint64_t> failed_;
     std::vector<Part> parts_;
+    std::vector<int> falling_;
     std::vector<Change> trail_;
     int64_t nodes_ = 0, end_ = 0;
     int depth_ = 0;
@@ -347,22 +348,23 @@ private:
         return true;
     }
 
-    // What is to come at each moment must fit above the floor.
+    // At each moment, and from each height up: what can only lie there must fit there.
     bool room(const Part& part, int lo, int hi) {
         std::fill(f_.begin() + lo, f_.begin() + hi, NEVER);
         std::fill(to_come_.begin() + lo, to_come_.begin() + hi, 0);
-        for (int i : part) {
+        falling_.assign(part.begin(), part.end());
+        std::sort(falling_.begin(), falling_.end(), [&](int x, int y) { return r_[x] > r_[y]; });
+        for (int i : falling_) {
             const int64_t r = r_[i], size = p_.size[i];
             for (int t = p_.start[i]; t < p_.end[i]; ++t) {
-                f_[t] = std::min(f_[t], r);
+                f_[t] = r;
                 to_come_[t] += size;
+                if (r + to_come_[t] > capacity_) {
+                    weight_[t] += 1;
+                    return false;
+                }
             }
         }
-        for (int t = lo; t < hi; ++t)
-            if (f_[t] != NEVER && f_[t] + to_come_[t] > capacity_) {
-                weight_[t] += 1;
-                return false;
-            }
         return true;
     }
 

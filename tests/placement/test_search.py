@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from dsa import buffers_of, core, cut_rectangles, instance, smallest_peak
+from dsa import buffers_of, core, instance, smallest_peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.instances import rectangles
 from memo_compile.placement import kernel as kernels
 from memo_compile.placement import place, verify
 from memo_compile.placement.deadline import Deadline
@@ -58,7 +59,7 @@ def test_it_respects_fixed_buffers_and_stays_complete(rows, first, second):
 @pytest.mark.parametrize("count", [50, 100, 200])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_block_cut_into_rectangles_is_put_together_again(count, seed):
-    answer = place(cut_rectangles(count, seed), time_limit=60)
+    answer = place(rectangles(count, seed), time_limit=60)
     assert (answer.peak, answer.proved_optimal) == (1000, True)
 
 
@@ -71,7 +72,7 @@ def test_it_fits_what_greedy_does_not(name):
 
 
 def test_the_same_work_gives_the_same_answer():
-    problem = core(cut_rectangles(120, 5, steps=64, height=1024))
+    problem = core(rectangles(120, 5, steps=64, height=1024))
     with Deadline(120) as deadline:
         answers = [search(problem, kernel, 2000, 1024, None, deadline, 40_000) for _ in range(2)]
     assert answers[0].work == answers[1].work

@@ -30,6 +30,8 @@ def read_csv(path: str | Path) -> list[Buffer]:
 
 
 def _buffer(path: str | Path, line: int, row: dict[str, str]) -> Buffer:
+    if not row["id"] or None in row:  # what is beyond the last column stands under None
+        raise InvalidBuffer(f"{path}:{line}: needs an id, and a field for each column: {row}")
     try:
         return Buffer(row["id"], int(row["size"]), int(row["lower"]), int(row["upper"]))
     except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from memo_compile.placement.bounds import lower_bound
-from memo_compile.placement.problem import Buffer, Placement, aligned, check
+from memo_compile.placement.problem import Buffer, Placement, aligned, check, check_limits
 from memo_compile.placement.solve import place
 from memo_compile.placement.verifier import verify
 
@@ -55,7 +55,9 @@ def place_layers(
     (6, True)
     """
     started = time.perf_counter()
-    check(buffers)
+    buffers = list(buffers)
+    check_limits(alignment, None, time_limit, work)
+    check(buffers, alignment)
     groups = _repeating(buffers, layer_of, alignment)
     bound = lower_bound(buffers, alignment)
     if groups:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from memo_compile.errors import FixedOffsetImpossible, InvalidBuffer, InvalidOption
+
+LARGEST = 2**62  # bytes and steps: solvers count in 64 bits
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,21 @@ def aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def check(buffers: Sequence[Buffer]) -> None:
+def check(buffers: Sequence[Buffer], alignment: int = 1) -> None:
     """Reject what is no problem.
 
     Raises:
-        InvalidBuffer: a negative size, an empty lifetime, a name given twice, an alias of nothing or of itself.
+        InvalidBuffer: no whole numbers, a negative size, an empty lifetime, more than 2**62 steps or bytes in all, a
+            name given twice, an alias of nothing or of itself.
     """
     by_name: dict[str, Buffer] = {}
+    total = 0
     for b in buffers:
+        if not isinstance(b, Buffer) or not all(isinstance(value, Integral) for value in (b.size, b.start, b.end)):
+            raise InvalidBuffer(f"{b!r} is no Buffer whose size, start and end are whole numbers")
+        total += aligned(int(b.size), alignment)
+        if total > LARGEST or b.start < -LARGEST or b.end > LARGEST:
+            raise InvalidBuffer(f"buffer {b.name!r}: more than 2**62 bytes in all, or steps, cannot be placed")
         if b.size < 0 or b.end <= b.start:
             raise InvalidBuffer(f"buffer {b.name!r}: size {b.size} and lifetime [{b.start}, {b.end}) are not possible")
         if b.name in by_name:
@@ -91,14 +101,30 @@ def check_limits(alignment: int, capacity: int | None, time_limit: float, work: 
     Raises:
         InvalidOption: names the argument, its value and what is allowed.
     """
-    if alignment < 1:
+    if not isinstance(alignment, Integral) or alignment < 1:
         raise InvalidOption("alignment", alignment, "a positive number of bytes")
-    if capacity is not None and capacity < 0:
+    if capacity is not None and (not isinstance(capacity, Integral) or capacity < 0):
         raise InvalidOption("capacity", capacity, "bytes, zero or more, or None")
-    if not time_limit >= 0:
+    if not isinstance(time_limit, Real) or not time_limit >= 0:
         raise InvalidOption("time_limit", time_limit, "seconds, zero or more")
-    if work is not None and work < 0:
+    if work is not None and (not isinstance(work, Integral) or work < 0):
         raise InvalidOption("work", work, "nodes of search, zero or more, or None")
+
+
+def of_roots(fixed: Mapping[str, int], roots: Mapping[str, str]) -> dict[str, int]:
+    """Fixed offsets of aliases as those of what they are aliases of.
+
+    Raises:
+        FixedOffsetImpossible: two of one storage are to lie at different offsets.
+    """
+    found: dict[str, int] = {}
+    for name, offset in fixed.items():
+        root = roots.get(name, name)
+        if found.setdefault(root, offset) != offset:
+            raise FixedOffsetImpossible(
+                f"fixed[{name!r}] = {offset}, but it shares its offset with one at {found[root]}"
+            )
+    return found
 
 
 def check_fixed(buffers: Sequence[Buffer], fixed: Mapping[str, int], alignment: int) -> None:
@@ -112,7 +138,7 @@ def check_fixed(buffers: Sequence[Buffer], fixed: Mapping[str, int], alignment: 
     for name, offset in fixed.items():
         if name not in by_name:
             raise FixedOffsetImpossible(f"fixed[{name!r}]: there is no such buffer")
-        if offset < 0 or offset % alignment:
+        if not isinstance(offset, Integral) or offset < 0 or offset % alignment or offset > LARGEST:
             raise FixedOffsetImpossible(f"fixed[{name!r}] = {offset} must be a multiple of {alignment}, zero or more")
         b = by_name[name]
         for other in placed:

@@ -15,7 +15,16 @@ from memo_compile.placement.core import Core, Ints, core_of, merge_aliases, root
 from memo_compile.placement.deadline import Deadline
 from memo_compile.placement.greedy import ORDERS, greedy, improve, order_by
 from memo_compile.placement.kernel import Kernel
-from memo_compile.placement.problem import Buffer, Evidence, Placement, aligned, check, check_fixed, check_limits
+from memo_compile.placement.problem import (
+    Buffer,
+    Evidence,
+    Placement,
+    aligned,
+    check,
+    check_fixed,
+    check_limits,
+    of_roots,
+)
 from memo_compile.placement.search import search
 from memo_compile.placement.settle import settle
 from memo_compile.placement.verifier import verify
@@ -69,11 +78,12 @@ def place(
     (4, True)
     """
     started = time.perf_counter()
-    check(buffers)
+    buffers = list(buffers)
     check_limits(alignment, capacity, time_limit, work)
+    check(buffers, alignment)
     roots = root_names(buffers)
     merged = merge_aliases(buffers)
-    fixed = {roots.get(name, name): offset for name, offset in (fixed or {}).items()}
+    fixed = of_roots(fixed or {}, roots)
     check_fixed(merged, fixed, alignment)
     core = core_of(merged, alignment, fixed)
     bound = core.lower_bound()

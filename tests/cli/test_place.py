@@ -55,6 +55,13 @@ def test_the_picture_has_a_rectangle_for_each_buffer(problem, tmp_path):
         ("id,lower,upper,size\na,0,2\n", ":2: needs"),
         ("id,lower,upper,size\na,2,2,4\n", "not possible"),
         ("", "no column id"),
+        ("id,lower,upper,size\na,0,2,nan\n", ":2: needs"),
+        ("id,lower,upper,size\na,0,2,4,5\n", ":2: needs"),
+        ("id,lower,upper,size\n,0,2,4\n", ":2: needs an id"),
+        ("id,lower,upper,size\na,0,2,-4\n", "not possible"),
+        ("id,lower,upper,size\na,0,2,4\na,0,2,4\n", "given twice"),
+        (f"id,lower,upper,size\na,0,2,{10**30}\n", "cannot be placed"),
+        ('id,lower,upper,size\n"a,0,2,4\n', ":2: needs"),
     ],
 )
 def test_a_bad_file_is_one_message(tmp_path, capsys, text, message):

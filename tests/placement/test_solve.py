@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memo_compile.errors import FixedOffsetImpossible, InvalidBuffer, InvalidOption
-from memo_compile.placement import Buffer, place, read_csv, solve, verify
+from memo_compile.placement import Buffer, place, place_layers, read_csv, solve, verify
 from memo_compile.placement.bounds import lower_bound, worst_moment
 
 TWO = [Buffer("a", 8, 0, 2), Buffer("b", 8, 1, 3)]
@@ -113,6 +113,13 @@ def test_the_worst_moment_is_where_most_is_live():
         [Buffer("a", 1, 0, 1, alias="b"), Buffer("b", 1, 0, 1, alias="a")],
         [Buffer("a", 1, 0, 1), Buffer("a", 1, 1, 2)],
         [Buffer("a", 1, 0, 1, prefer="left")],
+        [Buffer("a", 1.5, 0, 1)],
+        [Buffer("a", float("nan"), 0, 1)],
+        [Buffer("a", 1, "0", 1)],
+        [Buffer("a", 1, 0, None)],
+        [Buffer("a", 2**62, 0, 1), Buffer("b", 1, 0, 1)],
+        [Buffer("a", 1, 0, 2**70)],
+        [("a", 1, 0, 1)],
     ],
 )
 def test_what_cannot_be_is_refused(bad):
@@ -127,6 +134,8 @@ def test_what_cannot_be_is_refused(bad):
         ({"a": -8}, "zero or more"),
         ({"a": 4}, "multiple of 8"),
         ({"a": 0, "b": 0}, "share bytes from step 1 to 2"),
+        ({"a": 8.0}, "multiple of 8"),
+        ({"a": 2**70}, "multiple of 8"),
     ],
 )
 def test_fixed_offsets_that_cannot_hold_are_refused(fixed, message):
@@ -134,10 +143,36 @@ def test_fixed_offsets_that_cannot_hold_are_refused(fixed, message):
         place(TWO, alignment=8, fixed=fixed)
 
 
-@pytest.mark.parametrize("bad", [{"alignment": 0}, {"capacity": -1}, {"time_limit": -1.0}, {"work": -1}])
+def test_an_alias_cannot_be_fixed_elsewhere_than_its_buffer():
+    buffers = [Buffer("a", 8, 0, 4), Buffer("view", 4, 2, 9, alias="a")]
+    assert place(buffers, fixed={"a": 8, "view": 8}).offsets == {"a": 8, "view": 8}
+    with pytest.raises(FixedOffsetImpossible, match=r"'view'.* shares its offset with one at 8"):
+        place(buffers, fixed={"a": 8, "view": 0})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"alignment": 0},
+        {"alignment": 1.5},
+        {"capacity": -1},
+        {"capacity": 1.5},
+        {"time_limit": -1.0},
+        {"time_limit": float("nan")},
+        {"time_limit": "1"},
+        {"work": -1},
+    ],
+)
 def test_numbers_that_cannot_be_are_refused(bad):
     with pytest.raises(InvalidOption, match=next(iter(bad))):
         place(TWO, **bad)
+    if "capacity" not in bad:
+        with pytest.raises(InvalidOption, match=next(iter(bad))):
+            place_layers(TWO, {"a": 0, "b": 1}, **bad)
+
+
+def test_any_iterable_of_buffers_is_placed():
+    assert place(b for b in TWO).offsets == place(TWO).offsets
 
 
 def test_nothing_to_place_takes_nothing():

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.common import save
-from memo_compile import forecast
+from memo_compile import forecast, offline_arena
 from memo_compile.codegen import compiler
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.forecast import Asked
@@ -88,7 +88,7 @@ def compiled(name: str, budget: float | str) -> list[Row]:
 def planned(name: str) -> Row:
     """One preset as `memo plan` plans it."""
     started = time.process_time()
-    with timed(forecast, "offline_arena") as spent:
+    with timed(offline_arena, "place_layers") as spent:
         found = forecast.forecast_preset(PRESETS[name])
     seconds = time.process_time() - started
     return {

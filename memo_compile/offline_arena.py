@@ -19,13 +19,14 @@ from memo_compile.codegen.arena import ALIGNMENT
 from memo_compile.passes.graph import storage_of
 from memo_compile.passes.layers import META as LAYER
 from memo_compile.passes.lifetimes import LiveRange, lifetimes
-from memo_compile.placement import Buffer, Placement, place_layers
+from memo_compile.placement import Buffer, place_layers
+from memo_compile.placement.bounds import lower_bound
 from memo_compile.planner import Prepared
 from memo_compile.repeat import Long, repeated_ranges
 from memo_compile.residency import Problem, Residency
 from memo_compile.simulate import Simulation, simulate
 
-GOOD_ENOUGH = 0.001  # of the lower bound
+GOOD_ENOUGH = 0.001  # of the lower bound: a forecast needs no better
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def offline_arena(
     started = time.perf_counter()
     transients, layer_of = transient_buffers(p, long)
     buffers = transients + list(row_buffers(problem, homes, simulate(problem, homes)))
-    # A forecast needs no more than greedy orders reach, where that is as good as the bound.
-    answer: Placement = place_layers(buffers, layer_of, alignment=ALIGNMENT, time_limit=time_limit, work=0)
-    if answer.peak > (1 + GOOD_ENOUGH) * answer.lower_bound:
-        answer = place_layers(buffers, layer_of, alignment=ALIGNMENT, time_limit=time_limit)
+    enough = int((1 + GOOD_ENOUGH) * lower_bound(buffers, ALIGNMENT))
+    answer = place_layers(buffers, layer_of, alignment=ALIGNMENT, capacity=enough, time_limit=time_limit)
     seconds = time.perf_counter() - started
     return OfflineArena(answer.peak, answer.lower_bound, len(buffers), answer.solver, seconds)
 

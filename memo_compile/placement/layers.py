@@ -32,6 +32,7 @@ def place_layers(
     layer_of: Mapping[str, int],
     *,
     alignment: int = 1,
+    capacity: int | None = None,
     time_limit: float = 10.0,
     work: int | None = None,
 ) -> Placement:
@@ -42,12 +43,13 @@ def place_layers(
         layer_of: by name, the layer of those buffers that belong to one; a layer's buffers should be live within a
             range of steps of its own. Names that are not there belong to none.
         alignment: every offset is a multiple of it.
+        capacity: stop at a placement that fits, as `place` does.
         time_limit: seconds, for all of it.
         work: the most nodes of search for each placement.
 
     Raises:
         InvalidBuffer: a buffer that cannot be.
-        InvalidOption: an alignment, time limit or work that cannot be.
+        InvalidOption: an alignment, capacity, time limit or work that cannot be.
 
     >>> twice = [Buffer("a0", 4, 0, 2), Buffer("b0", 2, 1, 3), Buffer("a1", 4, 3, 5), Buffer("b1", 2, 4, 6)]
     >>> answer = place_layers(twice, {"a0": 0, "b0": 0, "a1": 1, "b1": 1})
@@ -56,17 +58,17 @@ def place_layers(
     """
     started = time.perf_counter()
     buffers = list(buffers)
-    check_limits(alignment, None, time_limit, work)
+    check_limits(alignment, capacity, time_limit, work)
     check(buffers, alignment)
     groups = _repeating(buffers, layer_of, alignment)
     bound = lower_bound(buffers, alignment)
     if groups:
         answer = _two_levels(buffers, groups, alignment, bound, time_limit / 2, work)
-        if answer is not None:
+        if answer is not None and (capacity is None or answer.peak <= capacity):
             verify(buffers, answer, alignment=alignment)
             return replace(answer, seconds=time.perf_counter() - started)
     left = max(0.0, time_limit - (time.perf_counter() - started))
-    answer = place(buffers, alignment=alignment, time_limit=left, work=work)
+    answer = place(buffers, alignment=alignment, capacity=capacity, time_limit=left, work=work)
     return replace(answer, seconds=time.perf_counter() - started)
 
 

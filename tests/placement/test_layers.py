@@ -58,3 +58,12 @@ def test_where_blocks_would_cost_room_it_is_flat():
 def test_without_layers_that_repeat_it_is_flat_placement(labels):
     buffers = buffers_of([(4, 0, 2), (3, 1, 4), (5, 3, 3)])
     assert place_layers(buffers, labels).offsets == place(buffers).offsets
+
+
+def test_a_capacity_is_met_or_refused_as_by_flat_placement():
+    buffers, layer_of = repeated(6, [(8, 0, 3), (4, 1, 4), (6, 3, 4), (2, 2, 2)], kept=1)
+    least = place(buffers).peak
+    assert place_layers(buffers, layer_of, capacity=least).fits is True
+    refused = place_layers(buffers, layer_of, capacity=least - 1)
+    assert refused.fits is False
+    assert refused.evidence.live == least

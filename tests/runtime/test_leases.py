@@ -112,11 +112,12 @@ def test_a_thousand_steps_hold_the_same_bytes(tower):
         if number % 333:
             step(few, rows())
         else:
+            gc.collect()  # else what a step before has left in circles is given back in this one
             peaks.append(memo_compile.measure_peak(step, few, rows()))
         held.append((pool().held_bytes, pool().leased_bytes, ahead(CPU).outstanding, engine(CPU).pending))
     assert set(held[1:]) == {held[1]}
     assert len(peaks) == 4
-    assert max(peaks) < 1.1 * min(peaks)  # a worker may let go of what it has copied a little sooner or later
+    assert max(peaks[1:]) - min(peaks[1:]) <= 4096  # scalars
 
 
 def test_delays_change_nothing(tower):

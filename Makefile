@@ -42,8 +42,9 @@ compat-%:
 # Memory and time of the model zoo against what was committed; `make check-update` after a change that is meant.
 ZOO := $(addprefix bench.zoo:,llama llama_in_three_quarters llama_recomputed gpt_dropout hf_gpt2 hf_llama)
 
+# Planning may take up to four times as long as when the baseline was made: machines differ, and are shared.
 check: $(STAMP)
-	$(BIN)/memo check --baseline bench/baselines/h100.json $(ZOO)
+	$(BIN)/memo check --baseline bench/baselines/h100.json --tolerance planning=3 $(ZOO)
 
 check-update: $(STAMP)
 	$(BIN)/memo check --baseline bench/baselines/h100.json --hardware h100 --update $(ZOO)

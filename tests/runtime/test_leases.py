@@ -117,7 +117,7 @@ def test_a_thousand_steps_hold_the_same_bytes(tower):
         held.append((pool().held_bytes, pool().leased_bytes, ahead(CPU).outstanding, engine(CPU).pending))
     assert set(held[1:]) == {held[1]}
     assert len(peaks) == 4
-    assert max(peaks[1:]) - min(peaks[1:]) <= 4096  # scalars
+    assert max(peaks) < 1.1 * min(peaks)  # gradients of the step before go sooner or later
 
 
 def test_delays_change_nothing(tower):

@@ -78,3 +78,12 @@ def test_the_same_work_gives_the_same_answer():
     assert answers[0].work == answers[1].work
     assert answers[0].peak == answers[1].peak
     assert (answers[0].offsets == answers[1].offsets).all()
+
+
+@pytest.mark.parametrize("seed", [7, 11])
+def test_without_its_cuts_it_would_take_longer(seed):
+    """Three times as many nodes or more without: room from each height up, the larger below, states known to fail."""
+    problem = rectangles(100, seed, 100, 2**20)
+    result, offsets = ask(problem, 2**20, nodes=6_000)
+    assert result == FOUND
+    verify(problem, offsets)

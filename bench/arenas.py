@@ -3,7 +3,9 @@
     python -m bench.arenas [--only PART] [--models NAME …]
 
 Compilations stop behind the dry runs, before any kernel is compiled: of a whole one placement is a smaller share still.
-Processor seconds of one thread, which a busy machine does not change much.
+Processor seconds of one thread, which a busy machine does not change much; whatever the interpreter does meanwhile,
+such as collecting garbage, counts. For `memo plan` placement is `place_layers` alone: simulating the plan to find
+out when slices leave and land is counted with the rest.
 """
 
 from __future__ import annotations
@@ -114,6 +116,10 @@ def summary(rows: list[Row]) -> str:
     done = [r for r in rows if "ratio" in r]
     worst, share = max(r["ratio"] for r in done), max(r["share"] for r in done)
     lines += ["", f"At worst: arena {worst:.4f} × LB, placement {share:.1%} of what compiling takes before kernels."]
+    lines += [
+        "",
+        "Of `memo plan`, placing alone is counted as placement; the simulation that gives the live ranges is not.",
+    ]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from memo_compile.planner import Decided, Limits, Prepared, decide
 log = logger(__name__)
 
 ROUNDS = 2  # with the smallest plan as the third
-OVERSHOOT = 1.3  # of the excess, for a smaller plan misses by a little more than the one before
+OVERSHOOT = 2.5  # of the excess: a smaller plan misses by more than the one before, up to twice as much (HF GPT-2)
 T = TypeVar("T")
 
 

@@ -62,7 +62,7 @@ def _recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, U
     """The result of `fn`, and what the profiler saw allocated on the CPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = fn(*args, **kwargs)
     recorded: Any = profiler.profiler.kineto_results.events()
     events = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")

@@ -43,15 +43,14 @@ def test_a_clone_would_hold_them():
 
 
 def deceived(monkeypatch, *, backward, whenever):
-    """Dry runs of one of the graphs that overlook its largest buffer, but for those that look closer."""
+    """Dry runs of one of the graphs that see half of each buffer, where `whenever` says so."""
 
     def looked(gm, *, is_backward, scalar, **kwargs):
         body = dry_run(gm, is_backward=is_backward, scalar=scalar, **kwargs)
         if is_backward != backward or not whenever(scalar):
             return body
-        inside = (s for s in body.storages.values() if s.kind == "allocated")
-        largest = max(inside, key=lambda s: s.bytes)
-        return replace(body, storages={**body.storages, largest.name: replace(largest, bytes=largest.bytes // 2)})
+        halved = {n: replace(s, bytes=s.bytes // 2) for n, s in body.storages.items() if s.kind == "allocated"}
+        return replace(body, storages={**body.storages, **halved})
 
     monkeypatch.setattr(compiler, "dry_run", looked)
 
@@ -71,7 +70,7 @@ def test_a_budget_holds_for_what_is_emitted(monkeypatch):
     expected = zoo.gradients(model, model, x)
     attempts = []
     deceived(monkeypatch, backward=True, whenever=lambda scalar: attempts.append(scalar) or scalar)
-    fn = torch.compile(model, backend="memo", options={"memory_budget": 0.75})
+    fn = torch.compile(model, backend="memo", options={"memory_budget": 0.8})
     got = zoo.gradients(model, fn, x)
     zoo.assert_close(got[1], expected[1])
     model.zero_grad(set_to_none=True)

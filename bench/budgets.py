@@ -2,19 +2,20 @@
 
     python -m bench.budgets [--models llama gpt …] [--layers 8] [--tokens 2048]
 
-Caches are off, so that every compilation is cold. Peaks are measured at the allocator over one step.
+Caches are off, so that every compilation is cold. Peaks are measured at the allocator over one step. The rows of a
+model are made in one run; models that are not named keep the rows that they have.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from typing import Any
 
 import torch
 
 import memo_compile
-from bench.common import MODELS, checkpointed, make, measured, save
+from bench.common import MODELS, RESULTS, checkpointed, make, measured, save
 
 MIB = 2**20
 ASKED: list[dict[str, Any]] = [
@@ -101,6 +102,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def earlier(name: str) -> list[dict[str, Any]]:
+    """The rows of the results that are there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
 def main() -> None:
     """Run and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -112,7 +119,7 @@ def main() -> None:
     import torch._inductor.config as inductor_config
 
     inductor_config.force_disable_caches = True
-    rows: list[dict[str, Any]] = []
+    rows = [r for r in earlier(arguments.name) if r["model"] not in arguments.models]
     for name in arguments.models:
         for how in ("eager", "checkpointed", "inductor"):
             rows.append(baseline(name, how, arguments.layers, arguments.tokens))
@@ -120,7 +127,8 @@ def main() -> None:
         for options in ASKED:
             rows.append(planned(name, options, arguments.layers, arguments.tokens))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    save(arguments.name, "python -m bench.budgets " + " ".join(sys.argv[1:]), rows, table(rows))
+        rows.sort(key=lambda r: list(MODELS).index(r["model"]))
+        save(arguments.name, "python -m bench.budgets", rows, table(rows))
 
 
 if __name__ == "__main__":

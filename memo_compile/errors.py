@@ -45,6 +45,20 @@ class BudgetTooSmall(MemoError):
         return type(self), (self.budget, self.least, self.obstacles)
 
 
+class SolverOutOfTime(MemoError):
+    """The solver found nothing in the time it had. It does not mean that there is no plan."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(
+            f"the solver found no plan in solver_time_limit = {seconds:g} seconds. That does not mean that there is "
+            "none: raise solver_time_limit, or plan on a machine that is less busy."
+        )
+
+    def __reduce__(self) -> tuple[type[SolverOutOfTime], tuple[float]]:
+        return type(self), (self.seconds,)
+
+
 class HostBudgetExceeded(MemoError):
     """The host arena would grow beyond `host_budget`."""
 

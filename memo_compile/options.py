@@ -34,7 +34,7 @@ class Options:
             is what blocks that are compiled alone want, since what each call keeps is held for all of them.
         recompute: whether activations may be recomputed beyond what Inductor itself would.
         token_slice: rows of a slice, or "auto": a 64th of the tokens.
-        solver_time_limit: seconds that one linear or integer program may take.
+        solver_time_limit: seconds of processor time that one linear or integer program may take.
         hardware: "auto", the name of a built-in profile, or the path of a profile's JSON file.
         dump: a folder for graphs, plan and arena; None: no dump.
         verify: check placements at compile time, and compare the first step with the unplanned graph.

@@ -6,7 +6,7 @@ Pure: nothing is compiled, no tensor data is touched. `backend` and the `memo pl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ import torch.fx as fx
 from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.cost import graph_costs
+from memo_compile.errors import SolverOutOfTime
 from memo_compile.hardware import DeviceProfile
+from memo_compile.logs import logger
 from memo_compile.passes.early_products import keep_early_products
 from memo_compile.passes.graph import (
     HOST_LEASE,
@@ -46,6 +48,8 @@ from memo_compile.passes.token_rules import TokenAxis
 from memo_compile.passes.tokens import META, TokenInfo, TokenReport, annotate_tokens
 from memo_compile.passes.transfers import schedule_offloads, schedule_prefetches
 from memo_compile.schema import ActivationPlan, Plan, Stop
+
+log = logger(__name__)
 
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
@@ -331,25 +335,63 @@ def problems_of(view: View) -> list[residency.Problem]:
 def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.Decision, bool]:
     """The best answer over all sets of anchors, and whether it keeps the budget.
 
-    The search ends early where a set's answer is as good as if recomputation pulled nothing forward: no set beats that.
+    Raises:
+        SolverOutOfTime: no answer for any set within `limits.time_limit` seconds for each program.
     """
     problems = problems_of(view)
     if limits.objective == "time":
-        unpulled = replace(view.problem, activations=tuple(view.activations.values()))
-        bound = residency.decide(unpulled, time_limit=limits.time_limit) if len(problems) > 1 else None
-        fitting: list[tuple[residency.Problem, residency.Decision]] = []
-        for problem in problems:
-            found = residency.decide(problem, time_limit=limits.time_limit)
-            if found is not None:
-                fitting.append((problem, found))
-                if bound is not None and found.seconds <= bound.seconds * (1 + CLOSE):
-                    break
-        if fitting:
-            problem, decision = min(fitting, key=lambda answer: answer[1].seconds)
-            return problem, decision, True
-    least = [(p, residency.least(p, time_limit=limits.time_limit)) for p in problems]
-    problem, decision = min(least, key=lambda answer: (answer[1].peak, answer[1].seconds))
+        found = _fastest(view, problems, limits.time_limit)
+        if found is not None:
+            return (*found, True)
+    peaks = [residency.smallest_peak(p, time_limit=limits.time_limit) for p in problems]
+    within = int(residency.slightly_more(min(peaks)))
+    near = [replace(p, budget=within) for p, peak in zip(problems, peaks, strict=True) if peak <= within]
+    found = _fastest(replace(view, problem=replace(view.problem, budget=within)), near, limits.time_limit)
+    if found is None:  # slices are too coarse for so little room
+        problem = problems[peaks.index(min(peaks))]
+        found = problem, residency.least(problem, time_limit=limits.time_limit)
+    problem, decision = replace(found[0], budget=limits.budget), found[1]
     return problem, decision, limits.budget is None or decision.peak <= limits.budget
+
+
+def _fastest(
+    view: View, problems: Sequence[residency.Problem], time_limit: float
+) -> tuple[residency.Problem, residency.Decision] | None:
+    """The fastest answer; None where no problem has one.
+
+    The search ends early where a set's answer is as good as if recomputation pulled nothing forward: no set beats that.
+    """
+    unpulled = replace(view.problem, activations=tuple(view.activations.values()))
+    if not _has_room(unpulled, time_limit):
+        return None
+    bound = _in_time(unpulled, time_limit) if len(problems) > 1 else None
+    fitting: list[tuple[residency.Problem, residency.Decision]] = []
+    late: SolverOutOfTime | None = None
+    for problem in problems:
+        found = _in_time(problem, time_limit) if _has_room(problem, time_limit) else None
+        if isinstance(found, SolverOutOfTime):
+            late = found
+        elif found is not None:
+            fitting.append((problem, found))
+            if isinstance(bound, residency.Decision) and found.seconds <= bound.seconds * (1 + CLOSE):
+                break
+    if late is not None:
+        if not fitting:
+            raise late
+        log.warning("the solver ran out of time for some sets of anchors: a faster plan may exist (%s)", late)
+    return min(fitting, key=lambda answer: answer[1].seconds, default=None)
+
+
+def _has_room(problem: residency.Problem, time_limit: float) -> bool:
+    """Whether any fractions fit: asked first, since it is told much sooner than by the whole program."""
+    return problem.budget is None or residency.smallest_peak(problem, time_limit=time_limit) <= problem.budget
+
+
+def _in_time(problem: residency.Problem, time_limit: float) -> residency.Decision | SolverOutOfTime | None:
+    try:
+        return residency.decide(problem, time_limit=time_limit)
+    except SolverOutOfTime as late:
+        return late
 
 
 def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:

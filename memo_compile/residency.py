@@ -12,6 +12,9 @@ For activation a: bytes b, fractions k (kept), o (offloaded), r (recomputed), k 
 * out      slices can leave from the interval behind the one that makes them. The engine takes them in the order in
            which their bytes must be gone, so that what is overdue is all that was due less all that was copied
 * in       slices land before their first use, in the order of their first uses
+* turn     nothing comes back before it has left. What leaves last is needed first, so that one engine has stopped when
+           the other starts: in an interval, and in a stall, their seconds add up. And where a is needed, it and all
+           that left ahead of it must be out; only of what is offloaded at all, which the first answer tells
 * host     Σ o·b ≤ host budget
 * least    Σ r · recompute seconds + Σ stalls + a tie-break on the bytes moved
 
@@ -32,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from memo_compile.errors import SolverOutOfTime
 from memo_compile.solver import quiet_highs
 
 SLACK = 0.0005  # of the smallest peak: room in which the least plan may choose the faster of two
@@ -107,7 +111,11 @@ class Decision:
 
 
 def decide(problem: Problem, *, time_limit: float = 10.0) -> Decision | None:
-    """The fastest residency within the budget; None where the program has no solution."""
+    """The fastest residency within the budget; None where the program has no solution.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds, and it is not known whether there is one.
+    """
     started = time.perf_counter()
     grid = _grid(problem)
     budget = float("inf") if problem.budget is None else float(problem.budget)
@@ -116,17 +124,36 @@ def decide(problem: Problem, *, time_limit: float = 10.0) -> Decision | None:
 
 
 def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
-    """The residency with the smallest peak, and the fastest of those within a thousandth of it."""
+    """The residency with the smallest peak, and the fastest of those within a thousandth of it.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds.
+    """
     started = time.perf_counter()
     grid = _grid(problem)
     smallest = _solve(problem, grid, None, time_limit)
     assert smallest is not None, "without a budget everything can be kept"
-    within = smallest.peak * (1 + SLACK) + 4096
-    settled = _settled(problem, grid, within, time_limit)
+    settled = _settled(problem, grid, slightly_more(smallest.peak), time_limit)
     if settled is None:  # slices are too coarse for the last thousandth: the smallest as it rounds
         homes = _round_all(problem, smallest, again=False)
         settled = homes, smallest, _solve(problem, grid, math.inf, time_limit, homes) or smallest
     return _decision(problem, *settled, time.perf_counter() - started)
+
+
+def smallest_peak(problem: Problem, *, time_limit: float = 10.0) -> float:
+    """The fewest bytes in which any fractions run, however long: what stalls for every copy needs.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds.
+    """
+    smallest = _solve(problem, _grid(problem), None, time_limit)
+    assert smallest is not None, "without a budget everything can be kept"
+    return smallest.peak
+
+
+def slightly_more(peak: float) -> float:
+    """Bytes in which a plan with that peak may choose the faster of two."""
+    return peak * (1 + SLACK) + 4096
 
 
 def evaluate(problem: Problem, residency: Mapping[str, Residency], *, time_limit: float = 10.0) -> Decision | None:
@@ -150,23 +177,28 @@ def all_offloaded(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     return decision
 
 
-def _settled(
-    problem: Problem, grid: _Grid, budget: float, time_limit: float
-) -> tuple[dict[str, Residency], _Answer, _Answer] | None:
-    """Homes in whole slices that keep every row: the homes, the answer that they round, the answer for them."""
+def _settled(problem: Problem, grid: _Grid, budget: float, time_limit: float) -> _Settled | None:
+    """Homes in whole slices that keep every row."""
     target, host = budget, float(problem.host_budget)
     for _ in range(ROUNDS):
-        free = _solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit)
-        if free is None:
-            return None
-        best: tuple[dict[str, Residency], _Answer, _Answer] | None = None
-        for again in (False, True):
-            homes = _round_all(problem, free, again=again)
-            fixed = _solve(problem, grid, budget, time_limit, homes)
-            if fixed is not None and (best is None or _lost(problem, homes, fixed) < _lost(problem, best[0], best[2])):
-                best = homes, free, fixed
-            if best is not None and _lost(problem, best[0], best[2]) <= free.lost + ROUNDING * sum(problem.seconds):
+        best: _Settled | None = None
+        left: frozenset[str] = frozenset()
+        for _ in range(2):
+            free = _solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit, left=left)
+            if free is None:
+                return best
+            homes = _round_all(problem, free, again=False)
+            for again in (False, True):
+                homes = _round_all(problem, free, again=again)
+                fixed = _solve(problem, grid, budget, time_limit, homes)
+                if fixed and (best is None or _lost(problem, homes, fixed) < _lost(problem, best[0], best[2])):
+                    best = homes, free, fixed
+                if best and _lost(problem, best[0], best[2]) <= free.lost + ROUNDING * sum(problem.seconds):
+                    return best
+            if best is None:
                 break
+            # Once more, knowing what is offloaded, and so must be out before it is needed.
+            left = frozenset(name for name, home in homes.items() if home.offloaded)
         if best is not None:
             return best
         slices = [a.bytes * min(problem.slice_tokens, a.tokens) / a.tokens for a in problem.activations]
@@ -271,6 +303,9 @@ class _Answer:
     prices: dict[str, float]
 
 
+_Settled = tuple[dict[str, Residency], _Answer, _Answer]  # homes, the answer that they round, the answer for them
+
+
 class _Rows:
     """Collects a sparse matrix row by row, to be passed to HiGHS at once."""
 
@@ -298,22 +333,24 @@ def _solve(
     budget: float | None,
     time_limit: float,
     fixed: Mapping[str, Residency] | None = None,
+    left: frozenset[str] = frozenset(),
 ) -> _Answer | None:
     """Solve for the least time within `budget`, or with None for the least peak; None where there is no solution.
 
-    With `fixed` homes only transfers and stalls are left to choose, and among equals the least peak is taken.
+    With `fixed` homes only transfers and stalls are left to choose, and among equals the least peak is taken. `left`
+    are activations that are offloaded, in part at least: they must be out when they are needed.
     Bytes are scaled to MiB and seconds to thousandths of the step, so that the solver's tolerances are small beside
     both.
     """
-    import highspy
-
     scale = _Scale.of(problem)
     c = _Columns.of(len(problem.activations), len(grid.start))
     cost, lower, upper, integral = _bounds(problem, grid, c, scale, fixed)
     rows = _Rows()
     for i in range(c.activations):
         rows.add({c.kept + i: 1.0, c.away + i: 1.0, c.again + i: 1.0}, 1.0, 1.0)
-    memory_rows, rates = _rows_of_time(problem, grid, c, scale, rows)
+    if fixed is not None:
+        left = frozenset(name for name, home in fixed.items() if home.offloaded)
+    memory_rows, rates = _rows_of_time(problem, grid, c, scale, rows, left if budget is not None else None)
     host = {c.away + i: a.bytes / UNIT for i, a in enumerate(problem.activations)}
     host_row = rows.add(host, -math.inf, max(problem.host_budget, 0) / UNIT * (1 + (1e-9 if fixed else 0)))
     if budget is None:  # the smallest peak first; seconds only break ties
@@ -325,20 +362,50 @@ def _solve(
             cost[c.top] = 1e-3 / max(1.0, float(grid.base.max()) / UNIT)
     highs = quiet_highs(time_limit)
     highs.setOptionValue("mip_rel_gap", 1e-3)
-    highs.passModel(_model(cost, lower, upper, integral, rows))
-    highs.run()
-    status = highs.getModelStatus()
-    solution = highs.getSolution()
-    values = np.array(solution.col_value)
-    if len(values) != c.count or status == highspy.HighsModelStatus.kInfeasible or not solution.value_valid:
+    solution = _solution(highs, _model(cost, lower, upper, integral, rows), time_limit)
+    if solution is None:
         return None
+    values = np.array(solution.col_value)
     fractions = np.stack([values[c.kept : c.away], values[c.away : c.again], values[c.again : c.live]], axis=1)
     prices = dict.fromkeys(("device memory", "host memory", "offload rate", "prefetch rate"), 0.0)
-    if not integral.any() and solution.dual_valid and budget is not None and fixed is None:
-        prices = _prices(np.array(solution.row_dual), values, memory_rows, host_row, rates, scale)
+    if budget is not None and fixed is None:
+        # An integer program has no duals: prices are those of the same program with all fractions free.
+        relaxed = solution
+        if integral.any():
+            relaxed = _solution(highs, _model(cost, lower, upper, np.zeros_like(integral), rows), time_limit)
+        if relaxed is not None and relaxed.dual_valid:
+            duals, at = np.array(relaxed.row_dual), np.array(relaxed.col_value)
+            prices = _prices(duals, at, memory_rows, host_row, rates, scale)
     stall = scale.tick * float(values[c.stall : c.stall + c.intervals].sum())
     again = sum((a.recompute_seconds or 0.0) * fractions[i, 2] for i, a in enumerate(problem.activations))
     return _Answer(np.clip(fractions, 0.0, 1.0), values[c.top] * UNIT, stall, stall + again, prices)
+
+
+def _solution(highs: Any, model: Any, time_limit: float) -> Any | None:
+    """HiGHS's solution, the best so far where time ran out; None where it proves that there is none.
+
+    Time is the processor's, so that a busy machine makes the same plan: HiGHS's own limit is of the clock, and is set
+    anew while the processor's is not used up.
+
+    Raises:
+        SolverOutOfTime: time ran out before anything feasible was found.
+    """
+    import highspy
+
+    statuses = highspy.HighsModelStatus
+    highs.passModel(model)
+    started = time.process_time()
+    highs.run()
+    while highs.getModelStatus() == statuses.kTimeLimit and time.process_time() - started < time_limit:
+        highs.setOptionValue("time_limit", highs.getRunTime() + time_limit)
+        highs.run()
+    status = highs.getModelStatus()
+    if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
+        return None
+    feasible = highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    if status != statuses.kOptimal and not feasible:
+        raise SolverOutOfTime(time_limit)
+    return highs.getSolution()
 
 
 @dataclass(frozen=True)
@@ -424,9 +491,12 @@ Changes = list[dict[int, float]]
 
 
 def _events(
-    problem: Problem, grid: _Grid, c: _Columns
+    problem: Problem, grid: _Grid, c: _Columns, left: frozenset[str]
 ) -> tuple[Changes, np.ndarray[Any, Any], Changes, Changes, Changes]:
-    """What changes at the start of each interval: live bytes (with a constant), released, due and needed slices."""
+    """What changes at the start of each interval: live bytes (with a constant), released, due and needed slices.
+
+    Where it is known what is offloaded (`left`), nothing waits behind the rest.
+    """
     m, steps = c.intervals, len(problem.seconds)
     changes: Changes = [{} for _ in range(m + 1)]
     released: Changes = [{} for _ in range(m + 1)]
@@ -434,10 +504,7 @@ def _events(
     needed: Changes = [{} for _ in range(m + 1)]
     constant = np.zeros(m + 1)
     ready = 0
-    order = sorted(
-        range(c.activations), key=lambda i: (problem.activations[i].last_forward, problem.activations[i].produced)
-    )
-    for i in order:
+    for i in _queue(problem):
         a = problem.activations[i]
         size = a.bytes / UNIT
         born, gone = grid.of_step[a.produced], grid.of_step[min(a.last_forward + 1, steps)]
@@ -449,48 +516,98 @@ def _events(
         changes[gone][c.kept + i] = changes[gone].get(c.kept + i, 0.0) + size
         changes[back][c.kept + i] = changes[back].get(c.kept + i, 0.0) - size
         # The engine's order is that of the due times: what is due later leaves after what is due before.
-        ready = max(ready, min(grid.of_step[min(a.produced + 1, steps)], gone))
-        released[ready][c.away + i] = size
+        here = max(ready, min(grid.of_step[min(a.produced + 1, steps)], gone))
+        ready = here if not left or a.name in left else ready
+        released[here][c.away + i] = size
         due[gone][c.away + i] = size
         needed[back][c.away + i] = size
     return changes, constant, released, due, needed
 
 
+def _out_first(problem: Problem, grid: _Grid, c: _Columns, left: frozenset[str]) -> dict[int, dict[int, float]]:
+    """Where an activation of `left` is needed, what may still wait to leave: only what leaves behind it. By interval."""
+    queue = _queue(problem)
+    behind: dict[int, float] = {}
+    may_wait: list[dict[int, float]] = []
+    for i in reversed(queue):
+        may_wait.append(dict(behind))
+        behind[c.away + i] = -problem.activations[i].bytes / UNIT
+    place = {i: n for n, i in enumerate(queue)}
+    rows: dict[int, dict[int, float]] = {}
+    farthest = -1
+    for i in sorted(queue, key=lambda i: (problem.activations[i].first_backward, -place[i])):
+        if problem.activations[i].name in left and place[i] > farthest:
+            farthest = place[i]
+            rows.setdefault(int(grid.of_step[problem.activations[i].first_backward]), may_wait[-1 - place[i]])
+    return rows
+
+
+def _queue(problem: Problem) -> list[int]:
+    """Activations in the order in which they leave: that of their last uses in the forward."""
+    activations = problem.activations
+    return sorted(range(len(activations)), key=lambda i: (activations[i].last_forward, activations[i].produced))
+
+
+Limited = tuple[int, dict[int, float], float]  # a row, and by how much a rate one larger raises its bound: Σ v·x + c
+
+
 def _rows_of_time(
-    problem: Problem, grid: _Grid, c: _Columns, scale: _Scale, rows: _Rows
-) -> tuple[list[int], dict[str, list[tuple[int, dict[int, float], float]]]]:
-    """Rows for each interval. Returns those of memory, and those that a rate limits: (row, time's columns, time)."""
-    changes, constant, released, due, needed = _events(problem, grid, c)
+    problem: Problem, grid: _Grid, c: _Columns, scale: _Scale, rows: _Rows, left: frozenset[str] | None
+) -> tuple[list[int], dict[str, list[Limited]]]:
+    """Rows for each interval. Returns those of memory, and those that a rate limits.
+
+    `left` are the activations known to be offloaded; with None transfers are instantaneous, as if stalls cost nothing.
+    """
+    changes, constant, released, due, needed = _events(problem, grid, c, left or frozenset())
     again: Changes = [{} for _ in range(c.intervals + 1)]
     for i, a in enumerate(problem.activations):
         if a.recompute_seconds:
             again[grid.of_step[a.first_backward]][c.again + i] = a.recompute_seconds / scale.tick
     memory: list[int] = []
-    rates: dict[str, list[tuple[int, dict[int, float], float]]] = {"offload rate": [], "prefetch rate": []}
+    rates: dict[str, list[Limited]] = {"offload rate": [], "prefetch rate": []}
     last = _last_copy(grid, c)
+    out_first = _out_first(problem, grid, c, left or frozenset())
 
     def limited(kind: str, column: int, rate: float, time_of: dict[int, float], constant: float) -> None:
         row = rows.add({column: 1.0, **{k: -rate * v for k, v in time_of.items()}}, -math.inf, rate * constant)
         rates[kind].append((row, time_of, constant))
 
+    def in_turn(out: int, back: int, time_of: dict[int, float], constant: float) -> None:
+        """One engine after the other."""
+        of_time = {k: -v for k, v in time_of.items()}
+        row = rows.add({out: 1 / scale.out_rate, back: 1 / scale.in_rate, **of_time}, -math.inf, constant)
+        # A rate larger by d takes d · amount / rate² off the seconds.
+        rates["offload rate"].append((row, {out: scale.out_rate**-2}, 0.0))
+        rates["prefetch rate"].append((row, {back: scale.in_rate**-2}, 0.0))
+
     for i in range(c.intervals):
         before = i > 0
         row = {c.live + i: 1.0, **{k: -v for k, v in changes[i].items()}}
         rows.add({**row, **({c.live + i - 1: -1.0} if before else {})}, constant[i], constant[i])
+        if left is None:
+            rows.add({c.live + i: 1.0, c.top: -1.0}, -math.inf, -grid.base[i] / UNIT)
+            continue
         seconds = float(grid.seconds[i]) / scale.tick
         stalled = {c.stall + i: 1.0}
-        if i < last:
+        if grid.forward <= i < last:
+            in_turn(c.out_stalled + i, c.back_stalled + i, stalled, 0.0)
+            in_turn(c.out + i, c.back + i, again[i], seconds)
+        elif i < last:
             limited("offload rate", c.out_stalled + i, scale.out_rate, stalled, 0.0)
             limited("offload rate", c.out + i, scale.out_rate, again[i], seconds)
+        elif i >= grid.forward:
+            limited("prefetch rate", c.back_stalled + i, scale.in_rate, stalled, 0.0)
+            limited("prefetch rate", c.back + i, scale.in_rate, again[i], seconds)
+        if i < last:
             copied = {c.out_stalled + i: 1.0, c.out + i: 1.0}
             row = {c.waiting + i: 1.0, **copied, **{k: -v for k, v in released[i].items()}}
             rows.add({**row, **({c.waiting + i - 1: -1.0} if before else {})}, 0.0, 0.0)
             row = {c.overdue + i: 1.0, **copied, **{k: -v for k, v in due[i].items()}}
             rows.add({**row, **({c.overdue + i - 1: -1.0} if before else {})}, 0.0, 0.0)
             rows.add({c.held + i: 1.0, c.overdue + i: -1.0, c.out + i: -1.0}, 0.0, math.inf)
+            if i in out_first:
+                rows.add({c.waiting + i: 1.0, c.out + i: 1.0, **out_first[i]}, -math.inf, 0.0)
         if i >= grid.forward:
-            limited("prefetch rate", c.back_stalled + i, scale.in_rate, stalled, 0.0)
-            limited("prefetch rate", c.back + i, scale.in_rate, again[i], seconds)
             row = {c.early + i: 1.0, c.back_stalled + i: -1.0, c.back + i: -1.0, **needed[i]}
             rows.add({**row, **({c.early + i - 1: -1.0} if i > grid.forward else {})}, 0.0, 0.0)
             rows.add({c.early + i: 1.0, c.back + i: -1.0}, 0.0, math.inf)
@@ -527,7 +644,7 @@ def _prices(
     values: np.ndarray[Any, Any],
     memory: list[int],
     host: int,
-    rates: Mapping[str, list[tuple[int, dict[int, float], float]]],
+    rates: Mapping[str, list[Limited]],
     scale: _Scale,
 ) -> dict[str, float]:
     """Seconds saved by one more GiB or GB/s. A dual is the change of the objective as its row's bound is raised."""

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memo_compile.residency import Activation, Problem, decide, least, memory_profile
+from memo_compile.errors import SolverOutOfTime
+from memo_compile.residency import Activation, Problem, decide, least, memory_profile, slightly_more, smallest_peak
 
 MIB = 2**20
 
@@ -94,6 +95,29 @@ def test_rows_sum_to_all_and_the_budget_is_kept(n, sizes, share, rate):
         assert r.kept + r.offloaded + r.recomputed == a.tokens
         assert min(r.kept, r.offloaded, r.recomputed) >= 0
     assert max(memory_profile(problem, decision.residency)) <= max(share * whole, max(a.bytes for a in activations)) + 1
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_running_out_of_time_is_not_the_same_as_having_no_plan(tokens):
+    problem = layered(40, tokens=tokens, budget=9 * MIB, rate=1e9)
+    with pytest.raises(SolverOutOfTime, match=r"solver_time_limit = 1e-06"):
+        decide(problem, time_limit=1e-6)
+    assert decide(problem) is not None
+    assert decide(replace(problem, budget=MIB // 2)) is None
+
+
+def test_the_smallest_peak_is_told_without_deciding():
+    problem = layered(6, rate=1e9)
+    assert smallest_peak(problem) <= least(problem).peak <= slightly_more(smallest_peak(problem)) + 1
+
+
+def test_whole_tensors_have_prices_too():
+    """Those of slices: one more tensor kept in each of twenty layers is as good as a twentieth of each."""
+    problem = layered(20, tokens=1, budget=6 * MIB, rate=1e6)
+    decision = decide(problem)
+    assert decision.binding == "device memory"
+    saved = decision.seconds - decide(replace(problem, budget=10 * MIB)).seconds
+    assert saved / (4 / 1024) == pytest.approx(decision.prices["device memory"], rel=0.1)
 
 
 @pytest.mark.parametrize("tokens", [1, 64])

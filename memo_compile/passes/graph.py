@@ -140,7 +140,25 @@ def is_pointwise(node: fx.Node) -> bool:
     """Elementwise ops, casts among them: a compiler fuses them into what reads them."""
     if has_tag(node, torch.Tag.pointwise):
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _POINTWISE
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.name in _POINTWISE or _is_one_hot(node)
+
+
+def _is_one_hot(node: fx.Node) -> bool:
+    """A number written into one place of each row of a constant, as the gradient of a cross entropy begins: Inductor
+    makes a comparison of it (`scatter_upon_const_tensor`), so that classes times tokens are never stored for it.
+    """
+    if node.target is not torch.ops.aten.scatter.value:
+        return False
+    constant, dim, index = node.args[0], node.args[1], node.args[2]
+    return (
+        isinstance(constant, fx.Node)
+        and constant.target is torch.ops.aten.full.default
+        and isinstance(dim, int)
+        and isinstance(index, fx.Node)
+        and int(index.meta["val"].shape[dim]) == 1
+    )
 
 
 _SEEDS = frozenset({"prims::inductor_seed", "prims::inductor_seeds"})

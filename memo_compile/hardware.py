@@ -29,10 +29,11 @@ class DeviceProfile:
     """FLOP/s by dtype, bytes/s, bytes, seconds.
 
     `device` is the type that torch gives it. `d2h` and `h2d` are the host link's rates each way for one device, and
-    `both_ways` the share of each that is left while both are busy, which plans need not know: a slice cannot
-    come back before what leaves ahead of it is out, so that the two copy at once for moments only; `link` is the rate at which a device receives from
-    its peers in one machine. Efficiencies of products and of fused attention are tables of (FLOPs of one op, share of
-    the peak), between whose entries `share_at` interpolates; the others are shares for large transfers.
+    `both_ways` the share of each that is left while both are busy, which plans need not know: a slice cannot come back
+    before what leaves ahead of it is out, so that the two copy at once for moments only. `link` is the rate at which a
+    device receives from its peers in one machine. Efficiencies of products and of fused attention are tables of (FLOPs
+    of one op, share of the peak), between whose entries `share_at` interpolates; the others are shares for large
+    transfers.
     """
 
     name: str

@@ -525,7 +525,7 @@ def _events(
 
 
 def _out_first(problem: Problem, grid: _Grid, c: _Columns, left: frozenset[str]) -> dict[int, dict[int, float]]:
-    """Where an activation of `left` is needed, what may still wait to leave: only what leaves behind it. By interval."""
+    """By interval in which an activation of `left` is needed: what may still wait, since it leaves later."""
     queue = _queue(problem)
     behind: dict[int, float] = {}
     may_wait: list[dict[int, float]] = []

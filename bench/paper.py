@@ -38,6 +38,11 @@ ASSUMPTIONS = (
     "exchange of keys and values hides behind attention",
     "optimizer state divided over the context-parallel ranks (ZeRO 1), bfloat16 parameters and gradients",
     "2 TB of host memory for each machine of 8; 5 % of the device's memory left alone",
+    "saved activations of 7B at 1M tokens: 32 layers x 16 units x 1M tokens x 4096 x 2 bytes = 4096 GiB, as in the "
+    "paper; one unit of every layer, its input, is then 4096 / 16 = 256 GiB. The paper's 128 GiB of layer inputs does "
+    "not go with that (128 GiB is what one layer saves in all): 256 GiB stands here",
+    "whole tensors: the linear program's answer dealt out to whole tensors, and no integer program. The linear answer "
+    "is a bound on every integer one, so that the column is at most its distance to memo's from the integer optimum",
     "the loss in 16 chunks; attention counted causally; MFU of 3 x the forward's FLOPs, nothing recomputed",
 )
 

@@ -52,6 +52,7 @@ from memo_compile.schema import ActivationPlan, Plan, Stop
 log = logger(__name__)
 
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
+PATIENCE = 2  # sets of anchors for which the solver may run out of time before any has an answer
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
 
 
@@ -346,10 +347,14 @@ def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.De
     peaks = [residency.smallest_peak(p, time_limit=limits.time_limit) for p in problems]
     within = int(residency.slightly_more(min(peaks)))
     near = [replace(p, budget=within) for p, peak in zip(problems, peaks, strict=True) if peak <= within]
-    found = _fastest(replace(view, problem=replace(view.problem, budget=within)), near, limits.time_limit)
-    if found is None:  # slices are too coarse for so little room
+    try:
+        found = _fastest(replace(view, problem=replace(view.problem, budget=within)), near, limits.time_limit)
+    except SolverOutOfTime as late:
+        log.warning("the smallest plan is not the fastest of such: %s", late)
+        found = None
+    if found is None:  # or slices are too coarse for so little room
         problem = problems[peaks.index(min(peaks))]
-        found = problem, residency.least(problem, time_limit=limits.time_limit)
+        found = problem, residency.smallest(problem, time_limit=limits.time_limit)
     problem, decision = replace(found[0], budget=limits.budget), found[1]
     return problem, decision, limits.budget is None or decision.peak <= limits.budget
 
@@ -366,19 +371,21 @@ def _fastest(
         return None
     bound = _in_time(unpulled, time_limit) if len(problems) > 1 else None
     fitting: list[tuple[residency.Problem, residency.Decision]] = []
-    late: SolverOutOfTime | None = None
+    late: list[SolverOutOfTime] = []
     for problem in problems:
         found = _in_time(problem, time_limit) if _has_room(problem, time_limit) else None
         if isinstance(found, SolverOutOfTime):
-            late = found
+            late.append(found)
+            if len(late) == PATIENCE and not fitting:
+                break
         elif found is not None:
             fitting.append((problem, found))
             if isinstance(bound, residency.Decision) and found.seconds <= bound.seconds * (1 + CLOSE):
                 break
-    if late is not None:
+    if late:
         if not fitting:
-            raise late
-        log.warning("the solver ran out of time for some sets of anchors: a faster plan may exist (%s)", late)
+            raise late[0]
+        log.warning("the solver ran out of time for some sets of anchors: a faster plan may exist (%s)", late[0])
     return min(fitting, key=lambda answer: answer[1].seconds, default=None)
 
 

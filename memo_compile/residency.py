@@ -134,10 +134,28 @@ def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     smallest = _solve(problem, grid, None, time_limit)
     assert smallest is not None, "without a budget everything can be kept"
     settled = _settled(problem, grid, slightly_more(smallest.peak), time_limit)
-    if settled is None:  # slices are too coarse for the last thousandth: the smallest as it rounds
-        homes = _round_all(problem, smallest, again=False)
-        settled = homes, smallest, _solve(problem, grid, math.inf, time_limit, homes) or smallest
+    if settled is None:  # slices are too coarse for the last thousandth
+        settled = _as_it_rounds(problem, grid, smallest, time_limit)
     return _decision(problem, *settled, time.perf_counter() - started)
+
+
+def smallest(problem: Problem, *, time_limit: float = 10.0) -> Decision:
+    """The residency with the smallest peak as it rounds, without a search for the fastest of such: told soon.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds.
+    """
+    started = time.perf_counter()
+    grid = _grid(problem)
+    found = _solve(problem, grid, None, time_limit)
+    assert found is not None, "without a budget everything can be kept"
+    settled = _as_it_rounds(problem, grid, found, time_limit)
+    return _decision(problem, *settled, time.perf_counter() - started)
+
+
+def _as_it_rounds(problem: Problem, grid: _Grid, found: _Answer, time_limit: float) -> _Settled:
+    homes = _round_all(problem, found, again=False)
+    return homes, found, _solve(problem, grid, math.inf, time_limit, homes) or found
 
 
 def smallest_peak(problem: Problem, *, time_limit: float = 10.0) -> float:

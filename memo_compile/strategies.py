@@ -147,9 +147,9 @@ def _layer_seconds(stack: Stack) -> float:
 def whole_tensors(stack: Stack, linear: Outcome | None) -> Outcome | None:
     """One home for each tensor, whole.
 
-    An integer program over some hundred tensors is not solved in the time that a plan may take. `linear`, memo's plan,
-    is dealt out to whole tensors instead, as layer follows layer: of a tensor of which 2/5 are to be offloaded, two of
-    five layers offload all. No integer plan can beat the linear one, so that the gap is known.
+    The integer program is not solved: `linear`, memo's plan, is dealt out to whole tensors instead, as layer follows
+    layer: of a tensor of which 2/5 are to be offloaded, two of five layers offload all. The integer optimum lies
+    between the linear answer, which no integer plan can beat, and this: their gap bounds what a solver could gain.
     """
     best: Outcome | None = None
     spare = 0

@@ -1,6 +1,6 @@
 """Planning seconds against the number of layers: finding layers, and the linear program.
 
-    python -m bench.planning
+    python -m bench.planning [--only layers|commands]
 
 Processor seconds of one thread, which a busy machine does not change much. The program is that of gpt-7b at 1M tokens
 on 8 A800s with as many layers; the graph is one of as many small Llama layers, forward only.
@@ -8,6 +8,10 @@ on 8 A800s with as many layers; the graph is one of as many small Llama layers, 
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +28,12 @@ from memo_compile.residency import decide
 from memo_compile.simulate import simulate
 from memo_compile.strategies import remaking
 
+# What a user types, timed from the start of the process.
+COMMANDS = (
+    "plan --preset gpt-7b --seq 1048576 --gpus 8 --tp 8 --hardware a800 --host-memory 2TiB",
+    "plan --preset gpt-65b --seq 131072 --gpus 64 --tp 8 --hardware a800 --host-memory 2TiB",
+    "plan --preset gpt-65b --seq 1048576 --gpus 64 --tp 8 --hardware a800 --host-memory 2TiB",
+)
 LAYERS = (8, 16, 32, 80, 120, 160)
 
 
@@ -76,14 +86,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def command_row(command: str) -> dict[str, Any]:
+    """One `memo` command in a process of its own: seconds of the clock and of processors, MiB of memory at most."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "memo_compile", *command.split()], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return {
+        "command": f"memo {command}",
+        "fits": process.returncode == 0,
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": used.ru_utime + used.ru_stime,
+        "memory_mib": used.ru_maxrss / 1024,
+    }
+
+
+def command_table(rows: list[dict[str, Any]]) -> str:
+    """Seconds and memory of each command."""
+    lines = ["| command | fits | processor s | clock s | MiB |", "|---|---|---|---|---|"]
+    for r in rows:
+        cells = [f"`{r['command']}`", "yes" if r["fits"] else "no", f"{r['processor_seconds']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{r['seconds']:.1f}", f"{r['memory_mib']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Measure and save."""
-    processor_seconds(lambda: row_of(4))  # imports and caches
-    rows = []
-    for layers in LAYERS:
-        rows.append(row_of(layers))
-        print(rows[-1], flush=True)
-    save("planning", "python -m bench.planning", rows, table(rows))
+    """Measure and save; with --only, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("layers", "commands"))
+    only = parser.parse_args().only
+    rows, commands = [], []
+    if only != "layers":
+        for command in COMMANDS:
+            commands.append(command_row(command))
+            print(commands[-1], flush=True)
+    if only != "commands":
+        processor_seconds(lambda: row_of(4))  # imports and caches
+        for layers in LAYERS:
+            rows.append(row_of(layers))
+            print(rows[-1], flush=True)
+    if only is None:
+        save("planning", "python -m bench.planning", [*rows, *commands], f"{table(rows)}\n\n{command_table(commands)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from memo_compile.cost import account, graph_costs
+from memo_compile.anchors import anchor_sets, bottlenecks
+from memo_compile.cost import account, graph_costs, is_attention
 from memo_compile.errors import BudgetTooSmall, InvalidOption
 from memo_compile.hardware import DeviceProfile, resolve
 from memo_compile.offline_arena import OfflineArena, offline_arena
@@ -24,6 +25,8 @@ from memo_compile.passes.lifetimes import reaches_memory
 from memo_compile.planner import Limits, Prepared, best_of
 from memo_compile.repeat import Long, lengthened
 from memo_compile.residency import Activation, Decision, Problem, memory_profile
+from memo_compile.strategies import STRATEGIES as BASELINES
+from memo_compile.strategies import Stack, alone
 
 MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
 TRACED = 4  # layers of a preset; the others are like the second
@@ -36,6 +39,9 @@ STRATEGIES: Mapping[str, tuple[bool, bool]] = {
     "offload": (True, False),
     "recompute": (False, True),
 }
+
+# What one could do instead (`strategies.py`), as it plays: "full-recompute" and the like.
+NAMED = tuple(name.replace(" ", "-") for name in BASELINES if name != "memo")
 
 Say = Callable[[str], None]
 
@@ -168,8 +174,8 @@ def forecast_model(
 
 
 def _check(asked: Asked) -> None:
-    if asked.strategy not in STRATEGIES:
-        raise InvalidOption("--strategy", asked.strategy, f"one of {', '.join(STRATEGIES)}")
+    if asked.strategy not in STRATEGIES and asked.strategy not in NAMED:
+        raise InvalidOption("--strategy", asked.strategy, f"one of {', '.join((*STRATEGIES, *NAMED))}")
     resolve(asked.hardware)
 
 
@@ -188,15 +194,35 @@ def _answer(
     host = where.host_share(asked.host_memory if asked.host_memory is not None else profile.host_memory)
     if budget <= 0:
         raise BudgetTooSmall(int(profile.memory * (1 - MARGIN)), state.total, _state_in_words(state))
-    offload, recompute = STRATEGIES[asked.strategy]
+    offload, recompute = STRATEGIES.get(asked.strategy, (True, True))
     limits = Limits(budget, host, offload=offload, recompute=recompute)
     say("repeating layers")
     long = lengthened(p, limits, layers)
     say(f"deciding on {len(long.view.order)} activations")
-    problem, decision, fits = best_of(long.view, limits)
+    problem, decision, fits = _homes_for(asked, p, long, limits)
     say("placing")
     arena = offline_arena(p, long, problem, decision.residency)
     return _forecast(asked, p, long, problem, decision, fits, state, elements, arena, time.perf_counter() - started)
+
+
+def _homes_for(asked: Asked, p: Prepared, long: Long, limits: Limits) -> tuple[Problem, Decision, bool]:
+    """The linear program's answer, or how a named strategy plays."""
+    if asked.strategy in STRATEGIES:
+        return best_of(long.view, limits)
+    return alone(_stack(p, long), asked.strategy.replace("-", " "))
+
+
+def _stack(p: Prepared, long: Long) -> Stack:
+    """The same training step, as strategies see it: which activations are layers' inputs, which are of attention."""
+    view = long.view
+    nodes = {n.name: n for n in p.saved}
+    layer = {name: -1 if (at := long.layer[name]) is None else at for name in view.order}
+    inputs = {s for name in view.order if layer[name] >= 0 for s in view.needs[name] if layer[s] != layer[name]}
+    attention = {name for name in view.order if is_attention(_maker(nodes[long.template[name]]))}
+    sizes = {name: a.bytes for name, a in view.activations.items()}
+    anchors = anchor_sets(bottlenecks(view.order, view.needs, sizes), view.order)
+    problem = replace(view.problem, activations=tuple(view.activations[name] for name in view.order))
+    return Stack(problem, view.needs, layer, frozenset(inputs), frozenset(attention), tuple(anchors))
 
 
 def _forecast(
@@ -256,7 +282,12 @@ def _binds(problem: Problem, decision: Decision) -> str:
 
 def _op(node: fx.Node) -> str:
     """The op that makes a value, tuples' items named after what makes the tuple."""
-    return op_name(node.all_input_nodes[0] if node.target is operator.getitem else node)
+    return op_name(_maker(node))
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The node that makes a value: of a tuple's item, what makes the tuple."""
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
 
 
 def _peak_flops(profile: DeviceProfile, p: Prepared) -> float:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from memo_compile.anchors import first_needed
-from memo_compile.residency import Decision, Problem, Residency, decide
+from memo_compile.errors import InvalidOption
+from memo_compile.residency import Activation, Decision, Problem, Residency, decide, memory_profile
 from memo_compile.simulate import Simulation, simulate
 
 SOLVER_SECONDS = 120.0
@@ -22,8 +23,9 @@ class Stack:
     """A training step of repeated layers.
 
     `problem.activations` stand in the forward's order, and their `first_backward` is the first use for a gradient.
-    `needs` tells what each is made from, `layer` where each belongs. `inputs` are the layers' inputs, `attention` what
-    only attention could make again. `anchors` are sets of activations that a plan might never recompute, to be tried.
+    `needs` tells what each is made from, `layer` where each belongs, -1 outside the layers. `inputs` are the layers'
+    inputs, `attention` what only attention could make again. `anchors` are sets of activations that a plan might never
+    recompute, to be tried.
     """
 
     problem: Problem
@@ -75,13 +77,7 @@ def keep_all(stack: Stack) -> Outcome | None:
 
 def full_recompute(stack: Stack) -> Outcome | None:
     """Layer inputs stay, all else is made again: what checkpointing every block does."""
-    return _played(
-        stack,
-        {
-            a.name: Residency(a.tokens, 0, 0) if a.name in stack.inputs else Residency(0, 0, a.tokens)
-            for a in stack.problem.activations
-        },
-    )
+    return _played(stack, {a.name: _again_or(stack, a, Residency(a.tokens, 0, 0)) for a in stack.problem.activations})
 
 
 def full_swap(stack: Stack) -> Outcome | None:
@@ -93,13 +89,14 @@ def full_swap(stack: Stack) -> Outcome | None:
 
 def input_swap(stack: Stack) -> Outcome | None:
     """Layer inputs go to the host, all else is made again: ALST's and Unsloth's way."""
-    return _played(
-        stack,
-        {
-            a.name: Residency(0, a.tokens, 0) if a.name in stack.inputs else Residency(0, 0, a.tokens)
-            for a in stack.problem.activations
-        },
-    )
+    return _played(stack, {a.name: _again_or(stack, a, Residency(0, a.tokens, 0)) for a in stack.problem.activations})
+
+
+def _again_or(stack: Stack, a: Activation, home: Residency) -> Residency:
+    """Made again; layers' inputs, and what cannot be made again, in `home`; kept where no layer holds it."""
+    if stack.layer[a.name] < 0:
+        return Residency(a.tokens, 0, 0)
+    return home if a.name in stack.inputs or a.recompute_seconds is None else Residency(0, 0, a.tokens)
 
 
 def one_alpha(stack: Stack) -> Outcome | None:
@@ -112,15 +109,15 @@ def one_alpha(stack: Stack) -> Outcome | None:
     if alpha is None:
         return None
 
-    def home(name: str, tokens: int) -> Residency:
-        if stack.layer[name] >= stack.layers - LAST:
-            return Residency(tokens, 0, 0)
-        if name in stack.inputs or name in stack.attention:
-            return Residency(0, tokens, 0)
-        away = int(alpha * tokens / stack.problem.slice_tokens) * stack.problem.slice_tokens
-        return Residency(0, away, tokens - away)
+    def home(a: Activation) -> Residency:
+        if not 0 <= stack.layer[a.name] < stack.layers - LAST:
+            return Residency(a.tokens, 0, 0)
+        if a.name in stack.inputs or a.name in stack.attention or a.recompute_seconds is None:
+            return Residency(0, a.tokens, 0)
+        away = int(alpha * a.tokens / stack.problem.slice_tokens) * stack.problem.slice_tokens
+        return Residency(0, away, a.tokens - away)
 
-    outcome = _played(stack, {a.name: home(a.name, a.tokens) for a in stack.problem.activations})
+    outcome = _played(stack, {a.name: home(a) for a in stack.problem.activations})
     return None if outcome is None else replace(outcome, share=alpha)
 
 
@@ -138,9 +135,11 @@ def largest_alpha(stack: Stack) -> float | None:
 
 
 def _layer_seconds(stack: Stack) -> float:
-    """Forward seconds of a layer in the middle: from its input's birth to the next one's."""
-    births = sorted(a.produced for a in stack.problem.activations if a.name in stack.inputs)
-    middle = len(births) // 2
+    """Forward seconds of a layer in the middle: from the first that it saves to the first that the next one does."""
+    births: dict[int, int] = {}
+    for a in stack.problem.activations:
+        births[stack.layer[a.name]] = min(a.produced, births.get(stack.layer[a.name], a.produced))
+    middle = stack.layers // 2
     return sum(stack.problem.seconds[births[middle - 1] : births[middle]])
 
 
@@ -212,6 +211,44 @@ def planned(stack: Stack, *, close: float = 3e-4) -> Outcome | None:
 
 
 STRATEGIES = ("keep all", "full recompute", "full swap", "input swap", "alpha", "whole tensors", "memo")
+
+
+def alone(stack: Stack, name: str) -> tuple[Problem, Decision, bool]:
+    """One of `STRATEGIES` as it plays, and whether it fits; where it does not, as it would with memory for all of it.
+
+    Raises:
+        InvalidOption: there is no such strategy.
+    """
+    if name not in STRATEGIES:
+        raise InvalidOption("strategy", name, f"one of {', '.join(STRATEGIES)}")
+    p = stack.problem
+    outcome = _by_name(stack, name)
+    fits = outcome is not None
+    if outcome is None:
+        unlimited = replace(p, budget=None, host_budget=sum(a.bytes for a in p.activations))
+        outcome = _by_name(replace(stack, problem=unlimited), name)
+    assert outcome is not None, "without budgets everything fits"
+    played = outcome.played
+    # Without a budget nothing hurries: what such homes need is less than what was held.
+    peak = played.peak if fits else max(memory_profile(outcome.problem, outcome.residency))
+    stalls = sum(played.stalls.values())
+    decision = Decision(
+        dict(outcome.residency), peak, played.seconds, stalls, played.recompute_seconds, "nothing", {}, 0.0
+    )
+    return replace(outcome.problem, budget=p.budget, host_budget=p.host_budget), decision, fits
+
+
+def _by_name(stack: Stack, name: str) -> Outcome | None:
+    rules: dict[str, Callable[[Stack], Outcome | None]] = {
+        "keep all": keep_all,
+        "full recompute": full_recompute,
+        "full swap": full_swap,
+        "input swap": input_swap,
+        "alpha": one_alpha,
+        "whole tensors": lambda stack: whole_tensors(stack, planned(stack)),
+        "memo": planned,
+    }
+    return rules[name](stack)
 
 
 def outcomes(stack: Stack) -> dict[str, Outcome | None]:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from memo_compile.forecast import Asked, Forecast, Home, Say
 
 WIDTH = 140  # columns where the output is no terminal
+STRATEGY = (
+    "memo; keep, offload or recompute: the homes that are open; keep-all, full-recompute, full-swap, input-swap, alpha "
+    "(the paper's) or whole-tensors: what one could do instead"
+)
+CODE = 75  # columns of a source line and its code
 HELP = "plan a training step for devices that need not be there"
 
 
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget", metavar="BYTES", help="for activations on a device (its memory less 5 % and the model)"
     )
-    parser.add_argument("--strategy", default="memo", help="memo, keep, offload or recompute: the homes that are open")
+    parser.add_argument("--strategy", default="memo", help=STRATEGY)
     parser.add_argument("--trace-layers", type=int, default=4, help="layers of a preset to trace, 4 or more (4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
 
@@ -199,5 +204,6 @@ def _short(source: str) -> str:
 
 
 def _code(source: str) -> str:
-    """The same, with the code."""
-    return f"{_short(source)}: {source.split(': ', 1)[-1]}"
+    """The same, with the code, as far as it leaves room for the other columns."""
+    text = f"{_short(source)}: {source.split(': ', 1)[-1]}"
+    return text if len(text) <= CODE else text[: CODE - 1] + "…"

@@ -108,5 +108,6 @@ def test_a_mask_of_hugging_faces_llama_jumps_out(tmp_path, monkeypatch, capsys):
     assert mask["shape"][-2:] == [131072, 131072]
     assert "transformers/" in mask["source"]
     text = " ".join(capsys.readouterr().out.split())
+    assert "(1, 1, 131072, 131072)" in text
     assert "grow with the square of the tokens" in text
     assert "leave out attention_mask" in text

@@ -81,13 +81,13 @@ def test_a_spoiled_placement_is_found(before, monkeypatch):
     from memo_compile.codegen import arena
     from memo_compile.placement import Placement
 
-    def side_by_side(buffers, *, alignment, **_):
+    def side_by_side(buffers, layer_of, *, alignment, **_):
         sizes = [-(-b.size // alignment) * alignment for b in buffers]
         starts = itertools.accumulate(sizes, initial=sum(sizes))
         offsets = {b.name: start for b, start in zip(buffers, starts, strict=False)}
         return Placement(offsets, 2 * sum(sizes), 0, False, "no room is used twice", 0.0)
 
-    monkeypatch.setattr(arena, "place", side_by_side)
+    monkeypatch.setattr(arena, "place_layers", side_by_side)
     found = regressions(before)
     assert {"arena", "peak"} <= found.keys()
     assert "live; " in found["arena"].blame[0]

@@ -18,6 +18,7 @@ from memo_compile.placement import Buffer
 GOOD_ENOUGH = 1.0002  # of the lower bound: below that another segment costs more than it saves
 MAX_CUTS = 80
 CANDIDATES = 400
+STRETCHES = 40  # of the timeline, from each of which as many candidates are taken
 WINDOWS = (4, 8, 12, 16, 24, 32)  # divisions of each graph to begin with: layers are as alike as their needs
 NEAR = 12  # candidates on each side of the worst moment that are tried in pairs
 
@@ -133,15 +134,15 @@ def choose_cuts(lives: Lives, outside: Sequence[int]) -> tuple[int, ...]:
     def cost(candidate: tuple[int, ...]) -> float:
         return float(beyond(candidate).sum())
 
-    scratch = _scratch(lives)
-    candidates = _candidates(lives, scratch)
+    scratch = scratch_bytes(lives)
+    moments = candidates(lives, scratch)
     best = cost(cuts)
     for windows in WINDOWS if best > 0.0 else ():
         start = _with((lives.border,), _even(scratch, lives.border, windows))
         if (value := cost(start)) < best:
             cuts, best = start, value
     while best > 0.0 and len(cuts) < MAX_CUTS:
-        free = [c for c in candidates if c not in cuts]
+        free = [c for c in moments if c not in cuts]
         singles: list[tuple[int, ...]] = [(c,) for c in free]
         value, more = min(((cost(_with(cuts, t)), t) for t in singles), default=(best, ()))
         if value >= best:  # two cuts may free what lies between them
@@ -172,7 +173,7 @@ def _with(cuts: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted((*cuts, *more)))
 
 
-def _scratch(lives: Lives) -> Array:
+def scratch_bytes(lives: Lives) -> Array:
     """Bytes of what is not kept for the backward, at each step."""
     scratch = (lives.portion == 0).nonzero()[0]
     change = np.zeros(lives.steps + 1, dtype=np.int64)
@@ -181,8 +182,10 @@ def _scratch(lives: Lives) -> Array:
     return np.cumsum(change[:-1])
 
 
-def _candidates(lives: Lives, scratch: Array) -> list[int]:
-    """Births and deaths; where there are too many, those at which the fewest bytes of scratch are live."""
+def candidates(lives: Lives, scratch: Array) -> list[int]:
+    """Births and deaths; where there are many, in each stretch those at which the fewest bytes of scratch are live."""
     times = set(np.concatenate([lives.start, lives.end]).tolist()) - {0, lives.border, lives.steps}
-    ranked = sorted(times, key=lambda t: (int(scratch[t]), t))
-    return sorted(ranked[:CANDIDATES])
+    stretch = -(-lives.steps // STRETCHES)
+    ranked = sorted(times, key=lambda t: (t // stretch, int(scratch[t]), t))
+    each = CANDIDATES // STRETCHES
+    return sorted(t for _, group in itertools.groupby(ranked, lambda t: t // stretch) for t in list(group)[:each])

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memo_compile.codegen import segments
 from memo_compile.codegen.segments import GOOD_ENOUGH, Lives, choose_cuts, held_bytes, live_bytes_of, segment_of
 from memo_compile.placement import Buffer
 
@@ -70,3 +71,13 @@ def test_gradients_find_the_room_that_dead_layers_leave():
 
     assert worst((border,)) > 1.1
     assert worst(choose_cuts(lives, outside)) <= GOOD_ENOUGH
+
+
+def test_cuts_are_looked_for_in_all_of_the_timeline():
+    """A thousand moments without scratch early on do not use up the candidates that the end of the timeline needs."""
+    early = [Buffer(f"early{i}", 64, 2 * i, 2 * i + 1) for i in range(1000)]
+    late = [Buffer(f"late{i}", 2**20, 2000 + 7 * i, 2010 + 7 * i) for i in range(40)]
+    lives = Lives.of([*early, *late], 2300, 1999, 2**20)
+    candidates = segments.candidates(lives, segments.scratch_bytes(lives))
+    assert len(candidates) <= segments.CANDIDATES
+    assert len([t for t in candidates if t > 2000]) >= 40

@@ -60,9 +60,17 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     return replace(decided, plan=plan)
 
 
+class _Interpreter(fx.Interpreter):
+    """Drops a result that nobody reads: `fx.Interpreter` would hold it, and what it is a view of, to the end."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return result if n.users or n.op == "output" else None
+
+
 def _interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
     """A boxed call: the interpreter owns its inputs, and drops each value behind its last reader."""
-    run = boxed(lambda args: fx.Interpreter(gm).boxed_run(args))
+    run = boxed(lambda args: _Interpreter(gm).boxed_run(args))
     (output,) = gm.graph.find_nodes(op="output")
     for i, result in enumerate(output.args[0]):
         if isinstance(result, fx.Node) and is_on_host(result):

@@ -6,8 +6,9 @@ Pure: nothing is compiled, no tensor data is touched. `backend` and the `memo pl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch.fx as fx
@@ -340,40 +341,48 @@ def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.De
         SolverOutOfTime: no answer for any set within `limits.time_limit` seconds for each program.
     """
     problems = problems_of(view)
+    unpulled = replace(view.problem, activations=tuple(view.activations.values())) if len(problems) > 1 else None
+
+    @cache
+    def peak(i: int) -> float:
+        return residency.smallest_peak(problems[i], time_limit=limits.time_limit)
+
+    def fastest(budget: int | None) -> tuple[residency.Problem, residency.Decision] | None:
+        # Whether anything fits is asked first, and only when it comes to it: it is told much sooner than what is best.
+        roomy = (replace(p, budget=budget) for i, p in enumerate(problems) if budget is None or peak(i) <= budget)
+        return _fastest(replace(unpulled, budget=budget) if unpulled else None, roomy, limits.time_limit)
+
     if limits.objective == "time":
-        found = _fastest(view, problems, limits.time_limit)
+        found = fastest(view.problem.budget)
         if found is not None:
             return (*found, True)
-    peaks = [residency.smallest_peak(p, time_limit=limits.time_limit) for p in problems]
-    within = int(residency.slightly_more(min(peaks)))
-    near = [replace(p, budget=within) for p, peak in zip(problems, peaks, strict=True) if peak <= within]
+    smallest = min(range(len(problems)), key=peak)
     try:
-        found = _fastest(replace(view, problem=replace(view.problem, budget=within)), near, limits.time_limit)
+        found = fastest(int(residency.slightly_more(peak(smallest))))
     except SolverOutOfTime as late:
         log.warning("the smallest plan is not the fastest of such: %s", late)
         found = None
     if found is None:  # or slices are too coarse for so little room
-        problem = problems[peaks.index(min(peaks))]
-        found = problem, residency.smallest(problem, time_limit=limits.time_limit)
+        found = problems[smallest], residency.least(problems[smallest], time_limit=limits.time_limit)
     problem, decision = replace(found[0], budget=limits.budget), found[1]
     return problem, decision, limits.budget is None or decision.peak <= limits.budget
 
 
 def _fastest(
-    view: View, problems: Sequence[residency.Problem], time_limit: float
+    unpulled: residency.Problem | None, problems: Iterable[residency.Problem], time_limit: float
 ) -> tuple[residency.Problem, residency.Decision] | None:
     """The fastest answer; None where no problem has one.
 
-    The search ends early where a set's answer is as good as if recomputation pulled nothing forward: no set beats that.
+    The search ends early where a set's answer is as good as if recomputation pulled nothing forward (`unpulled`): no
+    set beats that.
     """
-    unpulled = replace(view.problem, activations=tuple(view.activations.values()))
-    if not _has_room(unpulled, time_limit):
-        return None
-    bound = _in_time(unpulled, time_limit) if len(problems) > 1 else None
+    bound: residency.Decision | SolverOutOfTime | None = None
     fitting: list[tuple[residency.Problem, residency.Decision]] = []
     late: list[SolverOutOfTime] = []
     for problem in problems:
-        found = _in_time(problem, time_limit) if _has_room(problem, time_limit) else None
+        if bound is None and unpulled is not None:
+            bound = _in_time(unpulled, time_limit)
+        found = _in_time(problem, time_limit)
         if isinstance(found, SolverOutOfTime):
             late.append(found)
             if len(late) == PATIENCE and not fitting:
@@ -387,11 +396,6 @@ def _fastest(
             raise late[0]
         log.warning("the solver ran out of time for some sets of anchors: a faster plan may exist (%s)", late[0])
     return min(fitting, key=lambda answer: answer[1].seconds, default=None)
-
-
-def _has_room(problem: residency.Problem, time_limit: float) -> bool:
-    """Whether any fractions fit: asked first, since it is told much sooner than by the whole program."""
-    return problem.budget is None or residency.smallest_peak(problem, time_limit=time_limit) <= problem.budget
 
 
 def _in_time(problem: residency.Problem, time_limit: float) -> residency.Decision | SolverOutOfTime | None:

@@ -124,22 +124,6 @@ def decide(problem: Problem, *, time_limit: float = 10.0) -> Decision | None:
 
 
 def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
-    """The residency with the smallest peak, and the fastest of those within a thousandth of it.
-
-    Raises:
-        SolverOutOfTime: no answer within `time_limit` seconds.
-    """
-    started = time.perf_counter()
-    grid = _grid(problem)
-    smallest = _solve(problem, grid, None, time_limit)
-    assert smallest is not None, "without a budget everything can be kept"
-    settled = _settled(problem, grid, slightly_more(smallest.peak), time_limit)
-    if settled is None:  # slices are too coarse for the last thousandth
-        settled = _as_it_rounds(problem, grid, smallest, time_limit)
-    return _decision(problem, *settled, time.perf_counter() - started)
-
-
-def smallest(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     """The residency with the smallest peak as it rounds, without a search for the fastest of such: told soon.
 
     Raises:
@@ -147,15 +131,18 @@ def smallest(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     """
     started = time.perf_counter()
     grid = _grid(problem)
-    found = _solve(problem, grid, None, time_limit)
-    assert found is not None, "without a budget everything can be kept"
-    settled = _as_it_rounds(problem, grid, found, time_limit)
-    return _decision(problem, *settled, time.perf_counter() - started)
+    free = _least(problem, grid, time_limit)
+    homes = _round_all(problem, free, again=False)
+    # Without a bound transfers would run ahead of time for nothing; but slices may be too coarse for this one.
+    within = _solve(problem, grid, slightly_more(free.peak), time_limit, homes)
+    fixed = within or _solve(problem, grid, math.inf, time_limit, homes) or free
+    return _decision(problem, homes, free, fixed, time.perf_counter() - started)
 
 
-def _as_it_rounds(problem: Problem, grid: _Grid, found: _Answer, time_limit: float) -> _Settled:
-    homes = _round_all(problem, found, again=False)
-    return homes, found, _solve(problem, grid, math.inf, time_limit, homes) or found
+def _least(problem: Problem, grid: _Grid, time_limit: float) -> _Answer:
+    answer = _solve(problem, grid, None, time_limit)
+    assert answer is not None, "without a budget everything can be kept"
+    return answer
 
 
 def smallest_peak(problem: Problem, *, time_limit: float = 10.0) -> float:
@@ -164,9 +151,7 @@ def smallest_peak(problem: Problem, *, time_limit: float = 10.0) -> float:
     Raises:
         SolverOutOfTime: no answer within `time_limit` seconds.
     """
-    smallest = _solve(problem, _grid(problem), None, time_limit)
-    assert smallest is not None, "without a budget everything can be kept"
-    return smallest.peak
+    return _least(problem, _grid(problem), time_limit).peak
 
 
 def slightly_more(peak: float) -> float:
@@ -205,7 +190,6 @@ def _settled(problem: Problem, grid: _Grid, budget: float, time_limit: float) ->
             free = _solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit, left=left)
             if free is None:
                 return best
-            homes = _round_all(problem, free, again=False)
             for again in (False, True):
                 homes = _round_all(problem, free, again=again)
                 fixed = _solve(problem, grid, budget, time_limit, homes)

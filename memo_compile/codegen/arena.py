@@ -99,6 +99,7 @@ def plan_arena(
     chunk: int = CHUNK,
     alone: frozenset[str] = frozenset(),
     layer_of: Mapping[str, int] | None = None,
+    emitted: ArenaLayout | None = None,
 ) -> ArenaLayout:
     """Place the buffers of both bodies.
 
@@ -110,29 +111,20 @@ def plan_arena(
         chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
         alone: names of backward buffers that get a segment of their own, so that a call before can take it.
         layer_of: by name, the layer of buffers of layers that may repeat; those that do are placed once.
+        emitted: a layout that the forward's code stands by already; its offsets are kept for the forward's buffers.
     """
     timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=alone)
+    if emitted is not None:
+        return _lay_out(timeline, *_around(emitted, timeline, layer_of or {}))
     return _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
 
 
-def plan_backward(
-    emitted: ArenaLayout,
-    forward: Body,
-    backward: Body,
-    links: Sequence[Link],
-    user_outputs: int,
-    *,
-    tangents: Mapping[str, int] = NOTHING,
-    chunk: int = CHUNK,
-    layer_of: Mapping[str, int] | None = None,
-) -> ArenaLayout:
-    """Place the backward's buffers anew, those of the forward where the code of `emitted` has put them.
-
-    Arguments as those of `plan_arena`, `emitted` being what it answered for another backward.
-    """
-    timeline = _timeline(forward, backward, links, user_outputs, tangents, chunk)
+def _around(
+    emitted: ArenaLayout, timeline: _Timeline, layer_of: Mapping[str, int]
+) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
+    """The forward's buffers where its code has put them, the backward's placed anew in segments beside."""
     lives = {b.name: b for b in timeline.buffers}
-    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.name in lives and b.name[:3] == "fw:"]
+    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.name.startswith("fw:")]
     segments = []
     for s in emitted.segments:
         inside = [b for b in fixed if b.segment == s.name]
@@ -142,8 +134,8 @@ def plan_backward(
     beside = tuple(o + h for o, h in zip(timeline.outside, held, strict=True))
     born = tuple(b for b in timeline.buffers if b.name.startswith("bw:"))
     groups = _groups(replace(timeline, buffers=born, outside=beside))
-    more, buffers = _placed(groups, layer_of or {}, len(emitted.segments))
-    return _lay_out(timeline, [*segments, *more], [*fixed, *buffers])
+    more, buffers = _placed(groups, layer_of, len(emitted.segments))
+    return [*segments, *more], [*fixed, *buffers]
 
 
 def _timeline(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena, plan_backward
+from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
 from memo_compile.codegen.landings import how_many_early, schedule_of
@@ -333,7 +333,7 @@ class _Compilation:
         layout, forward = self.evidence.layout, self.evidence.forward
         if body != self.evidence.backward:
             log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
-            layout = plan_backward(layout, **self._arena_arguments(self.decided, forward, body))
+            layout = plan_arena(**self._arena_arguments(self.decided, forward, body), emitted=layout)
         return self._settle_on(layout, forward, body, "bw:")
 
     def _settle_on(

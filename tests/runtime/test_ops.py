@@ -37,6 +37,17 @@ def test_opcheck_prefetch():
     torch.library.opcheck(ops.prefetch_.default, (torch.empty(8, 4), lease, 0), test_utils=CHECKS)
 
 
+def test_opcheck_keep():
+    torch.library.opcheck(ops.keep.default, (torch.randn(8, 4)[2:],), test_utils=CHECKS)
+
+
+def test_what_is_kept_lies_alone():
+    whole = torch.randn(2, 8, 4)
+    kept = ops.keep(whole[:, 6:])
+    assert torch.equal(kept, whole[:, 6:])
+    assert kept.untyped_storage().nbytes() == 2 * 2 * 4 * 4
+
+
 def test_opcheck_landing():
     lease = ops.host_lease(256, -1)
     args = (lease, 0, 64, torch.device("cpu"))

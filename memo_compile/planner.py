@@ -19,6 +19,7 @@ from memo_compile.cost import graph_costs
 from memo_compile.errors import SolverOutOfTime
 from memo_compile.hardware import DeviceProfile
 from memo_compile.logs import logger
+from memo_compile.passes.attention import write_over_attention_inputs
 from memo_compile.passes.early_products import keep_early_products
 from memo_compile.passes.graph import (
     HOST_LEASE,
@@ -469,6 +470,9 @@ def carry_out(
     backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead)
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
+    if p.fused:
+        forward, backward = write_over_attention_inputs(forward), write_over_attention_inputs(backward)
+        show("attention", forward, backward)
     return replace(sliced, forward=forward, backward=backward)
 
 

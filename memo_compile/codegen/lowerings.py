@@ -1,24 +1,88 @@
-"""How Inductor lowers memo's ops that are no extern kernels.
+"""How Inductor lowers memo's ops that are no extern kernels of their own name.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.lowering.register_lowering` and `clone`.
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.lowering.register_lowering` and `clone`; of
+`torch._inductor.ir` `ExternKernel.realize_input` and `copy_input`, `FallbackKernel.create`, `as_storage_and_layout`;
+`V.graph.env` and `V.graph.current_node`.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.fx as fx
+
+from memo_compile.passes.attention import are_apart, may_be_overwritten
+from memo_compile.passes.graph import storage_of
 
 
 @cache
 def register_lowerings() -> None:
-    """Lower `memo::keep` as a copy, which fuses and lies in the arena.
+    """Lower `memo::keep` as a copy, which fuses and lies in the arena, and attention in place.
 
     `aten.clone` would not do: Inductor drops it where the copy would have the strides of the view that it copies
     (`remove_noop_ops`), and the rows that stay then hold the whole value.
     """
     from torch._inductor import lowering
 
-    module: Any = lowering
-    module.register_lowering(torch.ops.memo.keep.default, type_promotion_kind=None)(lambda src: module.clone(src))
+    ops, module = torch.ops.memo, lowering
+    untyped: dict[str, Any] = {"type_promotion_kind": None}
+    register: Any = module.register_lowering
+    clone: Any = module.clone
+    register(ops.keep.default, **untyped)(lambda src: clone(src))
+    for over, graph_op, emitted in (
+        (2, ops.attention_onto, ops.attention_onto_),
+        (3, ops.attention_backward_onto, ops.attention_backward_onto_),
+    ):
+        register(graph_op.default, **untyped)(partial(_write_over, over, emitted.default))
+
+
+def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any]:
+    """Write over the buffers of the first `over` arguments, and return these as the results.
+
+    Passes of Inductor may have joined one of them with another value since memo looked: that one is copied first.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    graph: Any = V.graph
+    node: fx.Node = graph.current_node
+    tensors = [n for n in node.args if isinstance(n, fx.Node)]
+    apart = are_apart(tensors[:over], tensors[over:])
+    realized = [ir.ExternKernel.realize_input(box) for box in args[: len(tensors)]]
+    names = [_storage(value).get_name() for value in realized]
+    boxes: list[Any] = []
+    for i, value in enumerate(realized[:over]):
+        joined = any(
+            names[i] == name and storage_of(tensors[i]) is not storage_of(other)
+            for name, other in zip(names, tensors, strict=True)
+        )
+        alone = apart and not joined and may_be_overwritten(node, tensors[i])
+        alone = alone and not _is_read_later(node, names[i], graph.env)
+        boxes.append(ir.TensorBox(value if alone else ir.ExternKernel.copy_input(args[i])))
+    storages = {_storage(box).get_name(): ir.TensorBox(_storage(box)) for box in boxes}
+    ir.FallbackKernel.create(kernel, list(storages.values()), *boxes, *args[over:], **keywords)
+    return boxes
+
+
+def _storage(value: Any) -> Any:
+    from torch._inductor import ir
+
+    return ir.as_storage_and_layout(value, freeze=False)[0]
+
+
+def _is_read_later(node: fx.Node, name: str, env: dict[fx.Node, Any]) -> bool:
+    """Whether a value of the graph that shares the buffer, though it may be no view of it, has readers to come.
+
+    Inductor lowers some ops to nothing, so that two values of a graph are one buffer.
+    """
+    from torch._inductor import ir
+
+    position = {n: i for i, n in enumerate(node.graph.nodes)}
+    for other, value in env.items():
+        waiting = any(position[user] > position[node] for user in other.users)
+        realized = waiting and isinstance(value, ir.TensorBox) and ir.is_storage_and_layout(value)
+        if realized and _storage(value).get_name() == name:
+            return True
+    return False

@@ -69,10 +69,13 @@ def _is_product(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     name = target._schema.name
-    return name in _PRODUCTS or "scaled_dot_product" in name or name.startswith("aten::convolution")
+    written_in_place = name.removeprefix("memo::") in _INTO
+    return name in _PRODUCTS or written_in_place or "scaled_dot_product" in name or name.startswith("aten::convolution")
 
 
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "memo::mm_into_", "memo::addmm_into_"})
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
+_ATTENTION = ("attention_onto", "attention_onto_", "attention_backward_onto", "attention_backward_onto_")
+_INTO = frozenset({"mm_into_", "addmm_into_", *_ATTENTION})
 
 
 def emitted_steps(lines: Sequence[str]) -> list[Step]:
@@ -87,7 +90,7 @@ def emitted_steps(lines: Sequence[str]) -> list[Step]:
         name = function.removeprefix("torch.ops.memo.").removesuffix(".default")
         if name in TRANSFERS and function.startswith("torch.ops.memo."):
             steps.append(Step(name, ast.literal_eval(call.args[2])))
-        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or name in ("mm_into_", "addmm_into_"):
+        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or name in _INTO:
             steps.append(Step(function))
     return steps
 

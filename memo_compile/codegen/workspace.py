@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from memo_compile.runtime.attention import heads_of_piece
+
 
 def workspace_bytes(node: fx.Node) -> int:
     """The scratch of one call; threads are those that torch has now."""
@@ -18,9 +20,23 @@ def workspace_bytes(node: fx.Node) -> int:
         return _flash_on_cpu(node.args[0], node.args[1], backward=False)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
         return _flash_on_cpu(node.args[1], node.args[2], backward=True)
+    if name == "memo::attention_onto":
+        return _a_piece_on_cpu(node, list(node.args[:2]), node.args[2], backward=False)
+    if name == "memo::attention_backward_onto":  # which makes a dense copy of the output's gradient, here a part of it
+        return _a_piece_on_cpu(node, list(node.args[:4]), node.args[1], backward=True)
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         return _flash_backward_on_cuda(node.args[1], node.args[2])
     return 0
+
+
+def _a_piece_on_cpu(node: fx.Node, made: list[Any], key: Any, *, backward: bool) -> int:
+    """`memo_compile.runtime.attention`: what one piece makes, the size of its part of `made`, and the kernel's own."""
+    pieces = node.args[6 if not backward else 8]
+    given: list[torch.Tensor] = [n.meta["val"] for n in made]
+    assert isinstance(pieces, int)
+    batch, heads = (int(s) for s in given[0].shape[:2])
+    whole = sum(t.numel() * t.element_size() for t in given)
+    return whole * heads_of_piece(batch, heads, pieces) // heads + _flash_on_cpu(made[0], key, backward=backward)
 
 
 def _flash_backward_on_cuda(query: Any, key: Any) -> int:

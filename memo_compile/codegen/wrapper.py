@@ -101,11 +101,12 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
         from torch._inductor import ir
 
         buffer = graph.name_to_buffer.get(name)
-        if _is_host_lease(buffer):
+        if _schema_name(buffer) == "memo::host_lease":
             return "kernel", 0
         if buffer is None:
             return None
-        if isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
+        onto = _schema_name(buffer) in ("memo::attention_onto_", "memo::attention_backward_onto_")
+        if onto or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
             node = getattr(buffer, "fx_node", None)
             return "workspace", 0 if node is None else workspace_bytes(node)
         if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
@@ -126,9 +127,10 @@ def _origin(buffer: Any) -> str:
     return str(node.name) if node is not None else ""
 
 
-def _is_host_lease(buffer: Any) -> bool:
+def _schema_name(buffer: Any) -> str:
+    """The op that makes a buffer, "" where that is none of torch's or memo's."""
     schema = getattr(getattr(buffer, "op_overload", None), "_schema", None)
-    return getattr(schema, "name", "") == "memo::host_lease"
+    return str(getattr(schema, "name", ""))
 
 
 def _stride(output: Any) -> tuple[int, ...] | None:

@@ -97,11 +97,27 @@ def storage_of(node: fx.Node) -> fx.Node:
             if is_view(node) or is_write(node) or _is_item_of_view(node):
                 node = node.all_input_nodes[0]
                 continue
+            overwritten = _overwritten_by(node)
+            if overwritten is not None:
+                node = overwritten
+                continue
         return node
 
 
 def _is_item_of_view(node: fx.Node) -> bool:
     return node.target is operator.getitem and is_view(node.all_input_nodes[0])
+
+
+def _overwritten_by(node: fx.Node) -> fx.Node | None:
+    """The argument over which the op writes the result that `node` takes from it."""
+    if node.target is not operator.getitem:
+        return None
+    made, index = node.args
+    assert isinstance(made, fx.Node)
+    assert isinstance(index, int)
+    onto = op_name(made) in ("memo.attention_onto.default", "memo.attention_backward_onto.default")
+    overwritten = made.args[index] if onto else None
+    return overwritten if isinstance(overwritten, fx.Node) else None
 
 
 def has_tag(node: fx.Node, tag: torch.Tag) -> bool:

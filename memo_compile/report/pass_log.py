@@ -114,6 +114,8 @@ _MOVES = {
     ("slices", "backward"): "made again directly before the first gradient that needs it",
     ("transfers", "forward"): "waits where the link will have ended the copy",
     ("transfers", "backward"): "",
+    ("attention", "forward"): "",
+    ("attention", "backward"): "",
 }
 
 

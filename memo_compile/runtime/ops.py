@@ -8,6 +8,7 @@
   one; it stands in emitted code alone, in place of an allocation
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: products written to their rows of a larger value
+* `attention_onto`, `attention_backward_onto`, and with a `_` behind: see `memo_compile.runtime.attention`
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from memo_compile.runtime import attention
 from memo_compile.runtime.ahead import Ahead
 from memo_compile.runtime.engine import Engine, Recorder, TransferStats
 from memo_compile.runtime.host import HostPool
@@ -32,6 +34,7 @@ _SCHEMAS = (
     "keep(Tensor src) -> Tensor",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
+    *attention.SCHEMAS,
 )
 
 
@@ -151,7 +154,15 @@ def _fake_keep(src: torch.Tensor) -> torch.Tensor:
     return torch.empty(src.shape, dtype=src.dtype, device=src.device)
 
 
-_FAKES = {"host_lease": _fake_lease, "landing": _fake_landing, "keep": _fake_keep}
+_FAKES = {
+    "host_lease": _fake_lease,
+    "landing": _fake_landing,
+    "keep": _fake_keep,
+    "attention_onto": attention.fake_attention_onto,
+    "attention_onto_": attention.fake_token,
+    "attention_backward_onto": attention.fake_attention_backward_onto,
+    "attention_backward_onto_": attention.fake_token,
+}
 
 
 @cache
@@ -170,6 +181,10 @@ def register() -> torch.library.Library:
         ("keep", _keep),
         ("mm_into_", _mm_into),
         ("addmm_into_", _addmm_into),
+        ("attention_onto", attention.attention_onto),
+        ("attention_onto_", attention.attention_onto_),
+        ("attention_backward_onto", attention.attention_backward_onto),
+        ("attention_backward_onto_", attention.attention_backward_onto_),
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
         fake: Any = _FAKES.get(name, _fake_nothing)

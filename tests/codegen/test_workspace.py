@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from memo_compile import measure_peak
 from memo_compile.codegen.workspace import workspace_bytes
+from memo_compile.runtime.ops import register
 
 
 def node_of(op, *shapes, dtype=torch.bfloat16):
@@ -31,6 +33,19 @@ def test_rows_and_heads_are_padded():
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
     shape = (2, 3, 130, 40)
     assert workspace_bytes(node_of(op, shape, shape, shape, shape)) == 4 * 2 * 3 * 256 * (64 + 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_a_piece_at_a_time_has_what_it_is_measured_to_have(backward):
+    register()
+    rows, sums = (1, 8, 1024, 32), (1, 8, 1024)
+    shapes = [rows] * 5 + [sums] if backward else [rows, sums, rows, rows]
+    op = torch.ops.memo.attention_backward_onto if backward else torch.ops.memo.attention_onto
+    tensors = [torch.randn(s[0], s[2], s[1], *s[3:]).transpose(1, 2) for s in shapes]
+    node = node_of(op.default, *shapes, dtype=torch.float32)
+    node.args = (*node.args, 0.0, True, 4)
+    peak = measure_peak(lambda: op(*tensors, 0.0, True, 4))
+    assert workspace_bytes(node) == pytest.approx(peak, rel=0.01)
 
 
 def test_other_kernels_have_none():

@@ -35,7 +35,7 @@ def test_the_environment_asks_for_a_dump(tmp_path, monkeypatch):
 
 def test_each_pass_leaves_its_graphs_and_what_it_did(inductor_dump):
     folder = inductor_dump.folder
-    for number, name in enumerate(("clean_up", "tokens", "partition", "slices", "transfers"), start=1):
+    for number, name in enumerate(("clean_up", "tokens", "partition", "slices", "transfers", "attention"), start=1):
         passed = folder / f"passes/{number}-{name}"
         assert (passed / "diff.txt").read_text().startswith(f"{name}\n")
         for path in passed.glob("*.py"):

@@ -41,6 +41,36 @@ def test_opcheck_keep():
     torch.library.opcheck(ops.keep.default, (torch.randn(8, 4)[2:],), test_utils=CHECKS)
 
 
+def attention_inputs():
+    """Queries, keys, values, the output's gradient, output, row sums."""
+    q, k, v, g, out = (torch.randn(1, 4, 16, 8) for _ in range(5))
+    return q, k, v, g, out, torch.randn(1, 4, 16)
+
+
+def test_opcheck_attention_onto():
+    q, k, v, _, _, sums = attention_inputs()
+    torch.library.opcheck(ops.attention_onto.default, (q, sums, k, v, 0.0, True, 2), test_utils=CHECKS)
+
+
+def test_opcheck_attention_backward_onto():
+    args = (*attention_inputs(), 0.0, True, 2)
+    torch.library.opcheck(ops.attention_backward_onto.default, args, test_utils=CHECKS)
+
+
+def test_what_stands_in_emitted_code_writes_the_same():
+    q, k, v, g, out, sums = attention_inputs()
+    here = [t.clone() for t in (q, k, v)]
+    expected = ops.attention_backward_onto(q, k, v, g, out, sums, 0.0, True, 2)
+    token = ops.attention_backward_onto_(here, *here, g, out, sums, 0.0, True, 2)
+    assert token.numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(here, expected, strict=True))
+    q, k, v, _, _, sums = attention_inputs()
+    here = [q.clone(), sums.clone()]
+    expected = ops.attention_onto(q, sums, k, v, 0.0, True, 2)
+    ops.attention_onto_(here, *here, k, v, 0.0, True, 2)
+    assert all(torch.equal(a, b) for a, b in zip(here, expected, strict=True))
+
+
 def test_what_is_kept_lies_alone():
     whole = torch.randn(2, 8, 4)
     kept = ops.keep(whole[:, 6:])

@@ -197,6 +197,18 @@ def test_an_op_that_inductor_lowers_to_nothing_is_not_taken_for_a_copy():
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+def test_two_inputs_that_inductor_makes_one_are_not_written_over():
+    def shared(g, q, k, v, out, sums):
+        q = q.sin()
+        inputs = [q, torch.ops.prims.convert_element_type.default(q, torch.float64), v.sin()]
+        return BACKWARD(g, *inputs, out, sums, 0.0, True)
+
+    tensors = given(4)
+    expected = shared(*tensors)
+    found = compiled(shared, tensors)(list(tensors))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_value_may_be_overwritten_where_it_is_read_last():
     gm = traced(step, given(4))
     (node,) = gm.graph.find_nodes(op="call_function", target=BACKWARD)

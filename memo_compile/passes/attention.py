@@ -58,8 +58,10 @@ def _row_sums(node: fx.Node) -> fx.Node:
     """An empty place for the logarithms of the row sums, laid out as the kernel lays them out."""
     value: torch.Tensor = node.meta["val"][1]  # (batch, heads, rows)
     batch, heads, rows = value.shape
+    # Of float64 the kernel makes float64, though the fake values of torch 2.11 say float32.
+    dtype = torch.float64 if node.meta["val"][0].dtype == torch.float64 else value.dtype
     with node.graph.inserting_before(node):
-        kwargs = {"dtype": value.dtype, "device": value.device}
+        kwargs = {"dtype": dtype, "device": value.device}
         empty = call(node.graph, torch.ops.aten.empty.memory_format, ([batch, rows, heads],), kwargs)
         return call(node.graph, torch.ops.aten.permute.default, (empty, [0, 2, 1]))
 

@@ -292,7 +292,8 @@ def test_backward_in_another_thread(backend):
 def test_random_delays_change_nothing(backend):
     import random
 
-    model, x = zoo.make("llama"), zoo.batch(1)
+    # Bits are compared, so float32 will do: torch 2.11's own Inductor takes float64 row sums for float32, and stops.
+    model, x = zoo.make("llama").float(), zoo.batch(1)
     fn = compiled(model, backend)
     _, expected = zoo.gradients(model, fn, x)
     for seed in range(3):

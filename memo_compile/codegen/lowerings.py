@@ -79,9 +79,8 @@ def _is_read_later(node: fx.Node, name: str, env: dict[fx.Node, Any]) -> bool:
     """
     from torch._inductor import ir
 
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
     for other, value in env.items():
-        waiting = any(position[user] > position[node] for user in other.users)
+        waiting = any(user > node for user in other.users)
         realized = waiting and isinstance(value, ir.TensorBox) and ir.is_storage_and_layout(value)
         if realized and _storage(value).get_name() == name:
             return True

@@ -73,14 +73,13 @@ def may_be_overwritten(node: fx.Node, value: Any) -> bool:
     root = storage_of(value)
     if root.op != "call_function" or root.target is operator.getitem:
         return False
-    position = {n: i for i, n in enumerate(node.graph.nodes)}
     stack, seen = [root], {root, node}
     while stack:
         for user in stack.pop().users:
             if user in seen:
                 continue
             seen.add(user)
-            if position[user] > position[node]:
+            if user > node:
                 return False
             if storage_of(user) is root:
                 stack.append(user)

@@ -168,8 +168,8 @@ def test_inductor_writes_the_gradients_in_place():
     assert same(compiled(step, tensors)(list(tensors)), expected)
 
 
-def test_a_copy_that_inductor_drops_is_not_taken_for_one():
-    """`k * 1` and `k.clone()` may become `k` itself, which is the caller's and read again."""
+def test_copies_of_the_callers_values_leave_these_as_they_were():
+    """Whether Inductor makes the copies or not."""
 
     def copies(g, q, k, v, out, sums):
         inputs = [q.clone(), k.clone(), v.clone()]
@@ -194,18 +194,6 @@ def test_an_op_that_inductor_lowers_to_nothing_is_not_taken_for_a_copy():
     tensors = (g, q, k, v, out, sums)
     expected = casts(*tensors)
     found = compiled(casts, tensors)(list(tensors))
-    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
-
-
-def test_two_inputs_that_inductor_makes_one_are_not_written_over():
-    def shared(g, q, k, v, out, sums):
-        q = q.sin()
-        inputs = [q, torch.ops.prims.convert_element_type.default(q, torch.float64), v.sin()]
-        return BACKWARD(g, *inputs, out, sums, 0.0, True)
-
-    tensors = given(4)
-    expected = shared(*tensors)
-    found = compiled(shared, tensors)(list(tensors))
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
 
 

@@ -36,6 +36,7 @@ from memo_compile.passes.graph import (
 from memo_compile.passes.layers import META as LAYER
 from memo_compile.passes.layers import LayerReport, annotate_layers
 from memo_compile.passes.lifetimes import last_reads, lifetimes
+from memo_compile.passes.masks import share_masks
 from memo_compile.passes.partition import (
     Split,
     canonical_saved,
@@ -471,7 +472,7 @@ def carry_out(
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
     if p.fused:
-        forward, backward = write_over_attention_inputs(forward), write_over_attention_inputs(backward)
+        forward, backward = (write_over_attention_inputs(share_masks(g)) for g in (forward, backward))
         show("attention", forward, backward)
     return replace(sliced, forward=forward, backward=backward)
 

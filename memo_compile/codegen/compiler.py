@@ -25,6 +25,8 @@ import torch.fx as fx
 from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
+from memo_compile.codegen.fusion import wait_for_products
+from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.landings import how_many_early, schedule_of
 from memo_compile.codegen.order import check_order, emitted_steps, place_transfers, planned_steps
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
@@ -51,6 +53,11 @@ log = logger(__name__)
 
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
+    with _collection_paused(), kernels_beside():
+        return _compiled(gm, inputs, options)
+
+
+def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     setting = setting_for(options, inputs)
     run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
     try:
@@ -90,7 +97,7 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked 
     def stop(*_: Any, **__: Any) -> Any:
         raise _Planned
 
-    with contextlib.suppress(_Planned):
+    with contextlib.suppress(_Planned), _collection_paused():
         _through_inductor(run, stop, gm, inputs)
     if run.plan is None or run.prepared is None or run.decided is None or run.evidence is None:
         return None
@@ -178,12 +185,6 @@ class _Compilation:
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Plan the joint graph; returns its forward and backward."""
-        with _collection_paused():
-            return self._partition(joint, inputs, num_forward_outputs, static)
-
-    def _partition(
-        self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         started = time.perf_counter()
         self.num_forward_outputs, self.static = num_forward_outputs, tuple(static or ())
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
@@ -394,7 +395,7 @@ class _Compilation:
 
 @contextlib.contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Within, garbage is not collected: in graphs and symbols that takes a fifth of planning, and hardly frees any."""
+    """Within, garbage is not collected: in graphs and symbols that takes a fifth of the time, and hardly frees any."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -453,15 +454,17 @@ def _donated(indices: list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
-    """Transfers stay where the plan put them: Inductor's reordering for memory would undo their overlap."""
+    """Products and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
     from torch._inductor import config
 
     moves = any(h.offloaded for h in decided.homes.values())
-    settings: dict[str, Any] = {
-        "reorder_for_peak_memory": False,
-        "_post_fusion_custom_pass": place_transfers(planned_steps(graph)),
-    }
-    with config.patch(settings if moves else {}):
+    settings: dict[str, Any] = {}
+    if decided.homes:
+        settings["_pre_fusion_custom_pass"] = wait_for_products
+    if moves:
+        settings["reorder_for_peak_memory"] = False
+        settings["_post_fusion_custom_pass"] = place_transfers(planned_steps(graph))
+    with config.patch(settings):
         yield
 
 

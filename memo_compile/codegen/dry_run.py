@@ -2,6 +2,9 @@
 
 What comes back is the order and the storages that the real compilation of the same graph will emit, since it is the
 same code that makes them.
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx_inner`, and of `torch.fx._lazy_graph_module`
+`_make_graph_module` and `_use_lazy_graph_module`.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ def dry_run(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
     graph = copy.deepcopy(gm.graph)
-    twin = fx.GraphModule(gm, graph)
+    with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written behind every pass
+        twin = _make_graph_module(gm, graph)
     (output,) = graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(user_visible)
     inputs = [_restrided(n, (input_strides or {}).get(n.name)) for n in graph.find_nodes(op="placeholder")]

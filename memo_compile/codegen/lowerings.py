@@ -29,13 +29,17 @@ def register_lowerings() -> None:
     ops, module = torch.ops.memo, lowering
     untyped: dict[str, Any] = {"type_promotion_kind": None}
     register: Any = module.register_lowering
-    clone: Any = module.clone
-    register(ops.keep.default, **untyped)(lambda src: clone(src))
+    register(ops.keep.default, **untyped)(lambda src: _in_memory(module.clone(src)))
     for over, graph_op, emitted in (
         (2, ops.attention_onto, ops.attention_onto_),
         (3, ops.attention_backward_onto, ops.attention_backward_onto_),
     ):
         register(graph_op.default, **untyped)(partial(_write_over, over, emitted.default))
+
+
+def _in_memory(box: Any) -> Any:
+    box.realize()
+    return box
 
 
 def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any]:

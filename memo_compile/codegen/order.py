@@ -160,10 +160,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
 
     Dependencies hold whatever the wishes are.
     """
-    from torch._inductor.virtualized import V
-
-    graph: Any = V.graph.module.graph
-    index = {node.name: i for i, node in enumerate(graph.nodes)}
+    index = node_index()
     moved = [n for n in nodes if _transfer(n) is not None]
     if not moved:
         return nodes
@@ -173,15 +170,15 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     for node, sources in needs.items():
         for source in sources:
             readers[source].append(node)
-    landings = {m for n in moved if _transfer(n) == "prefetch_" for m in needs[n] if not _positions(m, index)}
+    landings = {m for n in moved if _transfer(n) == "prefetch_" for m in needs[n] if not positions(m, index)}
     fixed = [n for n in nodes if n not in landings and _transfer(n) is None]
     slot = {n: float(i) for i, n in enumerate(fixed)}
     last = [-1.0, -1.0]  # of offloads, which one lease chains, and of prefetches, which one link serves
-    for node in sorted(moved, key=lambda n: max(_positions(n, index))):
+    for node in sorted(moved, key=lambda n: max(positions(n, index))):
         kind = _transfer(node)
-        at = max(_positions(node, index))
+        at = max(positions(node, index))
         wish = max(
-            (slot[n] for n in fixed if (_positions(n, index) or [0])[-1] < at and _positions(n, index)), default=-1
+            (slot[n] for n in fixed if (positions(n, index) or [0])[-1] < at and positions(n, index)), default=-1
         )
         if kind == "wait_":
             wish = min((slot[r] for r in readers[node] if r in slot), default=wish + 1) - 1
@@ -192,7 +189,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
         slot[node] = wish + 0.5
     _keep_overlap(moved, fixed, readers, index, slot, counts)
     # Starts at one place keep their order, whatever order the scheduler had them in.
-    for number, node in enumerate(sorted(moved, key=lambda n: max(_positions(n, index)))):
+    for number, node in enumerate(sorted(moved, key=lambda n: max(positions(n, index)))):
         slot[node] += number * 1e-6
     for node in landings:
         slot[node] = min(slot[r] for r in readers[node] if r in slot)
@@ -213,7 +210,7 @@ def _keep_overlap(
     """
     products = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
     next_slot = float("inf")
-    for node in sorted(moved, key=lambda n: -max(_positions(n, index))):
+    for node in sorted(moved, key=lambda n: -max(positions(n, index))):
         kind = _transfer(node)
         waits = [r for r in readers[node] if _transfer(r) == STARTS.get(str(kind))]
         for wait in waits:
@@ -241,7 +238,15 @@ def _offset(node: Any) -> int:
     return next(int(c) for c in node.node.constant_args)
 
 
-def _positions(node: Any, index: dict[str, int]) -> list[int]:
+def node_index() -> dict[str, int]:
+    """Where each node stands in the post-grad graph that Inductor is lowering, by name."""
+    from torch._inductor.virtualized import V
+
+    graph: Any = V.graph.module.graph
+    return {node.name: i for i, node in enumerate(graph.nodes)}
+
+
+def positions(node: Any, index: dict[str, int]) -> list[int]:
     """Where in the graph the nodes stand that a scheduler node computes; the last is where it is complete."""
     found = {index[o.name] for n in node.get_nodes() for o in n.node.get_origins() if o.name in index}
     made = [n for n in node.get_nodes() if type(n).__name__ != "NopKernelSchedulerNode"]

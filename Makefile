@@ -20,10 +20,10 @@ demo: $(STAMP)
 
 # One thread a worker: two workers share the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 # A smoke set against the oldest and the newest torch, each in a virtual environment of its own.
 COMPAT := 2.11.0 2.15.0

@@ -467,8 +467,10 @@ def carry_out(
     def seconds(node: fx.Node) -> float:
         return _step_seconds(p, node)
 
-    forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead)
-    backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead)
+    front = lifetimes(sliced.forward, fused=p.fused)
+    back = lifetimes(sliced.backward, fused=p.fused, owned_inputs=frozenset(sliced.saved))
+    forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead, live=front.live_bytes())
+    backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead, live=back.live_bytes())
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
     if p.fused:

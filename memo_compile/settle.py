@@ -15,6 +15,7 @@ log = logger(__name__)
 ROUNDS = 2  # with the smallest plan as the third
 OVERSHOOT = 2.5  # of the excess: a smaller plan misses by more than the one before, up to twice as much (HF GPT-2)
 AIM = 0.985  # of a budget, at first, where a compiler fuses: plans miss by about a hundredth, and a round takes seconds
+WORTHWHILE = 0.7  # of the unplanned peak: a plan that holds less than this holds less than the unplanned graph
 T = TypeVar("T")
 
 
@@ -39,9 +40,8 @@ def settle(
     Raises:
         BudgetTooSmall: not even the smallest plan is within the budget.
     """
-    smallest = replace(limits, objective="memory")
     if limits.objective == "memory":
-        return Settled(*_looked_at(p, smallest, evaluate, name, backend), rounds=1)
+        return Settled(*_smallest(p, limits, evaluate, name, backend), rounds=1)
     target = limits.budget
     if p.fused and target is not None and target < p.unplanned_peak:
         target = int(AIM * target)
@@ -53,10 +53,21 @@ def settle(
         log.debug("%s: the plan for %s bytes holds %s, over a budget of %s", name, target, peak, limits.budget)
         assert target is not None
         target = max(1, min(target, decided.plan.predicted_peak) - int(OVERSHOOT * (peak - limits.budget)))
-    decided, peak, evidence = _looked_at(p, smallest, evaluate, name, backend)
+    decided, peak, evidence = _smallest(p, limits, evaluate, name, backend)
     if limits.budget is not None and peak > limits.budget:
         raise BudgetTooSmall(limits.budget, peak, decided.obstacles)
     return Settled(decided, peak, evidence, rounds + 1)
+
+
+def _smallest(
+    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], name: str, backend: str
+) -> tuple[Decided, int, T]:
+    """The plan that holds least: of a small graph that may be the unplanned one, which a compiler fuses further."""
+    least = _looked_at(p, replace(limits, objective="memory"), evaluate, name, backend)
+    if limits.offload == "all" or least[1] <= WORTHWHILE * p.unplanned_peak:
+        return least
+    unplanned = _looked_at(p, replace(limits, budget=None, objective="time", offload=False), evaluate, name, backend)
+    return min(least, unplanned, key=lambda looked: looked[1])
 
 
 def _looked_at(

@@ -18,6 +18,12 @@ def llama():
     return Llama(LlamaConfig(**SMALL, kv_heads=2, ffn=96))
 
 
+def one_layer_llama():
+    """The least that has everything, for tests that compile several times."""
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(**{**SMALL, "layers": 1}, kv_heads=2, ffn=96)).double().train()
+
+
 def gpt(dropout=0.0):
     return GPT(GPTConfig(**SMALL, tokens=TOKENS, dropout=dropout))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memo_compile.errors import InvalidOption, MemoError
+from memo_compile.options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("steps", "layers", "width", "tokens"):
         if getattr(arguments, name) < 1:
             raise InvalidOption(f"--{name}", getattr(arguments, name), "a positive number")
+    for text in arguments.budgets:  # before anything is trained
+        Options.parse({"memory_budget": _budget(text, 1 << 40)})
     logging.getLogger("torch").setLevel(logging.ERROR)
     console = Console()
     data = _batches(arguments.steps, arguments.tokens, arguments.device)

@@ -187,7 +187,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
             wish = max(wish, last[way])
             last[way] = wish
         slot[node] = wish + 0.5
-    _keep_overlap(moved, fixed, readers, index, slot, counts)
+    _keep_overlap(moved, fixed, index, slot, counts)
     # Starts at one place keep their order, whatever order the scheduler had them in.
     for number, node in enumerate(sorted(moved, key=lambda n: max(positions(n, index)))):
         slot[node] += number * 1e-6
@@ -199,7 +199,6 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
 def _keep_overlap(
     moved: list[Any],
     fixed: list[Any],
-    readers: dict[Any, list[Any]],
     index: dict[str, int],
     slot: dict[Any, float],
     counts: dict[Step, int],
@@ -208,12 +207,14 @@ def _keep_overlap(
 
     A prefetch that the plan waits for at once starts where its wait has gone: earlier, it would only hold memory.
     """
-    products = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
+    products = [n for n in fixed if _is_kernel_of_torch(n)]
     next_slot = float("inf")
+    # By offset: what reads a transfer's buffers may be another slice's wait, chained to it by the lease.
+    waits = {(_transfer(n), _offset(n)): n for n in moved if _transfer(n) not in STARTS}
     for node in sorted(moved, key=lambda n: -max(positions(n, index))):
         kind = _transfer(node)
-        waits = [r for r in readers[node] if _transfer(r) == STARTS.get(str(kind))]
-        for wait in waits:
+        wait = waits.get((STARTS.get(str(kind)), _offset(node)))
+        if wait is not None:
             count = counts.get(Step(str(kind), _offset(node)), 0)
             if kind == "offload":
                 later = [slot[n] for n in products if slot[n] > slot[node]]
@@ -227,6 +228,11 @@ def _keep_overlap(
                 slot[node] = min(slot[node], earlier[-min(count, len(earlier))] - 0.5)
         if kind == "prefetch_":
             slot[node] = next_slot = min(slot[node], next_slot)  # the link serves them in the graph's order
+
+
+def _is_kernel_of_torch(node: Any) -> bool:
+    """Whether it runs a kernel that Inductor does not write: taking one of several results runs none."""
+    return type(node).__name__ == "ExternKernelSchedulerNode" and type(node.node).__name__ != "MultiOutput"
 
 
 def _transfer(node: Any) -> str | None:

@@ -3,80 +3,142 @@
 `slices` leaves each offload where its slice is final, its wait behind the last reader, and each slice that comes back as
 a mark where it is first needed. Here the marks become a landing place, the start of its prefetch and a wait, and the
 waits of offloads move to where the copy has ended. A slice lands where it is read: nothing copies it again.
+
+Costs are estimates, and a copy may have to wait for its thread or its stream. So what memory has room for anyway begins
+earlier than the link needs, and is waited for later, by `SLACK` of the graph's time at most.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.graph import nbytes, storage_of
 from memo_compile.passes.provenance import FOR, WHY
 from memo_compile.passes.slices import fetch
 from memo_compile.passes.tokens import call, fake_mode
 
+SLACK = 0.03  # of a graph's seconds: about a layer of a deep model
+
 
 def schedule_offloads(
-    forward: fx.GraphModule, seconds: Callable[[fx.Node], float], rate: float, *, ahead: bool = True
+    forward: fx.GraphModule,
+    seconds: Callable[[fx.Node], float],
+    rate: float,
+    *,
+    ahead: bool = True,
+    live: Sequence[int] = (),
 ) -> fx.GraphModule:
     """Move each `offload_wait` to the first step at which its copy, one after another at `rate` bytes/s, has ended.
 
     Never before the last reader of the slice, behind which `slices` has put it: until then nothing is gained. With
-    `ahead=False` the waits stay there: the least memory, and no overlap.
+    `ahead=False` the waits stay there: the least memory, and no overlap. `live` are the bytes live at each node: a wait
+    moves on by the slack as long as no more than the most of them is then live; without `live`, there is no slack.
     """
     if not ahead:
         return forward
     nodes = list(forward.graph.nodes)
-    begins = dict(zip(nodes, itertools.accumulate([seconds(n) for n in nodes], initial=0.0), strict=False))
+    begins = _begins(nodes, seconds)
     position = {n: i for i, n in enumerate(nodes)}
+    room = _Room(live)
+    slack = SLACK * begins[nodes[-1]]
     busy_until = 0.0
     ends: dict[tuple[fx.Node, int], float] = {}
     for node in nodes:
         if node.target is torch.ops.memo.offload.default:
             busy_until = max(busy_until, begins[node]) + _bytes(node.args[0]) / rate
             ends[node.args[1], node.args[2]] = busy_until
-    output = nodes[-1]
+    last = len(nodes) - 1
     for node in nodes:
         if node.target is torch.ops.memo.offload_wait.default:
-            done = ends[node.args[1], node.args[2]]
-            later = (n for n in nodes[position[node] + 1 :] if begins[n] >= done)
-            next(later, output).prepend(node)
+            done, size = ends[node.args[1], node.args[2]], nbytes(storage_of(node.args[0]))
+            at = next((i for i in range(position[node] + 1, last) if begins[nodes[i]] >= done), last)
+            room.hold(size, position[node] + 1, at)
+            while at < last and begins[nodes[at]] < done + slack and room.has(size, at):
+                room.hold(size, at, at + 1)
+                at += 1
+            nodes[at].prepend(node)
     forward.recompile()
     return forward
 
 
 def schedule_prefetches(
-    backward: fx.GraphModule, seconds: Callable[[fx.Node], float], rate: float, *, ahead: bool = True
+    backward: fx.GraphModule,
+    seconds: Callable[[fx.Node], float],
+    rate: float,
+    *,
+    ahead: bool = True,
+    live: Sequence[int] = (),
 ) -> fx.GraphModule:
     """Replace each fetch mark by a landing buffer, a prefetch that starts early enough at `rate` bytes/s, and a wait.
 
-    With `ahead=False` a prefetch starts where it is needed: the least memory, and no overlap.
+    With `ahead=False` a prefetch starts where it is needed: the least memory, and no overlap. `live` are the bytes live
+    at each node, values that come back counted from their marks on: a prefetch starts earlier by the slack as long as
+    no more than the most of them is then live; without `live`, there is no slack.
     """
     graph = backward.graph
     nodes = list(graph.nodes)
-    begins = dict(zip(nodes, itertools.accumulate([seconds(n) for n in nodes], initial=0.0), strict=False))
-    first = next(i for i, n in enumerate(nodes) if n.op != "placeholder")
-    engine_free = float("inf")
-    starts: list[tuple[fx.Node, fx.Node]] = []
-    for index in range(len(nodes) - 1, -1, -1):  # the last needed first: what is needed before it pushes it ahead
-        mark = nodes[index]
-        if mark.target is not fetch:
-            continue
-        start = index
-        if ahead:
-            engine_free = min(begins[mark], engine_free) - _bytes(mark) / rate
-            while start > first and begins[nodes[start]] > engine_free:
-                start -= 1
-        starts.append((mark, nodes[start]))
+    marks = [n for n in nodes if n.target is fetch]
+    starts = _starts(nodes, marks, _begins(nodes, seconds), rate, _Room(live)) if ahead else marks
     # All starts stand before a mark is replaced, in the order in which they are needed: so the link serves them.
-    landings = [(mark, _start(graph, mark, start)) for mark, start in reversed(starts)]
+    landings = [(mark, _start(graph, mark, start)) for mark, start in zip(marks, starts, strict=True)]
     for mark, landing in landings:
         _land(graph, mark, landing)
     backward.recompile()
     return backward
+
+
+def _begins(nodes: list[fx.Node], seconds: Callable[[fx.Node], float]) -> dict[fx.Node, float]:
+    """When each node begins, in seconds from the start of its graph."""
+    return dict(zip(nodes, itertools.accumulate([seconds(n) for n in nodes], initial=0.0), strict=False))
+
+
+def _starts(
+    nodes: list[fx.Node], marks: list[fx.Node], begins: dict[fx.Node, float], rate: float, room: _Room
+) -> list[fx.Node]:
+    """Before which node each prefetch starts: when the link needs it to, and earlier where there is room."""
+    position = {n: i for i, n in enumerate(nodes)}
+    first = next(i for i, n in enumerate(nodes) if n.op != "placeholder")
+    needed: dict[fx.Node, int] = {}
+    link_free = float("inf")
+    for mark in reversed(marks):  # the last needed first: what is needed before it pushes it ahead
+        link_free = min(begins[mark], link_free) - _bytes(mark) / rate
+        start = position[mark]
+        while start > first and begins[nodes[start]] > link_free:
+            start -= 1
+        room.hold(_landing_bytes(mark), start, position[mark])
+        needed[mark] = start
+    earliest = first  # never before the start of what is needed sooner
+    starts: list[fx.Node] = []
+    for mark in marks:
+        start, size = needed[mark], _landing_bytes(mark)
+        latest = begins[nodes[start]] - SLACK * begins[nodes[-1]]
+        while start > earliest and begins[nodes[start]] > latest and room.has(size, start - 1):
+            start -= 1
+            room.hold(size, start, start + 1)
+        earliest = start
+        starts.append(nodes[start])
+    return starts
+
+
+class _Room:
+    """Bytes live at each step. Room is what may be added without raising the most of them; no steps, no room."""
+
+    def __init__(self, live: Sequence[int]) -> None:
+        self.live = list(live)
+        self.peak = max(self.live, default=0)
+
+    def has(self, size: int, step: int) -> bool:
+        return step < len(self.live) and self.live[step] + size <= self.peak
+
+    def hold(self, size: int, start: int, end: int) -> None:
+        """Count `size` bytes more over steps [start, end)."""
+        for step in range(start, min(end, len(self.live))):
+            self.live[step] += size
 
 
 def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
@@ -190,6 +252,11 @@ def _erase_unused(graph: fx.Graph, mark: fx.Node) -> None:
         assert not reader.users
         graph.erase_node(reader)
     graph.erase_node(mark)
+
+
+def _landing_bytes(mark: fx.Node) -> int:
+    """Of the place that the whole value takes, other rows than the mark's included."""
+    return _bytes(_join_of(mark) or mark)
 
 
 def _bytes(node: fx.Node) -> int:

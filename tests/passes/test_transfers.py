@@ -90,6 +90,61 @@ def test_a_prefetch_starts_as_early_as_the_link_needs(mode):
         assert order[: order.index("wait_")].count("mm") == 3
 
 
+def products_before(gm, name):
+    order = names(gm)
+    return order[: order.index(name)].count("mm")
+
+
+def of_a_product(node):
+    return float(node.target is torch.ops.aten.mm.default)
+
+
+def live_of(gm, full):
+    """1 KiB at the most, at the nodes in `full` and at the last; nothing elsewhere."""
+    nodes = list(gm.graph.nodes)
+    return [1024 if i in full or i == len(nodes) - 1 else 0 for i in range(len(nodes))]
+
+
+def test_a_prefetch_starts_earlier_than_the_link_needs_where_memory_has_room(mode):
+    gm = backward_of(mode, 8)
+    schedule_prefetches(gm, of_a_product, rate=512, live=live_of(gm, ()))
+    assert products_before(gm, "prefetch_") == 1  # 2 without slack
+
+
+def test_a_prefetch_does_not_start_earlier_where_that_would_raise_the_peak(mode):
+    gm = backward_of(mode, 8)
+    second = [n.target for n in gm.graph.nodes].index(torch.ops.aten.mm.default) + 1
+    schedule_prefetches(gm, of_a_product, rate=512, live=live_of(gm, (second,)))
+    assert products_before(gm, "prefetch_") == 2
+
+
+def test_room_that_one_prefetch_takes_is_not_there_for_the_next(mode):
+    """Three fetches of 256 bytes, all needed behind the products, where 512 are free: two start ahead of the last."""
+    graph = fx.Graph()
+    g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 768))
+    step = call(graph, torch.ops.aten.mm.default, (call(graph, torch.ops.aten.mm.default, (g, g)), g))
+    marks = [graph.call_function(fetch, (lease, 256 * i, (8, 8), torch.float32)) for i in range(3)]
+    for mark in marks:
+        mark.meta["val"] = tensor(mode, 8, 8)
+    for mark in marks:
+        step = call(graph, torch.ops.aten.sub.Tensor, (step, mark))
+    graph.output((step,))
+    gm = fx.GraphModule({}, graph)
+    live = [1024 if n.op == "output" else 512 for n in gm.graph.nodes]
+    schedule_prefetches(gm, of_a_product, rate=float("inf"), live=live)
+    order = names(gm)
+    last_product = len(order) - 1 - order[::-1].index("mm")
+    starts = [i for i, name in enumerate(order) if name == "prefetch_"]
+    assert [i < last_product for i in starts] == [True, True, False]
+
+
+def test_a_wait_comes_later_than_the_link_needs_where_memory_has_room(mode):
+    for full, expected in (((), 2), (range(4, 7), 1)):
+        gm = forward_of(mode)
+        schedule_offloads(gm, of_a_product, rate=256 / 0.97, live=live_of(gm, full))
+        assert products_before(gm, "offload_wait") == expected
+
+
 def test_a_slice_lands_in_its_rows_and_nothing_is_copied_again(mode):
     """No join is left: the product is written to its rows, the kept rows to theirs, and the wait comes last."""
     gm = schedule_prefetches(backward_of(mode, 4), lambda n: 0.0, rate=1.0)

@@ -1,0 +1,88 @@
+"""The order of computation and transfers is a matter of dependencies: where one is lost, that does not pass."""
+
+import pytest
+import torch
+
+import memo_compile
+from memo_compile.codegen import compiler, order
+from memo_compile.runtime.ops import engine
+
+CPU = torch.device("cpu")
+
+
+class Chain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(layer(x))
+        return x
+
+
+def names_of(nodes):
+    return {name for node in nodes for name in node.get_buffer_names()}
+
+
+def ahead_of_its_maker(nodes, transfer):
+    """As if nothing told the scheduler that the slice must have been made."""
+    needs = {d.name for d in transfer.unmet_dependencies}
+    makers = [n for n in nodes if order._transfer(n) is None and needs & names_of([n])]
+    rest = [n for n in nodes if n is not transfer]
+    rest.insert(min(rest.index(n) for n in makers), transfer)
+    return rest
+
+
+def behind_its_reader(nodes, transfer):
+    """As if nothing told the scheduler that a reader must wait for the copy."""
+    made = names_of([transfer])
+    rest = [n for n in nodes if n is not transfer]
+    reader = next(n for n in rest if order._transfer(n) is None and made & {d.name for d in n.unmet_dependencies})
+    rest.insert(rest.index(reader) + 1, transfer)
+    return rest
+
+
+def trained(monkeypatch, kind, which, moved):
+    """Gradients where one transfer stands elsewhere, copies delayed; None where there is no such transfer."""
+    done = []
+
+    def place_transfers(planned):
+        ordinary = order.place_transfers(planned)
+
+        def place(nodes):
+            nodes = ordinary(nodes)
+            found = [n for n in nodes if order._transfer(n) == kind]
+            if which < len(found) and moved is not None:
+                done.append(kind)
+                return moved(nodes, found[which])
+            return nodes
+
+        return place
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(1024, 32)
+    with monkeypatch.context() as patch, engine(CPU).delays(lambda way: 0.005):
+        patch.setattr(compiler, "place_transfers", place_transfers)
+        torch.compile(model, backend="memo", options={"offload": "all"})(x).sum().backward()
+    return [p.grad for p in model.parameters()] if done or moved is None else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "moved"),
+    [("offload", ahead_of_its_maker), ("prefetch_", ahead_of_its_maker), ("wait_", behind_its_reader)],
+)
+def test_each_dependency_between_computation_and_a_transfer_is_needed(monkeypatch, kind, moved):
+    expected = trained(monkeypatch, kind, 0, None)
+    for which in range(8):
+        try:
+            got = trained(monkeypatch, kind, which, moved)
+        except (NameError, UnboundLocalError, RuntimeError, memo_compile.errors.MemoError):
+            continue  # refused, or stopped by Python: nothing wrong comes out
+        finally:
+            engine(CPU).drain()
+        if got is None:
+            break
+        assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), which
+    assert which >= 2

@@ -23,6 +23,7 @@ from memo_compile.passes.slices import fetch
 from memo_compile.passes.tokens import call, fake_mode
 
 SLACK = 0.03  # of a graph's seconds: about a layer of a deep model
+FULL = 0.85  # of the most bytes live: above, there is no room for slack, as what a compiler emits may hold a little more
 
 
 def schedule_offloads(
@@ -37,7 +38,7 @@ def schedule_offloads(
 
     Never before the last reader of the slice, behind which `slices` has put it: until then nothing is gained. With
     `ahead=False` the waits stay there: the least memory, and no overlap. `live` are the bytes live at each node: a wait
-    moves on by the slack as long as no more than the most of them is then live; without `live`, there is no slack.
+    moves on by the slack as long as clearly less than the most of them is then live; without `live`, there is no slack.
     """
     if not ahead:
         return forward
@@ -78,7 +79,7 @@ def schedule_prefetches(
 
     With `ahead=False` a prefetch starts where it is needed: the least memory, and no overlap. `live` are the bytes live
     at each node, values that come back counted from their marks on: a prefetch starts earlier by the slack as long as
-    no more than the most of them is then live; without `live`, there is no slack.
+    clearly less than the most of them is then live; without `live`, there is no slack.
     """
     graph = backward.graph
     nodes = list(graph.nodes)
@@ -126,14 +127,14 @@ def _starts(
 
 
 class _Room:
-    """Bytes live at each step. Room is what may be added without raising the most of them; no steps, no room."""
+    """Bytes live at each step. Room is what may be added without coming near the most of them; no steps, no room."""
 
     def __init__(self, live: Sequence[int]) -> None:
         self.live = list(live)
-        self.peak = max(self.live, default=0)
+        self.most = FULL * max(self.live, default=0)
 
     def has(self, size: int, step: int) -> bool:
-        return step < len(self.live) and self.live[step] + size <= self.peak
+        return step < len(self.live) and self.live[step] + size <= self.most
 
     def hold(self, size: int, start: int, end: int) -> None:
         """Count `size` bytes more over steps [start, end)."""

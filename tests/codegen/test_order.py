@@ -133,7 +133,7 @@ def waits_at_once(nodes):
 
 
 def test_code_without_the_plans_overlap_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(compiler, "place_transfers", lambda planned: waits_at_once)
+    monkeypatch.setattr(compiler, "place_transfers", lambda planned, ahead: waits_at_once)
     with caplog.at_level("INFO", logger="memo_compile"):
         torch.compile(Chain(), backend="memo", options=ALL)(torch.randn(1024, 32))
     assert any("nothing overlaps" in r.getMessage() for r in caplog.records)

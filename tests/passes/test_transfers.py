@@ -119,7 +119,7 @@ def test_a_prefetch_does_not_start_earlier_where_that_would_raise_the_peak(mode)
 
 
 def test_room_that_one_prefetch_takes_is_not_there_for_the_next(mode):
-    """Three fetches of 256 bytes, all needed behind the products, where 512 are free: two start ahead of the last."""
+    """Three fetches of 256 bytes, all needed behind the products, with room for two: two start ahead of the last."""
     graph = fx.Graph()
     g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 768))
     step = call(graph, torch.ops.aten.mm.default, (call(graph, torch.ops.aten.mm.default, (g, g)), g))
@@ -130,7 +130,7 @@ def test_room_that_one_prefetch_takes_is_not_there_for_the_next(mode):
         step = call(graph, torch.ops.aten.sub.Tensor, (step, mark))
     graph.output((step,))
     gm = fx.GraphModule({}, graph)
-    live = [1024 if n.op == "output" else 512 for n in gm.graph.nodes]
+    live = [1024 if n.op == "output" else 256 for n in gm.graph.nodes]
     schedule_prefetches(gm, of_a_product, rate=float("inf"), live=live)
     order = names(gm)
     last_product = len(order) - 1 - order[::-1].index("mm")

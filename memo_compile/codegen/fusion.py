@@ -5,7 +5,7 @@ weight gradient is computed from, remade in the backward) and another comes behi
 on), one kernel makes both before the product runs, and all they read and write is live at once: for a gated MLP six
 tensors of its width in place of four. So what the graph has behind a product waits for it.
 
-Private torch APIs, tried with torch 2.13: `config._pre_fusion_custom_pass`; of the scheduler
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._pre_fusion_custom_pass`; of the scheduler
 `topological_sort_schedule` and `compute_ancestors`; of its nodes `add_fake_dep`, `unmet_dependencies`, `read_writes`,
 `get_outputs` and a buffer's `users`; `WeakDep`.
 """

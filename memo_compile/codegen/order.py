@@ -5,8 +5,9 @@ where they were: by the time code comes out, every wait may stand before the com
 behind fusion the transfers are put where the plan has them, among the kernels as they then are. What is emitted is read
 back and compared: `EmittedOrderChanged` where it is not the plan.
 
-Private torch APIs, tried with torch 2.13: `config._post_fusion_custom_pass`, scheduler nodes' `unmet_dependencies`,
-`get_buffer_names`, `get_nodes`, `node.get_origins()`, and the post-grad graph at `V.graph.module.graph`.
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._post_fusion_custom_pass`, scheduler nodes'
+`unmet_dependencies`, `get_buffer_names`, `get_nodes`, `node.get_origins()`, and the post-grad graph at
+`V.graph.module.graph`.
 """
 
 from __future__ import annotations

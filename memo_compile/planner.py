@@ -467,10 +467,12 @@ def carry_out(
     def seconds(node: fx.Node) -> float:
         return _step_seconds(p, node)
 
-    front = lifetimes(sliced.forward, fused=p.fused)
-    back = lifetimes(sliced.backward, fused=p.fused, owned_inputs=frozenset(sliced.saved))
-    forward = schedule_offloads(sliced.forward, seconds, p.profile.d2h, ahead=ahead, live=front.live_bytes())
-    backward = schedule_prefetches(sliced.backward, seconds, p.profile.h2d, ahead=ahead, live=back.live_bytes())
+    def live(graph: fx.GraphModule) -> list[int]:
+        return lifetimes(graph, fused=p.fused, owned_inputs=frozenset(sliced.saved)).live_bytes() if ahead else []
+
+    forward, backward = sliced.forward, sliced.backward
+    forward = schedule_offloads(forward, seconds, p.profile.d2h, ahead=ahead, live=live(forward))
+    backward = schedule_prefetches(backward, seconds, p.profile.h2d, ahead=ahead, live=live(backward))
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
     if p.fused:

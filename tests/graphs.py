@@ -1,4 +1,4 @@
-"""Joint graphs of whole models, traced on fake tensors: nothing is compiled or run."""
+"""Joint graphs of whole models, traced on fake tensors, where nothing is compiled or run; and a model to compile."""
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -30,3 +30,16 @@ def joint_of(model, *args, **kwargs):
     except _Traced as traced:
         return traced.args[0]
     raise AssertionError("nothing to differentiate")
+
+
+class Chain(torch.nn.Module):
+    """Linear layers and sines; no residual, so that Inductor folds no product into a sum and each keeps its name."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(layer(x))
+        return x

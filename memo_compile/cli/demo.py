@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("steps", "layers", "width", "tokens"):
         if getattr(arguments, name) < 1:
             raise InvalidOption(f"--{name}", getattr(arguments, name), "a positive number")
-    for text in arguments.budgets:  # before anything is trained
+    for text in arguments.budgets:  # refused before anything is trained, whatever the peak that shares are of
         Options.parse({"memory_budget": _budget(text, 1 << 40)})
     logging.getLogger("torch").setLevel(logging.ERROR)
     console = Console()

@@ -463,7 +463,7 @@ def _settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
         settings["_pre_fusion_custom_pass"] = wait_for_products
     if moves:
         settings["reorder_for_peak_memory"] = False
-        settings["_post_fusion_custom_pass"] = place_transfers(planned_steps(graph), ahead=decided.ahead)
+        settings["_post_fusion_custom_pass"] = place_transfers(planned_steps(graph))
     with config.patch(settings):
         yield
 

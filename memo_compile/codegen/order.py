@@ -149,12 +149,9 @@ def _computes(steps: Sequence[Step]) -> bool:
     return any(s.offset is None for s in steps)
 
 
-def place_transfers(planned: Sequence[Step], *, ahead: bool = True) -> Callable[[list[Any]], list[Any]]:
-    """What puts the transfers of scheduler nodes, after fusion, where the plan has them.
-
-    Without `ahead`, copies need not overlap with computation where that would hold memory.
-    """
-    counts = overlaps(planned) if ahead else {}
+def place_transfers(planned: Sequence[Step]) -> Callable[[list[Any]], list[Any]]:
+    """What puts the transfers of scheduler nodes, after fusion, where the plan has them."""
+    counts = overlaps(planned)
     return lambda nodes: _placed(nodes, counts)
 
 
@@ -191,7 +188,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
             wish = max(wish, last[way])
             last[way] = wish
         slot[node] = wish + 0.5
-    _keep_overlap(moved, fixed, readers, index, slot, counts)
+    _keep_overlap(moved, fixed, index, slot, counts)
     # Starts at one place keep their order, whatever order the scheduler had them in.
     for number, node in enumerate(sorted(moved, key=lambda n: max(positions(n, index)))):
         slot[node] += number * 1e-6
@@ -203,7 +200,6 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
 def _keep_overlap(
     moved: list[Any],
     fixed: list[Any],
-    readers: dict[Any, list[Any]],
     index: dict[str, int],
     slot: dict[Any, float],
     counts: dict[Step, int],
@@ -212,7 +208,7 @@ def _keep_overlap(
 
     A prefetch that the plan waits for at once starts where its wait has gone: earlier, it would only hold memory.
     """
-    products = [n for n in fixed if _is_kernel_of_torch(n)]
+    products = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
     next_slot = float("inf")
     # By offset: what reads a transfer's buffers may be another slice's wait, chained to it by the lease.
     waits = {(_transfer(n), _offset(n)): n for n in moved if _transfer(n) not in STARTS}
@@ -227,18 +223,12 @@ def _keep_overlap(
                     slot[wait] = max(slot[wait], later[min(count, len(later)) - 1] + 0.5)
                 continue
             earlier = [slot[n] for n in products if slot[n] < slot[wait]]
-            if not count:  # behind it, others may write the other rows of its place
-                writers = [slot[r] - 0.5 for r in readers[node] if r in slot and r is not wait]
-                slot[node] = max(slot[node], min([slot[wait], *writers]))
+            if not count:
+                slot[node] = max(slot[node], slot[wait])
             elif earlier:
                 slot[node] = min(slot[node], earlier[-min(count, len(earlier))] - 0.5)
         if kind == "prefetch_":
             slot[node] = next_slot = min(slot[node], next_slot)  # the link serves them in the graph's order
-
-
-def _is_kernel_of_torch(node: Any) -> bool:
-    """Whether it runs a kernel that Inductor does not write: taking one of several results runs none."""
-    return type(node).__name__ == "ExternKernelSchedulerNode" and type(node.node).__name__ != "MultiOutput"
 
 
 def _transfer(node: Any) -> str | None:

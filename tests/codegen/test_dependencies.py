@@ -36,8 +36,8 @@ def trained(monkeypatch, kind, which, moved):
     """Gradients where one transfer stands elsewhere, copies delayed; None where there is no such transfer."""
     done = []
 
-    def place_transfers(planned, ahead):
-        ordinary = order.place_transfers(planned, ahead=ahead)
+    def place_transfers(planned):
+        ordinary = order.place_transfers(planned)
 
         def place(nodes):
             nodes = ordinary(nodes)

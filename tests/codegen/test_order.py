@@ -91,8 +91,7 @@ def test_compiled_code_overlaps_where_the_plan_does(emitted):
 
 
 def test_as_many_products_stand_beside_a_copy_as_in_the_plan(monkeypatch):
-    """A wait is moved along with its own offload, though the lease chains it to others', and results of one kernel are
-    one product."""
+    """A wait is moved along with its own offload, though the lease chains it to others'."""
     seen = []
     monkeypatch.setattr(compiler, "check_order", lambda planned, found: seen.append((planned, found)) or [])
     model, x = zoo.make("gpt").float(), zoo.batch(1)
@@ -134,7 +133,7 @@ def waits_at_once(nodes):
 
 
 def test_code_without_the_plans_overlap_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(compiler, "place_transfers", lambda planned, ahead: waits_at_once)
+    monkeypatch.setattr(compiler, "place_transfers", lambda planned: waits_at_once)
     with caplog.at_level("INFO", logger="memo_compile"):
         torch.compile(Chain(4), backend="memo", options=ALL)(torch.randn(1024, 32))
     assert any("nothing overlaps" in r.getMessage() for r in caplog.records)

@@ -33,7 +33,6 @@ from memo_compile.runtime.ops import pool
 
 GIB = 2**30
 K = 1024
-STEPS = 2  # timed, after two that compile and warm up
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Case:
     limit: int = 0
     tiny: bool = False
     device: str = "cuda"
+    steps: int = 2  # timed, after two that compile and warm up
 
     @property
     def key(self) -> str:
@@ -112,12 +112,14 @@ def _measure(case: Case) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=cuda)
     run = make(trained)
     losses = []
+    clock = _Clock(cuda)
 
     def step() -> None:
         loss = run(x, x)
         loss.backward()
         losses.append(loss.detach())
-        optimizer.step()
+        with clock:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     started = time.perf_counter()
@@ -129,15 +131,17 @@ def _measure(case: Case) -> dict[str, Any]:
     reserved = torch.cuda.max_memory_reserved() if cuda else 0
     host_before = memo_compile.transfer_stats()
     started = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(case.steps):
         step()
     _synchronize(cuda)
-    seconds = (time.perf_counter() - started) / STEPS
+    seconds = (time.perf_counter() - started) / case.steps
+    updating = clock.seconds(case.steps)
     moved = memo_compile.transfer_stats()
     if case.limit and peak > case.limit:
         return {"failed": "OutOfMemory", "said": f"{peak} bytes held, the device stands for {case.limit}", "peak": peak}
     row: dict[str, Any] = {
         "seconds": seconds,
+        "model_seconds": seconds - updating,  # without the optimizer
         "tokens_per_second": case.tokens / seconds,
         "mfu": model_flops(trained, case.tokens) / seconds / _peak_flops(cuda),
         "peak": peak,  # above parameters and optimizer state
@@ -156,12 +160,40 @@ def _measure(case: Case) -> dict[str, Any]:
             "predicted_peak": plan.predicted_peak,
             "predicted_seconds": plan.predicted_seconds,
             "planned_host_bytes": plan.host_bytes,
-            "moved_out": (moved.bytes_out - host_before.bytes_out) // STEPS,
+            "moved_out": (moved.bytes_out - host_before.bytes_out) // case.steps,
             "planned_out": plan.offloaded_bytes,
             "recomputed_share": plan.recomputed_flops_share,
             "coverage": plan.coverage,
         }
     return row
+
+
+class _Clock:
+    """How long what runs within it takes: on CUDA by events on the current stream, which delay nothing."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._marks: list[Any] = []
+
+    def _mark(self) -> None:
+        if not self._cuda:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *exc: object) -> None:
+        self._mark()
+
+    def seconds(self, last: int) -> float:
+        """The mean over the last few times. The device is idle."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))[-last:]
+        each = [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
+        return sum(each) / len(each)
 
 
 def _host_bytes(cuda: bool) -> int:
@@ -212,13 +244,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
         "| part | model | layers | tokens | peer | tokens/s | MFU | peak GiB | reserved GiB | host GiB "
-        "| compile s | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| compile s | loss | predicted peak | predicted time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         start = f"| {r['part']} | {r['model']} | {r['layers']} | {r['tokens']} | {r['peer']} |"
         if "failed" in r:
-            lines.append(f"{start} {r['failed']} | | | | | | |")
+            lines.append(f"{start} {r['failed']} | | | | | | | | |")
             continue
         cells = [
             f"{r['tokens_per_second']:.0f}",
@@ -228,6 +260,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{r['host_bytes'] / GIB:.3f}",
             f"{r['compile_seconds']:.1f}",
             f"{r['losses'][-1]:.4f}",
+            f"{r['predicted_peak'] / r['peak'] - 1:+.2%}" if "predicted_peak" in r else "",
+            f"{r['predicted_seconds'] / r['model_seconds'] - 1:+.1%}" if "predicted_seconds" in r else "",
         ]
         lines.append(f"{start} {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -261,8 +295,12 @@ def cases_of(part: str, peers: Sequence[str], options: argparse.Namespace) -> li
     model, layers, tokens = PARTS[part]
     if options.tiny:
         layers, tokens = (1,), tuple(sorted({max(128, t // 512) for t in tokens}))[:1]
+    if options.tokens:
+        tokens = tuple(options.tokens)
     return [
-        Case(part, model, n, t, peer, limit=options.limit, tiny=options.tiny, device=options.device)
+        Case(
+            part, model, n, t, peer, limit=options.limit, tiny=options.tiny, device=options.device, steps=options.steps
+        )
         for n in layers
         for t in tokens
         for peer in peers
@@ -306,7 +344,7 @@ class Benchmark:
         o = self.options
         unit = 128 if o.tiny else 8 * K
         model, (layers,), _ = PARTS["longest"]
-        case = Case("longest", model, layers, unit, peer, limit=o.limit, tiny=o.tiny, device=o.device)
+        case = Case("longest", model, layers, unit, peer, limit=o.limit, tiny=o.tiny, device=o.device, steps=o.steps)
         good, bad = 0, 0
         while not bad or bad - good > max(unit, good // 8):
             tokens = (good + bad) // 2 // unit * unit if bad else max(unit, 2 * good)
@@ -325,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", default=["standard"], choices=list(PARTS))
     default_peers = [*PEERS, *(f"{AT}{p}" for p in ("checkpoint", "checkpoint+streams", "inductor"))]
     parser.add_argument("--peers", nargs="+", default=default_peers)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a row (2)")
+    parser.add_argument("--tokens", nargs="+", type=int, help="these lengths instead of the parts' own")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="sizes for a test of the program itself")
     parser.add_argument("--in-process", action="store_true", help="no process of its own for each row")

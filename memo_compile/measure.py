@@ -6,6 +6,7 @@ the first use of Kineto takes seconds and writes to stderr, which a log line is 
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     from memo_compile import empty_cache
 
+    gc.collect()  # what is freed while `fn` runs would hide as much of what it allocates
     empty_cache()
     if not torch.cuda.is_initialized():
         return _recorded(fn, *args, **kwargs)[1].peak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ WIDTHS = {"cpu": (64, 128, 256, 512, 1024, 2048), "cuda": (256, 512, 1024, 2048,
 TOKENS = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
 TYPES = {"cpu": ("float32", "float64", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "float64")}
 REPEATS = 5
+A_WHILE, MOST_CALLS = 0.25, 5000  # seconds
 HEADS, HEAD = 8, 128
 TINY = 1e-9
 
@@ -91,16 +91,27 @@ def _wait(device: str) -> None:
 
 
 def _seconds(device: str, fn: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The fastest of a few runs, after one to warm up."""
+    """On a CPU the fastest of a few runs, after one to warm up; on a GPU the mean over a while, after a while.
+
+    A GPU runs what is queued one behind the other, and lowers its clocks after some tenths of a second of hard work:
+    waiting for every run would count the wait as work, and short runs would show rates that no training reaches.
+    """
     fn()
-    best = math.inf
-    for _ in range(repeats):
-        _wait(device)
-        started = time.perf_counter()
+    if device == "cpu":
+        return min(_timed(device, fn, 1) for _ in range(repeats))
+    calls = max(1, min(MOST_CALLS, int(A_WHILE / _timed(device, fn, 1))))
+    _timed(device, fn, calls)
+    return _timed(device, fn, calls) / calls
+
+
+def _timed(device: str, fn: Callable[[], Any], calls: int) -> float:
+    """Seconds that so many runs take, one behind the other."""
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(calls):
         fn()
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+    _wait(device)
+    return time.perf_counter() - started
 
 
 def _copies(device: str) -> tuple[float, float, float]:

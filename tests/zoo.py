@@ -109,10 +109,10 @@ def gradients(model, fn, x):
     return loss.detach().clone(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_close(got, expected):
-    """Every gradient within 1e-10 of its norm, or of a thousandth of the largest norm in the model."""
+def assert_close(got, expected, share=1e-10):
+    """Every gradient within that share of its norm, or of a thousandth of the largest norm in the model."""
     largest = max(g.norm() for g in expected.values())
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
-        allowed = 1e-10 * max(gradient.norm(), 1e-3 * largest)
+        allowed = share * max(gradient.norm(), 1e-3 * largest)
         assert (got[name] - gradient).norm() <= allowed, name

@@ -25,7 +25,11 @@ def workspace_bytes(node: fx.Node) -> int:
     if name == "memo::attention_backward_onto":  # which makes a dense copy of the output's gradient, here a part of it
         return _a_piece_on_cpu(node, list(node.args[:4]), node.args[1], backward=True)
     if name == "aten::_scaled_dot_product_flash_attention_backward":
-        return _flash_backward_on_cuda(node.args[1], node.args[2])
+        return _flash_backward_on_cuda(node.args[0], node.args[1], node.args[2])
+    if name == "aten::_scaled_dot_product_cudnn_attention_backward":
+        return _cudnn_backward(node.args[1])
+    if name == "aten::_scaled_dot_product_efficient_attention_backward":
+        return _efficient_backward_on_cuda(node.args[0], node.args[1], node.args[3])
     return 0
 
 
@@ -39,7 +43,19 @@ def _a_piece_on_cpu(node: fx.Node, made: list[Any], key: Any, *, backward: bool)
     return whole * heads_of_piece(batch, heads, pieces) // heads + _flash_on_cpu(made[0], key, backward=backward)
 
 
-def _flash_backward_on_cuda(query: Any, key: Any) -> int:
+def _cudnn_backward(query: Any) -> int:
+    """cuDNN's fused backward on Hopper, measured: queries' gradients summed in float32, beside two sums a row."""
+    q: torch.Tensor = query.meta["val"]  # (batch, heads, rows, head)
+    return 4 * q.numel() + 8 * q.numel() // int(q.shape[3])
+
+
+def _copied(gradient: Any) -> int:
+    """A dense copy of an output's gradient (batch, heads, rows, head), where it does not lie token after token."""
+    given: torch.Tensor = gradient.meta["val"]
+    return 0 if given.transpose(1, 2).is_contiguous() else given.numel() * given.element_size()
+
+
+def _flash_backward_on_cuda(gradient: Any, query: Any, key: Any) -> int:
     """aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd, not deterministic.
 
     The gradient of the queries is summed in float32, beside one sum a row; keys that serve several heads get a
@@ -52,7 +68,24 @@ def _flash_backward_on_cuda(query: Any, key: Any) -> int:
     scratch = 4 * batch * heads * padded_rows * (padded_head + 1)
     if int(k.shape[1]) != heads:
         scratch += 2 * q.element_size() * batch * heads * int(k.shape[2]) * head
-    return scratch
+    return scratch + _copied(gradient)
+
+
+def _efficient_backward_on_cuda(gradient: Any, query: Any, value: Any) -> int:
+    """aten/src/ATen/native/transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h.
+
+    One sum a row, which float32 makes from a product of the whole, and the gradient of the queries, summed in float32
+    in blocks of rows by 64 features.
+    """
+    q: torch.Tensor = query.meta["val"]
+    batch, heads, rows, head = (int(s) for s in q.shape)
+    wide = int(value.meta["val"].shape[3])
+    sums = 4 * batch * heads * rows
+    half = q.element_size() == 2
+    product = 0 if half else 4 * batch * heads * rows * wide + sums
+    block = 64 if max(head, wide) <= 64 else 128
+    summed = batch * heads * -(-rows // block) * -(-head // 64) * (4 * block * 64 + 16)
+    return _copied(gradient) + max(product, sums + summed)
 
 
 def _flash_on_cpu(query: Any, key: Any, *, backward: bool) -> int:

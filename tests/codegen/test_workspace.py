@@ -13,7 +13,10 @@ def node_of(op, *shapes, dtype=torch.bfloat16):
     arguments = []
     for number, shape in enumerate(shapes):
         argument = graph.placeholder(f"a{number}")
-        argument.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        value = torch.empty(shape, dtype=dtype, device="meta")
+        if len(shape) == 4:  # token after token, as transposed heads lie
+            value = torch.empty(shape[0], shape[2], shape[1], shape[3], dtype=dtype, device="meta").transpose(1, 2)
+        argument.meta["val"] = value
         arguments.append(argument)
     return graph.call_function(op, tuple(arguments))
 
@@ -33,6 +36,40 @@ def test_rows_and_heads_are_padded():
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
     shape = (2, 3, 130, 40)
     assert workspace_bytes(node_of(op, shape, shape, shape, shape)) == 4 * 2 * 3 * 256 * (64 + 1)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        torch.ops.aten._scaled_dot_product_flash_attention_backward.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention_backward.default,
+    ],
+)
+def test_a_gradient_that_lies_head_after_head_is_copied(op):
+    shape = (1, 32, 8192, 128)
+    node = node_of(op, shape, shape, shape, shape)
+    before = workspace_bytes(node)
+    node.args[0].meta["val"] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    assert workspace_bytes(node) == before + 2 * 32 * 8192 * 128
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "shape", "measured"),
+    [
+        ("cudnn", torch.bfloat16, (1, 32, 32768, 128), 541065728),
+        ("cudnn", torch.bfloat16, (2, 8, 2048, 64), 8520192),
+        ("cudnn", torch.bfloat16, (1, 4, 1000, 128), 2064384),
+        ("flash", torch.bfloat16, (1, 32, 32768, 128), 541065216),
+        ("flash", torch.bfloat16, (1, 4, 1000, 64), 1064960),
+        ("efficient", torch.bfloat16, (1, 32, 32768, 128), 541196288),
+        ("efficient", torch.bfloat16, (2, 8, 2048, 64), 8527872),
+        ("efficient", torch.float32, (1, 32, 32768, 128), 545259520),
+        ("efficient", torch.float32, (1, 4, 1000, 64), 1065984),
+    ],
+)
+def test_scratch_is_what_was_measured_on_an_h200(op, dtype, shape, measured):
+    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{op}_attention_backward").default
+    assert workspace_bytes(node_of(backward, *[shape] * 4, dtype=dtype)) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("backward", [False, True])

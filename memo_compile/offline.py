@@ -1,4 +1,8 @@
-"""Plans a training step without running it: Dynamo and AOTAutograd trace it on fake tensors, and then it stops."""
+"""Plans a training step without running it: Dynamo and AOTAutograd trace it on fake tensors, and then it stops.
+
+Private torch APIs, tried with torch 2.11 to 2.15: `torch._inductor.fx_passes.replace_random`, and of `torch._guards`
+`detect_fake_mode`.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +61,7 @@ def trace(
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **rest: Any) -> Any:
             static = rest.get("static_lifetime_input_indices")
+            _draw_from_seeds(joint)
             p = prepare(joint, joint_inputs, num_fwd_outputs, static, setting.profile, fused=True)
             raise _Traced(p, setting)
 
@@ -73,6 +78,17 @@ def trace(
         found: tuple[Prepared, Setting] = traced.args
         return found
     raise NothingToPlan("the model traced into no graph that needs gradients.")
+
+
+def _draw_from_seeds(joint: fx.GraphModule) -> None:
+    """What Inductor does before it partitions: from a seed, a dropout's mask can be made again."""
+    from torch._guards import detect_fake_mode
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+    from torch._inductor.virtualized import V
+
+    mode: Any = detect_fake_mode([n.meta.get("val") for n in joint.graph.find_nodes(op="placeholder")])
+    with V.set_fake_mode(mode):
+        replace_random_passes(joint)
 
 
 @dataclass(frozen=True)

@@ -16,3 +16,10 @@ def test_an_unplanned_step_takes_as_long_as_what_it_computes():
     computed = [p.seconds[n.name] for g in graphs for n in g.graph.nodes if n.op == "call_function"]
     made = plan(model, (x,), {"labels": x}, {"hardware": "a800"})
     assert made.predicted_seconds == pytest.approx(sum(computed))
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": "min"}, {"memory_budget": "min", "offload": False}])
+def test_masks_of_dropout_are_made_again_from_seeds(options):
+    model = GPT(GPTConfig(vocab=64, layers=2, width=64, heads=4, tokens=256, dropout=0.1)).train()
+    x = torch.zeros(1, 256, dtype=torch.int64)
+    assert plan(model, (x,), {"labels": x}, options).predicted_peak < plan(model, (x,), {"labels": x}).predicted_peak

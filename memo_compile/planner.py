@@ -47,6 +47,7 @@ from memo_compile.passes.partition import (
     split_saving,
 )
 from memo_compile.passes.slices import Homes, Sliced, apply_homes
+from memo_compile.passes.sums import add_as_they_come
 from memo_compile.passes.token_rules import TokenAxis
 from memo_compile.passes.tokens import META, TokenInfo, TokenReport, annotate_tokens
 from memo_compile.passes.transfers import schedule_offloads, schedule_prefetches
@@ -476,7 +477,8 @@ def carry_out(
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
     if p.fused:
-        forward, backward = (write_over_attention_inputs(share_masks(g)) for g in (forward, backward))
+        forward, backward = (add_as_they_come(share_masks(g)) for g in (forward, backward))
+        forward, backward = (write_over_attention_inputs(g) for g in (forward, backward))
         show("attention", forward, backward)
     return replace(sliced, forward=forward, backward=backward)
 

@@ -9,6 +9,9 @@ The same holds where two layers' values read one thing, such as the mask of all 
 values of both where the first is due, and the second layer's would lie there until its turn. So of two kernels that
 read the same and work on large values, with a product between them, the second waits until the first one's are read.
 
+And a partial sum (`memo_compile.passes.sums`) runs before the next product: joined to a kernel behind that, it would
+hold its terms until then.
+
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._pre_fusion_custom_pass`; of the scheduler
 `topological_sort_schedule` and `compute_ancestors`; of its nodes `add_fake_dep`, `unmet_dependencies`, `read_writes`,
 `get_outputs` and a buffer's `users`; `WeakDep`.
@@ -24,6 +27,7 @@ from itertools import pairwise
 from typing import Any
 
 from memo_compile.codegen.order import node_index, positions
+from memo_compile.passes.sums import is_partial
 
 SMALL = 2**18  # bytes: below that a kernel of its own costs more than it saves
 
@@ -34,7 +38,7 @@ def wait_for_products(nodes: list[Any]) -> list[Any]:
 
     seen = _Seen.of(nodes)
     changed = False
-    for last, later in [*_behind_their_operands(seen), *_one_after_the_other(seen)]:
+    for last, later in [*_behind_their_operands(seen), *_one_after_the_other(seen), *_before_the_next_product(seen)]:
         if not _needs(last, later, seen.makers):
             # Named by its operation, as Inductor's own ordering does: it writes over nothing.
             later.add_fake_dep(WeakDep(last.get_outputs()[0].get_name(), later.get_name(), is_fake=True))
@@ -105,6 +109,16 @@ def _one_after_the_other(seen: _Seen) -> Iterator[tuple[Any, Any]]:
             product = bisect.bisect_right(products, seen.at[last])
             if product < len(products) and products[product] < seen.at[second]:
                 yield last, second
+
+
+def _before_the_next_product(seen: _Seen) -> Iterator[tuple[Any, Any]]:
+    """A partial sum, and the first product behind it."""
+    products = sorted((n for n in seen.at if _is_product(n)), key=seen.at.__getitem__)
+    places = [seen.at[p] for p in products]
+    for kernel in seen.reads:
+        following = bisect.bisect_right(places, seen.at[kernel])
+        if following < len(products) and any(is_partial(o) for o in kernel.node.get_origins()):
+            yield kernel, products[following]
 
 
 def _needs(node: Any, other: Any, makers: dict[str, Any]) -> bool:

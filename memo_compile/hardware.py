@@ -94,8 +94,14 @@ _A100_EFFICIENCIES = (_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60,
 _A100_SOURCES = (
     f"{_MAMF}: 267.9 of 312 TFLOP/s; attention: FlashAttention-2 (arXiv 2307.08691), up to 73 % forward, 63 % backward"
 )
-_FLASH2_ON_H100 = "attention: FlashAttention-2, which torch ships, reaches 35 to 40 % on an H100 (arXiv 2407.08608)"
-_H100_EFFICIENCIES = (_rising_to(0.803, 3.0), _rising_to(0.40), _rising_to(0.35))
+# What `bench/gpu.py` traced in a step of 65 536 tokens on an H200 under its power limit, with torch 2.11: products of a
+# model 4 096 wide, and cuDNN's attention, which torch takes on this chip. Small ones from `memo doctor --measure`.
+_HOPPER_EFFICIENCIES = (_rising_to(0.75, 0.3), _rising_to(0.62, 2.0), _rising_to(0.52, 10.0))
+_ON_HOPPER = (
+    "products at 75 %, attention at 62 % forward and 52 % backward, as traced in training steps on an H200 "
+    "(bench/results/gpu.md)"
+)
+_FLASH2_ON_H100 = "attention: FlashAttention-2 reaches 35 to 40 % on an H100 (arXiv 2407.08608)"
 
 PROFILES: dict[str, DeviceProfile] = {
     "a100-80gb": DeviceProfile(
@@ -136,24 +142,25 @@ PROFILES: dict[str, DeviceProfile] = {
         80 * _GIB,
         256 * _GIB,
         4e-6,
-        *_H100_EFFICIENCIES,
+        *_HOPPER_EFFICIENCIES,
         link=450e9,
-        source=f"NVIDIA H100 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; {_MAMF}: 794.5 of 989; {_FLASH2_ON_H100}",
+        source=f"NVIDIA H100 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; the same chip as the H200: {_ON_HOPPER}",
     ),
     "h200": DeviceProfile(
         "h200",
         _H100_FLOPS,
         4.8e12,
-        50e9,
-        50e9,
+        55e9,
+        55e9,
         141 * 10**9,
         128 * _GIB,
         4e-6,
-        *_H100_EFFICIENCIES,
+        *_HOPPER_EFFICIENCIES,
+        both_ways=0.92,
         link=450e9,
         source=(
-            "NVIDIA H200 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; products at 769 to 798 TFLOP/s and copies at "
-            f"4.3 TB/s measured with torch 2.11; {_FLASH2_ON_H100}"
+            "NVIDIA H200 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; copies to the host at 55 GB/s each way and in "
+            f"device memory at 4.3 TB/s measured with torch 2.11; {_ON_HOPPER}"
         ),
     ),
     "b200": DeviceProfile(

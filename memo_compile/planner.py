@@ -152,6 +152,8 @@ def prepare(
         fused: whether a fusing compiler runs the graphs.
     """
     unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
+    if fused:
+        joint = add_as_they_come(joint)
     by_name = {n.name: n for n in joint.graph.nodes}
     tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
     layers = annotate_layers(joint)
@@ -477,8 +479,7 @@ def carry_out(
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
     if p.fused:
-        forward, backward = (add_as_they_come(share_masks(g)) for g in (forward, backward))
-        forward, backward = (write_over_attention_inputs(g) for g in (forward, backward))
+        forward, backward = (write_over_attention_inputs(share_masks(g)) for g in (forward, backward))
         show("attention", forward, backward)
     return replace(sliced, forward=forward, backward=backward)
 

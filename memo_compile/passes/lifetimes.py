@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from memo_compile.passes.graph import is_pointwise, is_reduction, is_view, nbytes, storage_of
+from memo_compile.passes.graph import is_pointwise, is_reduction, is_view, nbytes, op_name, storage_of
+
+KEEP = "memo.keep.default"
 
 
 @dataclass(frozen=True)
@@ -108,4 +110,5 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _fuses(node: fx.Node) -> bool:
-    return node.op == "call_function" and (is_pointwise(node) or is_reduction(node))
+    """Whether a kernel for this computes what it reads, too; `memo::keep` puts that in memory, and is no copy of it."""
+    return node.op == "call_function" and (is_pointwise(node) or is_reduction(node) or op_name(node) == KEEP)

@@ -1,4 +1,4 @@
-"""Planning seconds against the number of layers: finding layers, and the linear program.
+"""Planning seconds against the number of layers: all that `memo plan` does, the linear program, and finding layers.
 
     python -m bench.planning [--only layers|commands]
 
@@ -16,14 +16,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.common import save
 from bench.paper import K, case, stack_of
+from memo_compile.forecast import Asked, Forecast, forecast_preset
 from memo_compile.models import Llama, LlamaConfig
+from memo_compile.parallel import layout
 from memo_compile.passes.layers import annotate_layers
+from memo_compile.presets import PRESETS
 from memo_compile.residency import decide
 from memo_compile.simulate import simulate
 from memo_compile.strategies import remaking
@@ -59,8 +63,11 @@ def row_of(layers: int) -> dict[str, Any]:
     with torch.no_grad():
         graph = make_fx(lambda x: model(x, labels=x))(torch.zeros(1, 64, dtype=torch.int64))
     finding, report = processor_seconds(lambda: annotate_layers(graph))
+    planning, forecast = processor_seconds(lambda: planned(layers))
     return {
         "layers": layers,
+        "planning_seconds": planning,
+        "planned_to_fit": forecast.fits,
         "activations": len(problem.activations),
         "program_seconds": program,
         "simulation_seconds": simulation,
@@ -72,14 +79,24 @@ def row_of(layers: int) -> dict[str, Any]:
     }
 
 
+def planned(layers: int) -> Forecast:
+    """`memo plan` of gpt-7b at 1M tokens on 8 A800s, with so many layers and the host memory to match."""
+    deeper = {"gpt-7b": replace(PRESETS["gpt-7b"], layers=layers)}
+    with patch.dict(PRESETS, deeper):
+        asked = Asked("gpt-7b", K * K, layout(8, 8, 1), "a800", host_memory=2 * 2**40 * layers // 32)
+        return forecast_preset(asked)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Seconds, and milliseconds a layer."""
     lines = [
-        "| layers | activations | program s | ms a layer | simulation s | graph nodes | finding layers s | found |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layers | planning s | activations | program s | ms a layer | simulation s | graph nodes | finding layers s "
+        "| found |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        cells = [str(r["layers"]), str(r["activations"]), f"{r['program_seconds']:.2f}"]
+        cells = [str(r["layers"]), f"{r['planning_seconds']:.1f}", str(r["activations"])]
+        cells += [f"{r['program_seconds']:.2f}"]
         cells += [f"{1e3 * r['program_seconds'] / r['layers']:.1f}", f"{r['simulation_seconds']:.2f}"]
         cells += [str(r["nodes"]), f"{r['finding_seconds']:.2f}", str(r["layers_found"])]
         lines.append("| " + " | ".join(cells) + " |")

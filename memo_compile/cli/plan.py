@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-memory", metavar="BYTES", help='of one machine, for offloading: "2TiB" (the profile\'s)'
     )
     parser.add_argument(
-        "--memory-budget", metavar="BYTES", help="for activations on a device (its memory less 5 % and the model)"
+        "--memory-budget", metavar="BYTES", help="for activations on a device (its memory less 5 %% and the model)"
     )
     parser.add_argument("--strategy", default="memo", help=STRATEGY)
     parser.add_argument("--trace-layers", type=int, default=4, help="layers of a preset to trace, 4 or more (4)")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 LARGEST = 50  # buffers; beyond it the search is better
+FIRST = 0.3  # of the time, for the question whether the bound can be reached
 CUT_ROUNDS = 20
 VIOLATION = 1e-6  # of the peak
 
@@ -65,7 +66,8 @@ def solve(
     peak = int((known + core.size).max())
     if tricks.bound_first and least < peak:
         program = _Program(core, least, least, tricks, nodes)
-        offsets, proved = program.run(None, deadline)
+        # A search with no bound to close either ends early or hardly at all; the other question closes one.
+        offsets, proved = program.run(None, Deadline(FIRST * deadline.left()))
         if offsets is not None:
             return Answer(offsets, least)
         least += proved

@@ -111,3 +111,12 @@ def test_a_mask_of_hugging_faces_llama_jumps_out(tmp_path, monkeypatch, capsys):
     assert "(1, 1, 131072, 131072)" in text
     assert "grow with the square of the tokens" in text
     assert "leave out attention_mask" in text
+
+
+@pytest.mark.parametrize("command", ["plan", "place", "check", "demo", "doctor", "report", "replay"])
+def test_help_is_text(command, capsys):
+    """argparse takes a lone % for a format."""
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert "option_strings" not in capsys.readouterr().out

@@ -7,7 +7,7 @@ backward use, also go apart in portions, since all of them are live at the borde
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from memo_compile.placement import Buffer
 
-GOOD_ENOUGH = 1.0002  # of the lower bound: below that another segment costs more than it saves
 MAX_CUTS = 80
 CANDIDATES = 400
+MAX_TIMES = 1500  # births and deaths that are all tried as cuts
+BLOCKS = (64, 16, 4, 1)  # so many cuts at once are left out again
 STRETCHES = 40  # of the timeline, from each of which as many candidates are taken
 WINDOWS = (4, 8, 12, 16, 24, 32)  # divisions of each graph to begin with: layers are as alike as their needs
 NEAR = 12  # candidates on each side of the worst moment that are tried in pairs
@@ -113,6 +114,8 @@ def live_bytes_of(lives: Lives) -> Array:
 def choose_cuts(lives: Lives, outside: Sequence[int]) -> tuple[int, ...]:
     """Of a few even divisions the best, then greedy: the cut that removes most of what is held beyond the bounds.
 
+    Where that ends above the bounds, the least of all cuts that do better.
+
     The bounds are the largest sums of live bytes, with what lies outside the arena and without. What is beyond them is
     squared and summed over the timeline, so that a cut in one layer counts although the others are as bad.
 
@@ -128,8 +131,8 @@ def choose_cuts(lives: Lives, outside: Sequence[int]) -> tuple[int, ...]:
 
     def beyond(candidate: tuple[int, ...]) -> Array:
         held = held_bytes(lives, candidate)
-        total = np.maximum((held + beside) / bound - GOOD_ENOUGH, 0.0)
-        return np.square(total) + np.square(np.maximum(held / arena_bound - GOOD_ENOUGH, 0.0))
+        total = np.maximum((held + beside) / bound - 1.0, 0.0)
+        return np.square(total) + np.square(np.maximum(held / arena_bound - 1.0, 0.0))
 
     def cost(candidate: tuple[int, ...]) -> float:
         return float(beyond(candidate).sum())
@@ -153,11 +156,30 @@ def choose_cuts(lives: Lives, outside: Sequence[int]) -> tuple[int, ...]:
         if value >= best:
             break
         cuts, best = _with(cuts, more), value
-    for cut in [c for c in cuts if c != lives.border]:
-        fewer = tuple(c for c in cuts if c != cut)
-        if cost(fewer) <= best:
-            cuts = fewer
+    cuts = _fewer(cuts, lives.border, cost)
+    if best > 0.0:  # the other way round: every cut there could be, less those that are not needed
+        many = _times(lives) if len(_times(lives)) <= MAX_TIMES else moments
+        needed = _fewer(_with((lives.border,), tuple(many)), lives.border, cost)
+        if cost(needed) < best and len(needed) <= MAX_CUTS:
+            return needed
     return cuts
+
+
+def _fewer(cuts: tuple[int, ...], border: int, cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """The cuts without those that make nothing better, tried many at once and then one by one."""
+    best = cost(cuts)
+    for size in BLOCKS:
+        others = [c for c in cuts if c != border]
+        for block in (set(others[i : i + size]) for i in range(0, len(others), size)):
+            fewer = tuple(c for c in cuts if c not in block)
+            if (value := cost(fewer)) <= best:
+                cuts, best = fewer, value
+    return cuts
+
+
+def _times(lives: Lives) -> list[int]:
+    """All births and deaths between the ends and the border."""
+    return sorted(set(np.concatenate([lives.start, lives.end]).tolist()) - {0, lives.border, lives.steps})
 
 
 def _even(scratch: Array, border: int, windows: int) -> tuple[int, ...]:
@@ -184,8 +206,7 @@ def scratch_bytes(lives: Lives) -> Array:
 
 def candidates(lives: Lives, scratch: Array) -> list[int]:
     """Births and deaths; where there are many, in each stretch those at which the fewest bytes of scratch are live."""
-    times = set(np.concatenate([lives.start, lives.end]).tolist()) - {0, lives.border, lives.steps}
     stretch = -(-lives.steps // STRETCHES)
-    ranked = sorted(times, key=lambda t: (t // stretch, int(scratch[t]), t))
+    ranked = sorted(_times(lives), key=lambda t: (t // stretch, int(scratch[t]), t))
     each = CANDIDATES // STRETCHES
     return sorted(t for _, group in itertools.groupby(ranked, lambda t: t // stretch) for t in list(group)[:each])

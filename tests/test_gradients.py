@@ -96,6 +96,7 @@ COMPILED = [
     ("hf-gpt2-dropout", 3, 0.6, "both"),
     ("hf-bert", 1, 1.0, "both"),
     ("hf-bert-dropout", 1, "min", "recompute only"),
+    ("hf-bert-dropout", 1, "min", "both"),
 ]
 
 

@@ -240,6 +240,11 @@ def _offset(node: Any) -> int:
     return next(int(c) for c in node.node.constant_args)
 
 
+def is_transfer(node: Any) -> bool:
+    """Whether a scheduler node starts a copy to or from the host, or waits for one."""
+    return _transfer(node) is not None
+
+
 def node_index() -> dict[str, int]:
     """Where each node stands in the post-grad graph that Inductor is lowering, by name."""
     from torch._inductor.virtualized import V

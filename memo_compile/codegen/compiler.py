@@ -28,7 +28,8 @@ from memo_compile.codegen.emitted import Body
 from memo_compile.codegen.fusion import wait_for_products
 from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.landings import how_many_early, schedule_of
-from memo_compile.codegen.order import check_order, emitted_steps, place_transfers, planned_steps
+from memo_compile.codegen.lost_dependencies import Waits, added_waits, restored
+from memo_compile.codegen.order import check_landings, check_order, emitted_steps, place_transfers, planned_steps
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
@@ -363,6 +364,7 @@ class _Compilation:
         assert self.decided is not None
         assert self.regions is not None
         self._report(check_order(planned_steps(self.decided.backward), emitted_steps(lines)))
+        check_landings(lines)
         self.schedule = self._schedule(lines)
         links = [(link.output, link.input) for link in self.links]
         verify_emitted(self.regions, read_regions(lines, outputs, inputs), links)
@@ -458,12 +460,24 @@ def _settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
     from torch._inductor import config
 
     moves = any(h.offloaded for h in decided.homes.values())
+    place = place_transfers(planned_steps(graph)) if moves else None
+    waits: Waits = {}
+
+    def before_fusion(nodes: list[Any]) -> list[Any]:
+        nodes = wait_for_products(nodes)
+        waits.update(added_waits(nodes))
+        return nodes
+
+    def behind_fusion(nodes: list[Any]) -> list[Any]:
+        nodes = restored(nodes, waits)
+        return place(nodes) if place is not None else nodes
+
     settings: dict[str, Any] = {}
     if decided.homes:
-        settings["_pre_fusion_custom_pass"] = wait_for_products
+        settings["_pre_fusion_custom_pass"] = before_fusion
+        settings["_post_fusion_custom_pass"] = behind_fusion
     if moves:
         settings["reorder_for_peak_memory"] = False
-        settings["_post_fusion_custom_pass"] = place_transfers(planned_steps(graph))
     with config.patch(settings):
         yield
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from memo_compile.codegen.order import is_transfer, node_index, positions
+from memo_compile.codegen.order import node_index, positions
 from memo_compile.passes.sums import is_partial
 
 SMALL = 2**18  # bytes: below that a kernel of its own costs more than it saves
@@ -37,12 +37,8 @@ def wait_for_products(nodes: list[Any]) -> list[Any]:
     from torch._inductor.dependencies import WeakDep
 
     seen = _Seen.of(nodes)
-    waits = [*_behind_their_operands(seen), *_before_the_next_product(seen)]
-    # Transfers have an order of their own, which knows nothing of these.
-    if not any(is_transfer(n) for n in nodes):
-        waits += _one_after_the_other(seen)
     changed = False
-    for last, later in waits:
+    for last, later in [*_behind_their_operands(seen), *_one_after_the_other(seen), *_before_the_next_product(seen)]:
         if not _needs(last, later, seen.makers):
             # Named by its operation, as Inductor's own ordering does: it writes over nothing.
             later.add_fake_dep(WeakDep(last.get_outputs()[0].get_name(), later.get_name(), is_fake=True))

@@ -84,16 +84,53 @@ def emitted_steps(lines: Sequence[str]) -> list[Step]:
     text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     steps = []
     for statement in flatten(ast.parse(text).body):
-        if not isinstance(statement, (ast.Expr, ast.Assign)) or not isinstance(statement.value, ast.Call):
+        call = _call_in(statement)
+        if call is None:
             continue
-        call = statement.value
-        function = ast.unparse(call.func)
-        name = function.removeprefix("torch.ops.memo.").removesuffix(".default")
-        if name in TRANSFERS and function.startswith("torch.ops.memo."):
-            steps.append(Step(name, ast.literal_eval(call.args[2])))
-        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or name in _INTO:
+        function, moved = ast.unparse(call.func), _moves(call)
+        if moved is not None:
+            steps.append(Step(moved, ast.literal_eval(call.args[2])))
+        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or _memo_op(function) in _INTO:
             steps.append(Step(function))
     return steps
+
+
+def check_landings(lines: Sequence[str]) -> None:
+    """In emitted text, no kernel may use a value that comes back whole from the host before it has been waited for.
+
+    Raises:
+        EmittedOrderChanged: naming the first that does.
+    """
+    text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+    statements = [(s, _call_in(s)) for s in flatten(ast.parse(text).body)]
+    moved = [(i, call) for i, (_, call) in enumerate(statements) if call is not None and _moves(call)]
+    waited = {call.args[0].id: i for i, call in moved if _moves(call) == "wait_" and isinstance(call.args[0], ast.Name)}
+    transfers = {i for i, _ in moved}
+    for i, (statement, call) in enumerate(statements):
+        if call is None or i in transfers:
+            continue
+        read = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        early = sorted(name for name in read if i < waited.get(name, i))
+        if early:
+            raise EmittedOrderChanged(
+                f"{ast.unparse(call.func)} uses {early[0]}, which has not yet come back from the host. This is a "
+                "mistake in memo: please report it with a dump (dump=...). offload=False avoids it."
+            )
+
+
+def _call_in(statement: ast.stmt) -> ast.Call | None:
+    value = statement.value if isinstance(statement, (ast.Expr, ast.Assign)) else None
+    return value if isinstance(value, ast.Call) else None
+
+
+def _moves(call: ast.Call) -> str | None:
+    """The transfer that a call is."""
+    function = ast.unparse(call.func)
+    return _memo_op(function) if function.startswith("torch.ops.memo.") and _memo_op(function) in TRANSFERS else None
+
+
+def _memo_op(function: str) -> str:
+    return function.removeprefix("torch.ops.memo.").removesuffix(".default")
 
 
 def overlaps(planned: Sequence[Step]) -> dict[Step, int]:
@@ -238,11 +275,6 @@ def _transfer(node: Any) -> str | None:
 def _offset(node: Any) -> int:
     """The host offset of a scheduler node that is a transfer: its one constant."""
     return next(int(c) for c in node.node.constant_args)
-
-
-def is_transfer(node: Any) -> bool:
-    """Whether a scheduler node starts a copy to or from the host, or waits for one."""
-    return _transfer(node) is not None
 
 
 def node_index() -> dict[str, int]:

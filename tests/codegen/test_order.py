@@ -6,7 +6,7 @@ import zoo
 from graphs import Chain
 
 from memo_compile.codegen import compiler, order
-from memo_compile.codegen.order import Step, check_order, emitted_steps, planned_steps
+from memo_compile.codegen.order import Step, check_landings, check_order, emitted_steps, planned_steps
 from memo_compile.errors import EmittedOrderChanged
 
 ALL = {"offload": "all"}
@@ -66,6 +66,28 @@ def test_steps_are_read_from_text():
         "        cpp_fused_0(buf3)",
     ]
     assert emitted_steps(text) == [Step("extern_kernels.mm"), Step("offload", 128)]
+
+
+LANDING = [
+    "    buf1 = alloc_from_pool(arena, 0, torch.float64, (4, ), (1, ))",
+    "    torch.ops.memo.prefetch_.default(buf1, lease, 0)",
+    "    cpp_fused_0(buf0)",
+    "    torch.ops.memo.wait_.default(buf1, lease, 0)",
+    "    cpp_fused_1(reinterpret_tensor(buf1, (4, ), (1, ), 0))",
+    "    del buf1",
+]
+
+
+def test_what_comes_back_is_used_behind_its_wait():
+    check_landings(LANDING)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_kernel_that_uses_what_has_not_come_back_is_refused(place):
+    kernel = LANDING[4]
+    rest = [line for line in LANDING if line is not kernel]
+    with pytest.raises(EmittedOrderChanged, match="cpp_fused_1 uses buf1"):
+        check_landings([*rest[:place], kernel, *rest[place:]])
 
 
 @pytest.fixture(scope="module")

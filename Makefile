@@ -30,7 +30,7 @@ COMPAT := 2.11.0 2.15.0
 SMOKE := tests/test_contract.py tests/test_options.py tests/runtime/test_ops.py tests/passes/test_partition.py \
 	tests/passes/test_masks.py tests/codegen/test_emitted.py tests/codegen/test_fusion.py \
 	tests/codegen/test_kernels.py tests/codegen/test_order.py tests/codegen/test_dependencies.py \
-	tests/codegen/test_workspace.py tests/passes/test_sums.py tests/test_offline.py
+	tests/codegen/test_workspace.py tests/codegen/test_lost_dependencies.py tests/passes/test_sums.py tests/test_offline.py
 
 test-compat: $(STAMP) $(addprefix compat-,$(COMPAT))
 	$(BIN)/python -m bench.compat $(foreach v,$(COMPAT),$(v)=$(VENV)-$(v)/smoke.xml)

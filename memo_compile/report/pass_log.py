@@ -120,7 +120,7 @@ _MOVES = {
 
 
 def _clean_up(before: Snapshot, after: Snapshot) -> str:
-    note = "dead nodes and duplicates are dropped, as torch's own partitioner does"
+    note = "dead nodes and duplicates are dropped, as torch's own partitioner does; partial sums are put in memory"
     return f"{note}\n\n{diff('joint', before, after, '')}"
 
 

@@ -36,6 +36,21 @@ def test_every_peer_trains_alike(results):
     assert by_peer["inductor"]["compile_seconds"] > 0
 
 
+def test_what_memo_predicts_stands_beside_what_was_measured(results):
+    for row in json.loads(results.read_text())["rows"].values():
+        if "failed" not in row:
+            assert 0 < row["model_seconds"] < row["seconds"]
+            assert ("predicted_seconds" in row) == row["peer"].startswith("memo")
+
+
+def test_lengths_and_steps_can_be_chosen(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "measure", lambda case: seen.append(case) or {"failed": "not run"})
+    chosen = ["--peers", "eager", "--tokens", "96", "160", "--steps", "1", "--no-plot"]
+    assert gpu.main([*TINY, *chosen, "--out", str(tmp_path / "gpu.json")]) == 0
+    assert [(case.tokens, case.steps) for case in seen] == [(96, 1), (160, 1)]
+
+
 def test_a_second_run_measures_nothing_again(results, monkeypatch):
     monkeypatch.setattr(gpu, "measure", lambda case: pytest.fail("measured again"))
     assert gpu.main([*TINY, "--out", str(results)]) == 0

@@ -8,6 +8,7 @@ import torch._inductor.config as inductor_config
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import memo_compile
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.fusion import wait_for_products
 from memo_compile.codegen.lowerings import register_lowerings
@@ -103,3 +104,28 @@ def test_no_more_than_a_few_terms_are_held():
 def test_a_partial_sum_does_not_wait_for_the_next_product():
     """Inductor would join the kernels of all partial sums behind the last product."""
     assert peak(add_as_they_come(traced(cast)), guarded=False) >= TERMS * ONE
+
+
+class Gram(torch.nn.Module):
+    """Two layers, and the products of what they give with itself, summed chunk by chunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, rows):
+        made = self.second(torch.sin(self.first(rows)))
+        (total,) = cast(made, made)
+        return (total / CHUNK).tanh().sum()
+
+
+def test_gradients_where_slices_move_beside_a_long_sum():
+    torch.manual_seed(0)
+    model, rows = Gram(), torch.randn(CHUNK * TERMS, WIDTH)
+    model(rows).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    torch.compile(model, backend="memo", options={"offload": "all"})(rows).backward()
+    assert memo_compile.plans()[-1].offloaded_bytes > 0
+    for p, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))

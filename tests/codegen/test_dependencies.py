@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graphs import Chain
+from torch._inductor.exc import InductorError
 
 from memo_compile.codegen import compiler, order
 from memo_compile.runtime.ops import engine
@@ -66,8 +67,16 @@ def test_a_transfer_ahead_of_what_makes_its_place_does_not_run(monkeypatch, kind
         engine(CPU).drain()
 
 
-def test_a_wait_behind_its_reader_gives_other_gradients(monkeypatch):
+@pytest.mark.parametrize("which", range(2))
+def test_a_wait_behind_its_reader_is_refused(monkeypatch, which):
+    with pytest.raises(InductorError, match=r"EmittedOrderChanged: .* has not yet come back from the host"):
+        trained(monkeypatch, "wait_", which, behind_its_reader)
+    engine(CPU).drain()
+
+
+def test_a_wait_behind_its_reader_would_give_other_gradients(monkeypatch):
     expected = trained(monkeypatch, "wait_", 0, None)
+    monkeypatch.setattr(compiler, "check_landings", lambda lines: None)
     for which in range(2):
         got = trained(monkeypatch, "wait_", which, behind_its_reader)
         assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -22,6 +22,42 @@ def rectangles(count: int, seed: int, steps: int = 1000, height: int = 1000) -> 
             cut = rng.randrange(low + 1, high)
             parts[k] = (left, right, low, cut)
             parts.append((left, right, cut, high))
+    return _shuffled(parts, rng)
+
+
+def tiles(count: int, seed: int, steps: int = 1000, height: int = 1000) -> list[Buffer]:
+    """As `rectangles`, but the largest part is cut, near its middle: all end up about as large, and much alike."""
+    rng = random.Random(seed)
+    parts = [(0, steps, 0, height)]
+    while len(parts) < count:
+        left, right, low, high = part = max(parts, key=lambda p: (p[1] - p[0]) * (p[3] - p[2]))
+        parts.remove(part)
+        wide = (right - left) / steps > (high - low) / height and right - left > 1
+        at, end = (left, right) if wide else (low, high)
+        cut = min(end - 1, max(at + 1, at + int((end - at) * rng.uniform(0.3, 0.7))))
+        parts += (
+            [(left, cut, low, high), (cut, right, low, high)]
+            if wide
+            else [(left, right, low, cut), (left, right, cut, high)]
+        )
+    return _shuffled(parts, rng)
+
+
+def wheels(count: int, seed: int, steps: int = 1000, height: int = 1000) -> list[Buffer]:
+    """A block cut at random into pinwheels of five, which no straight cut divides."""
+    rng = random.Random(seed)
+    parts = [(0, steps, 0, height)]
+    while len(parts) < count:
+        wide = [p for p in parts if p[1] - p[0] > 2 and p[3] - p[2] > 2]
+        left, right, low, high = part = wide[rng.randrange(len(wide))]
+        parts.remove(part)
+        a, b = sorted(rng.sample(range(left + 1, right), 2))
+        c, d = sorted(rng.sample(range(low + 1, high), 2))
+        parts += [(left, b, low, c), (b, right, low, d), (a, right, d, high), (left, a, c, high), (a, b, c, d)]
+    return _shuffled(parts, rng)
+
+
+def _shuffled(parts: list[tuple[int, int, int, int]], rng: random.Random) -> list[Buffer]:
     rng.shuffle(parts)
     return [Buffer(f"r{i}", high - low, left, right) for i, (left, right, low, high) in enumerate(parts)]
 

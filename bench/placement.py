@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import save
-from bench.instances import crowded, layered, meeting, rectangles, training_like
+from bench.instances import crowded, layered, meeting, rectangles, tiles, training_like, wheels
 from memo_compile.placement import Buffer, Placement, kernel, mip, place, place_layers, read_csv
 from memo_compile.placement.core import Core, core_of
 from memo_compile.placement.deadline import Deadline
@@ -77,15 +77,17 @@ def instances(data: Path, seconds: float) -> list[Row]:
 
 
 def packable() -> list[Row]:
-    """Perfectly packable rectangles, ten seeds each."""
+    """Perfectly packable rectangles, ten seeds each: cut at random, all alike, and such as no straight cut divides."""
     rows = []
-    for count in (25, 50, 100, 200):
-        for grid in (1000, 100_000):
-            answers = [place(rectangles(count, seed, grid, grid), time_limit=10) for seed in range(10)]
-            worst = max(answers, key=lambda a: a.seconds)
-            solved = sum(a.proved_optimal for a in answers)
-            rows.append(row("packable", f"grid {grid}", count, worst, solved=f"{solved} of {len(answers)}"))
-            print(rows[-1], flush=True)
+    for cut in (rectangles, tiles, wheels):
+        for count in (25, 50, 100, 200):
+            for steps, height in ((1000, 1000), (100_000, 100_000), (100, 2**20), (100, 1000), (30, 2**20), (30, 1000)):
+                answers = [place(cut(count, seed, steps, height), time_limit=10) for seed in range(10)]
+                name = f"{cut.__name__}, {steps} steps, height {height}"
+                worst = max(answers, key=lambda a: a.seconds)
+                solved = sum(a.proved_optimal for a in answers)
+                rows.append(row("packable", name, count, worst, solved=f"{solved} of {len(answers)}"))
+                print(rows[-1], flush=True)
     return rows
 
 

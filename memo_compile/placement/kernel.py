@@ -1,4 +1,4 @@
-"""Compiles kernel.cpp at first use, with the compiler that Inductor would take, and calls it.
+"""Compiles native/kernel.cpp at first use, with the compiler that Inductor would take, and calls it.
 
 The library is cached in the user's cache folder under a name that holds a digest of source, compiler and flags.
 """
@@ -24,7 +24,7 @@ from memo_compile.placement.core import Core, Ints
 
 log = logger(__name__)
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCE = Path(__file__).parent / "native" / "kernel.cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 FOUND, NONE_THERE, NOT_KNOWN = 1, 0, -1
 
@@ -37,6 +37,7 @@ class Kernel:
         library.memo_first_fit.restype = ctypes.c_int64
         library.memo_improve.restype = ctypes.c_int64
         library.memo_search.restype = ctypes.c_int32
+        library.memo_search_joined.restype = ctypes.c_int32
 
     def first_fit(self, core: Core, order: Ints, stop: npt.NDArray[np.int32]) -> tuple[Ints, int] | None:
         """Offsets and peak, in units, of first fit in an order (indices); None when stopped."""
@@ -73,6 +74,23 @@ class Kernel:
             ctypes.c_int64(capacity),
             ctypes.c_int64(nodes),
             ctypes.c_int32(table_bits),
+            ctypes.c_uint64(seed),
+            _p(stop),
+            _p(offsets),
+            _p(taken),
+        )
+        return result, offsets, int(taken[0])
+
+    def search_joined(
+        self, core: Core, capacity: int, nodes: int, seed: int, stop: npt.NDArray[np.int32]
+    ) -> tuple[int, Ints, int]:
+        """FOUND or NOT_KNOWN; offsets where found; nodes taken, none where nothing can be joined."""
+        offsets, taken = np.zeros(core.n, np.int64), np.zeros(1, np.int64)
+        result = self._library.memo_search_joined(
+            *_shape(core),
+            ctypes.c_int32(core.moments),
+            ctypes.c_int64(capacity),
+            ctypes.c_int64(nodes),
             ctypes.c_uint64(seed),
             _p(stop),
             _p(offsets),
@@ -144,7 +162,8 @@ def cache_folder() -> Path:
 
 def build(compiler: str, folder: Path) -> Path:
     """The library in `folder`, compiled unless it is there. Processes may compile at once."""
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine()]).encode()).hexdigest()
+    texts = [path.read_text() for path in sorted(SOURCE.parent.glob("*.?pp"))]
+    key = hashlib.sha256("\0".join([*texts, compiler, *FLAGS, platform.machine()]).encode()).hexdigest()
     library = folder / f"placement-{key[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -1,9 +1,9 @@
 """The complete search, asked by several orders at once, and a ladder of capacities.
 
-The search itself is in kernel.cpp. It answers whether a capacity can be met, and what it finds it finds soon or late
-depending on luck: so several orders take turns, each with a budget of nodes that doubles from round to round, on as
-many threads as there are cores. Which answer counts never depends on which thread was first, so that the result is the
-same for the same work.
+The search itself is in native/search.hpp. It answers whether a capacity can be met, and what it finds it finds soon or
+late depending on luck: so several orders take turns, each with a budget of nodes that doubles from round to round, on
+as many threads as there are cores; and with them native/joins.hpp, which searches among buffers that it has joined.
+Which answer counts never depends on which thread was first, so that the result is the same for the same work.
 """
 
 from __future__ import annotations
@@ -98,11 +98,14 @@ def _ask(
     turn: int,
     deadline: Deadline,
 ) -> tuple[int, Ints, int]:
-    """All orders at one capacity. The first in the list that knows the answer counts; later ones are stopped."""
-    flags = [np.zeros(1, np.int32) for _ in ranks]
+    """Joined buffers and all orders at one capacity. The first that knows counts; those behind it are stopped."""
+    flags = [np.zeros(1, np.int32) for _ in range(1 + len(ranks))]
     asked: list[Future[tuple[int, Ints, int]]] = [
+        pool.submit(kernel.search_joined, core, capacity, budget, turn, flags[0])
+    ]
+    asked += [
         pool.submit(kernel.search, core, rank, capacity, budget, turn * len(ranks) + k, flag)
-        for k, (rank, flag) in enumerate(zip(ranks, flags, strict=True))
+        for k, (rank, flag) in enumerate(zip(ranks, flags[1:], strict=True))
     ]
     nodes = 0
     answer = (NOT_KNOWN, np.zeros(0, np.int64))

@@ -1,122 +1,4 @@
-// The kernels of placement: first fit, its improvement by blame, and a complete search for a given capacity.
-//
-// Times are indices of moments, buffers live over half-open ranges of them. Sizes and offsets are in one unit that the
-// caller chooses. A buffer with fixed[i] >= 0 lies there and nowhere else. All functions are deterministic; `stop` is
-// read now and then and ends them early.
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <numeric>
-#include <vector>
-
-namespace {
-
-constexpr int64_t NEVER = std::numeric_limits<int64_t>::max() / 4;
-constexpr int MAX_DEPTH = 10000;  // of recursion: what the stack of a thread holds
-
-uint64_t mix(uint64_t x) {  // splitmix64's finalizer
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
-struct Problem {
-    int n;
-    const int64_t* size;
-    const int32_t* start;
-    const int32_t* end;
-    const int64_t* fixed;
-
-    bool meet(int i, int j) const { return start[i] < end[j] && start[j] < end[i]; }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// First fit
-
-// Placed buffers by offset, in chunks that know which moments they touch, so that most are passed over unread.
-class Shelf {
-public:
-    void put(int64_t low, int64_t high, int32_t start, int32_t end) {
-        if (chunks_.empty()) chunks_.emplace_back();
-        size_t c = 0;
-        while (c + 1 < chunks_.size() && chunks_[c + 1].items.front().low < low) ++c;
-        Chunk& chunk = chunks_[c];
-        Item item{low, high, start, end};
-        auto at = std::upper_bound(chunk.items.begin(), chunk.items.end(), item,
-                                   [](const Item& x, const Item& y) { return x.low < y.low; });
-        chunk.items.insert(at, item);
-        chunk.first = std::min(chunk.first, start);
-        chunk.last = std::max(chunk.last, end);
-        if (chunk.items.size() >= 2 * SIZE) split(c);
-    }
-
-    // The lowest offset at which `size` is free over [start, end).
-    int64_t lowest_free(int64_t size, int32_t start, int32_t end) const {
-        int64_t offset = 0;
-        for (const Chunk& chunk : chunks_) {
-            if (chunk.last <= start || chunk.first >= end) continue;
-            for (const Item& x : chunk.items) {
-                if (x.start >= end || x.end <= start) continue;
-                if (x.low - offset >= size) return offset;
-                offset = std::max(offset, x.high);
-            }
-        }
-        return offset;
-    }
-
-private:
-    static constexpr size_t SIZE = 128;
-    struct Item {
-        int64_t low, high;
-        int32_t start, end;
-    };
-    struct Chunk {
-        std::vector<Item> items;
-        int32_t first = std::numeric_limits<int32_t>::max(), last = -1;
-    };
-    std::vector<Chunk> chunks_;
-
-    void split(size_t c) {
-        Chunk upper;
-        upper.items.assign(chunks_[c].items.begin() + SIZE, chunks_[c].items.end());
-        chunks_[c].items.resize(SIZE);
-        for (Chunk* chunk : {&chunks_[c], &upper}) {
-            chunk->first = std::numeric_limits<int32_t>::max();
-            chunk->last = -1;
-            for (const Item& x : chunk->items) {
-                chunk->first = std::min(chunk->first, x.start);
-                chunk->last = std::max(chunk->last, x.end);
-            }
-        }
-        chunks_.insert(chunks_.begin() + c + 1, std::move(upper));
-    }
-};
-
-int64_t first_fit(const Problem& p, const int32_t* order, const volatile int32_t* stop, int64_t* offsets) {
-    Shelf shelf;
-    int64_t peak = 0;
-    for (int i = 0; i < p.n; ++i)
-        if (p.fixed[i] >= 0) {
-            offsets[i] = p.fixed[i];
-            shelf.put(offsets[i], offsets[i] + p.size[i], p.start[i], p.end[i]);
-            peak = std::max(peak, offsets[i] + p.size[i]);
-        }
-    for (int k = 0; k < p.n; ++k) {
-        if ((k & 255) == 0 && *stop) return -1;
-        int i = order[k];
-        if (p.fixed[i] >= 0) continue;
-        offsets[i] = shelf.lowest_free(p.size[i], p.start[i], p.end[i]);
-        shelf.put(offsets[i], offsets[i] + p.size[i], p.start[i], p.end[i]);
-        peak = std::max(peak, offsets[i] + p.size[i]);
-    }
-    return peak;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Complete search
+// Complete search: can a capacity be met?
 //
 // Buffers are stacked from the bottom. r[i] is the lowest offset that i can still take, f[t] the least r over the
 // buffers to come at moment t. Where all buffers with r = f[t] at t lie on level ground, either one of them comes next
@@ -128,6 +10,19 @@ int64_t first_fit(const Problem& p, const int32_t* order, const volatile int32_t
 // - no buffer could lie lower (m[i], where placed buffers let it, is free),
 // - of two buffers with one lifetime, one directly on the other, the larger lies below,
 // - equal buffers lie in order of their index.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "problem.hpp"
+
+namespace memo {
+
+constexpr int MAX_DEPTH = 10000;  // of recursion: what the stack of a thread holds
 
 class Search {
 public:
@@ -437,52 +332,4 @@ private:
     }
 };
 
-}  // namespace
-
-extern "C" {
-
-// First fit in a given order; -1 when stopped.
-int64_t memo_first_fit(int32_t n, const int64_t* size, const int32_t* start, const int32_t* end, const int64_t* fixed,
-                       const int32_t* order, const volatile int32_t* stop, int64_t* offsets) {
-    return first_fit(Problem{n, size, start, end, fixed}, order, stop, offsets);
-}
-
-// First fit again and again; buffers that ended above `goal` come earlier in the next order. Returns the best peak.
-int64_t memo_improve(int32_t n, const int64_t* size, const int32_t* start, const int32_t* end, const int64_t* fixed,
-                     const int32_t* order, int64_t goal, int32_t rounds, uint64_t seed, const volatile int32_t* stop,
-                     int64_t* offsets) {
-    const Problem p{n, size, start, end, fixed};
-    std::vector<int32_t> now(order, order + n);
-    std::vector<double> key(n);
-    std::vector<int64_t> trial(n);
-    for (int k = 0; k < n; ++k) key[now[k]] = k;
-    int64_t best = NEVER;
-    for (int round = 0; round < rounds; ++round) {
-        const int64_t peak = first_fit(p, now.data(), stop, trial.data());
-        if (peak < 0) break;
-        if (peak < best) {
-            best = peak;
-            std::copy(trial.begin(), trial.end(), offsets);
-        }
-        if (peak <= goal) break;
-        for (int i = 0; i < n; ++i)
-            if (trial[i] + size[i] > goal) key[i] *= 0.2 + 0.6 * double(mix(mix(seed + round) + i) & 1023) / 1024;
-        std::stable_sort(now.begin(), now.end(), [&](int x, int y) { return key[x] < key[y]; });
-        for (int k = 0; k < n; ++k) key[now[k]] = k;
-    }
-    return best;
-}
-
-// Is there a placement within `capacity`? 1: yes, in `offsets`; 0: no; -1: not known within the budget of nodes.
-int32_t memo_search(int32_t n, const int64_t* size, const int32_t* start, const int32_t* end, const int64_t* fixed,
-                    int32_t moments, const int32_t* rank, int64_t capacity, int64_t budget, int32_t table_bits,
-                    uint64_t seed, const volatile int32_t* stop, int64_t* offsets, int64_t* nodes) {
-    const Problem p{n, size, start, end, fixed};
-    Search search(p, moments, rank, capacity, table_bits, stop);
-    const int result = search.run(budget, seed);
-    *nodes = search.nodes();
-    if (result == 1) std::copy(search.offsets().begin(), search.offsets().end(), offsets);
-    return result;
-}
-
-}  // extern "C"
+}  // namespace memo

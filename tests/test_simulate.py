@@ -8,7 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bench import zoo
+from memo_compile.compilation import limits_for
+from memo_compile.offline import trace
 from memo_compile.residency import Activation, Problem, Residency, decide, evaluate
+from memo_compile.settle import settle
 from memo_compile.simulate import simulate
 
 MIB = 2**20
@@ -168,3 +172,17 @@ def test_no_residency_in_quarters_plays_faster(problem):
             a.bytes / 64 * (1 / few.d2h + 1 / few.h2d) + (a.recompute_seconds or 0) / 64 for a in few.activations
         )
         assert simulate(few, decision.residency).seconds <= fastest * 1.001 + slices
+
+
+@pytest.mark.parametrize("hardware", ["a800", "h200"])
+@pytest.mark.parametrize("target", [zoo.llama, zoo.gpt_dropout, zoo.hf_gpt2, zoo.hf_llama])
+def test_the_program_predicts_what_the_simulator_plays_for_real_models(target, hardware):
+    model, args, kwargs, _ = target()
+    p, setting = trace(model, args, kwargs, {"memory_budget": 0.65, "hardware": hardware})
+    limits = limits_for(setting, p.unplanned_peak)
+    decided = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name="zoo", backend="memo").decided
+    where = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
+    assert any(r.offloaded or r.recomputed for r in where.values())
+    predicted, played = evaluate(decided.problem, where), simulate(decided.problem, where)
+    assert predicted.seconds == pytest.approx(played.seconds, rel=0.03)
+    assert predicted.peak == pytest.approx(played.peak, rel=0.01)

@@ -15,7 +15,7 @@ from typing import Any
 import torch.fx as fx
 
 from memo_compile.anchors import anchor_sets, bottlenecks
-from memo_compile.cost import account, graph_costs, is_attention
+from memo_compile.cost import Timer, account, is_attention
 from memo_compile.errors import BudgetTooSmall, InvalidOption
 from memo_compile.hardware import DeviceProfile, resolve
 from memo_compile.offline_arena import OfflineArena, offline_arena
@@ -129,12 +129,15 @@ class Forecast:
         return asdict(self)
 
 
-def forecast_preset(asked: Asked, *, traced: int = TRACED, say: Say = lambda _: None) -> Forecast:
+def forecast_preset(
+    asked: Asked, *, traced: int = TRACED, say: Say = lambda _: None, timer: Timer | None = None
+) -> Forecast:
     """What training the preset `asked.name` would take.
 
     Args:
         traced: layers to trace; the model's own number is planned.
         say: told in a few words what is being done.
+        timer: seconds of kernels measured on a device (`KernelTimer`).
 
     Raises:
         InvalidOption: no such preset, strategy or hardware, or sizes that do not go together.
@@ -152,12 +155,18 @@ def forecast_preset(asked: Asked, *, traced: int = TRACED, say: Say = lambda _: 
     layer = sum(p.numel() for p in rank.model.blocks[0].parameters())
     elements += layer * (found.layers - traced)
     say(f"tracing {traced} layers at {asked.tokens:,} tokens")
-    p = _traced(rank.model, rank.args, rank.kwargs, asked.hardware)
+    p = _traced(rank.model, rank.args, rank.kwargs, asked.hardware, timer)
     return _answer(asked, p, found.layers, elements, layer, started, say)
 
 
 def forecast_model(
-    asked: Asked, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, say: Say = lambda _: None
+    asked: Asked,
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    say: Say = lambda _: None,
+    timer: Timer | None = None,
 ) -> Forecast:
     """What training a model of fake tensors would take, all its layers traced.
 
@@ -168,7 +177,7 @@ def forecast_model(
     _check(asked)
     elements = sum(p.numel() for p in getattr(model, "parameters", list)())
     say(f"tracing {asked.name}: all its layers")
-    p = _traced(model, tuple(args), kwargs, asked.hardware)
+    p = _traced(model, tuple(args), kwargs, asked.hardware, timer)
     asked = replace(asked, tokens=p.tokens.tokens)
     return _answer(asked, p, 0, elements, elements, started, say)
 
@@ -179,10 +188,12 @@ def _check(asked: Asked) -> None:
     resolve(asked.hardware)
 
 
-def _traced(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hardware: str) -> Prepared:
+def _traced(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hardware: str, timer: Timer | None
+) -> Prepared:
     from memo_compile.offline import trace
 
-    return trace(model, args, kwargs, {"hardware": hardware})[0]
+    return trace(model, args, kwargs, {"hardware": hardware}, timer=timer)[0]
 
 
 def _answer(
@@ -238,7 +249,6 @@ def _forecast(
     planning_seconds: float,
 ) -> Forecast:
     homes, tensors_of_class = _homes(p, long, problem, decision)
-    costs = graph_costs(p.joint, p.profile, fused=p.fused, written=p.saved)
     return Forecast(
         asked=asked,
         profile=p.profile.name,
@@ -266,7 +276,7 @@ def _forecast(
         homes=homes,
         tensors=tensors_of_class,
         largest=_largest(p),
-        seconds_by_op={op: c.seconds for op, c in account(p.joint, costs).items() if c.seconds},
+        seconds_by_op={op: c.seconds for op, c in account(p.joint, p.costs).items() if c.seconds},
         arena=arena,
         planning_seconds=planning_seconds,
     )

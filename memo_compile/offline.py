@@ -1,7 +1,7 @@
 """Plans a training step without running it: Dynamo and AOTAutograd trace it on fake tensors, and then it stops.
 
-Private torch APIs, tried with torch 2.11 to 2.15: `torch._inductor.fx_passes.replace_random`, and of `torch._guards`
-`detect_fake_mode`.
+Private torch APIs, tried with torch 2.11 to 2.15: `torch._inductor.fx_passes.replace_random`, of `torch._guards`
+`detect_fake_mode`, and of `torch._subclasses.fake_tensor` `unset_fake_temporarily`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from memo_compile.compilation import Setting, limits_for, setting_for
+from memo_compile.cost import Timer
 from memo_compile.errors import MemoError, NothingToPlan
 from memo_compile.options import Options
 from memo_compile.planner import Decided, Prepared, prepare
@@ -39,9 +40,16 @@ def plan_offline(
 
 
 def trace(
-    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any] | None
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    *,
+    timer: Timer | None = None,
 ) -> tuple[Prepared, Setting]:
     """Trace a training step of `model(*args, **kwargs)` into one joint graph, and find out all that no plan changes.
+
+    `timer` measures kernels on a device, as `graph_costs` takes it.
 
     Raises:
         MemoError: the model does not trace into one graph, needs no gradient, or a mistake in the options.
@@ -62,7 +70,8 @@ def trace(
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **rest: Any) -> Any:
             static = rest.get("static_lifetime_input_indices")
             _draw_from_seeds(joint)
-            p = prepare(joint, joint_inputs, num_fwd_outputs, static, setting.profile, fused=True)
+            measured = _with_real_tensors(timer)
+            p = prepare(joint, joint_inputs, num_fwd_outputs, static, setting.profile, fused=True, timer=measured)
             raise _Traced(p, setting)
 
         def inference(graph: fx.GraphModule, _: Any) -> Any:
@@ -78,6 +87,17 @@ def trace(
         found: tuple[Prepared, Setting] = traced.args
         return found
     raise NothingToPlan("the model traced into no graph that needs gradients.")
+
+
+def _with_real_tensors(timer: Timer | None) -> Timer | None:
+    """The same timer, for use while tensors are fake."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    def timed(node: fx.Node) -> float | None:
+        with unset_fake_temporarily():
+            return timer(node) if timer is not None else None
+
+    return timed if timer is not None else None
 
 
 def _draw_from_seeds(joint: fx.GraphModule) -> None:

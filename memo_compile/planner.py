@@ -15,7 +15,7 @@ import torch.fx as fx
 
 from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
-from memo_compile.cost import graph_costs
+from memo_compile.cost import Cost, Timer, graph_costs
 from memo_compile.errors import SolverOutOfTime
 from memo_compile.hardware import DeviceProfile
 from memo_compile.logs import logger
@@ -90,6 +90,7 @@ class Prepared:
     forward: fx.GraphModule
     backward: fx.GraphModule
     chains: Mapping[str, tuple[fx.Node, ...] | None]
+    costs: Mapping[str, Cost]
     seconds: Mapping[str, float]
     flops: Mapping[str, int]
     fused: bool
@@ -142,6 +143,7 @@ def prepare(
     profile: DeviceProfile,
     *,
     fused: bool,
+    timer: Timer | None = None,
 ) -> Prepared:
     """Annotate a joint graph: token axes, live ranges, costs, what may be recomputed and from what.
 
@@ -150,6 +152,7 @@ def prepare(
         static_inputs: indices of the inputs that are parameters or buffers.
         profile: the device that the costs are of.
         fused: whether a fusing compiler runs the graphs.
+        timer: seconds of nodes that were measured on a device, as `graph_costs` takes them.
     """
     unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
     if fused:
@@ -161,7 +164,7 @@ def prepare(
     replayable = all(name in by_name for name in unplanned.saved)
     saved = canonical_saved(joint, [by_name[name] for name in unplanned.saved]) if replayable else []
     split = split_saving(joint, saved, num_forward_outputs) if replayable else unplanned
-    costs = graph_costs(joint, profile, fused=fused, written=saved)
+    costs = graph_costs(joint, profile, fused=fused, written=saved, timer=timer)
     return Prepared(
         joint,
         num_forward_outputs,
@@ -173,6 +176,7 @@ def prepare(
         split.forward,
         order_backward(split.backward),
         _chains(joint, saved),
+        costs,
         {k: c.seconds for k, c in costs.items()},
         {k: int(c.flops) for k, c in costs.items()},
         fused,

@@ -15,6 +15,7 @@ from memo_compile.errors import InvalidOption
 from memo_compile.options import parse_bytes
 
 if TYPE_CHECKING:
+    from memo_compile.cost import KernelTimer
     from memo_compile.forecast import Asked, Forecast, Home, Say
 
 WIDTH = 140  # columns where the output is no terminal
@@ -44,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strategy", default="memo", help=STRATEGY)
     parser.add_argument("--trace-layers", type=int, default=4, help="layers of a preset to trace, 4 or more (4)")
+    parser.add_argument(
+        "--measure-kernels",
+        action="store_true",
+        help="time products and attentions on this machine's device of that hardware, instead of reckoning",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
 
 
@@ -94,11 +100,24 @@ def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
     from memo_compile.forecast import forecast_model, forecast_preset
     from memo_compile.targets import fake_target
 
+    timer = _timer(asked.hardware) if arguments.measure_kernels else None
     if arguments.preset is not None:
-        return forecast_preset(asked, traced=arguments.trace_layers, say=say)
+        return forecast_preset(asked, traced=arguments.trace_layers, say=say, timer=timer)
     say(f"building {asked.name}")
     model, args, kwargs = fake_target(asked.name)
-    return forecast_model(asked, model, args, kwargs, say=say)
+    return forecast_model(asked, model, args, kwargs, say=say, timer=timer)
+
+
+def _timer(hardware: str) -> KernelTimer:
+    import torch
+
+    from memo_compile.cost import KernelTimer
+    from memo_compile.hardware import resolve
+
+    profile = resolve(hardware)
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption("--measure-kernels", profile.name, "hardware that is here: no CUDA device is")
+    return KernelTimer(profile.device)
 
 
 def _report(f: Forecast) -> list[Any]:

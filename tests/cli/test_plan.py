@@ -5,6 +5,7 @@ import json
 import pytest
 
 from memo_compile.cli import main
+from memo_compile.cost import KernelTimer
 from memo_compile.forecast import Asked, forecast_preset
 from memo_compile.parallel import layout
 
@@ -72,6 +73,43 @@ def test_a_mistake_is_one_message(arguments, named, capsys):
     message = capsys.readouterr().err
     assert named in message
     assert "Traceback" not in message
+
+
+KERNELS = """
+import torch
+
+def block():
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256))
+    return model, (torch.zeros(512, 256),)
+"""
+
+
+def test_kernels_are_measured_where_the_hardware_is_here(tmp_path, monkeypatch):
+    (tmp_path / "measured_kernels.py").write_text(KERNELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(KernelTimer, "_time", lambda timer, node: 7.0)
+    command = ["plan", "measured_kernels:block", "--hardware", "cpu", "--json", "plan.json"]
+    assert main([*command, "--measure-kernels"]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["step_seconds"] == pytest.approx(5 * 7.0, rel=0.01)  # two products forward, three backward
+    assert sum(found["seconds_by_op"].values()) == pytest.approx(found["step_seconds"], rel=0.01)
+
+
+def test_kernels_are_really_run(tmp_path, monkeypatch):
+    (tmp_path / "measured_block.py").write_text(KERNELS)
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "measured_block:block", "--hardware", "cpu", "--json", "reckoned.json"]) == 0
+    assert (
+        main(["plan", "measured_block:block", "--hardware", "cpu", "--json", "measured.json", "--measure-kernels"]) == 0
+    )
+    reckoned, measured = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("reckoned", "measured"))
+    assert 0 < measured["step_seconds"] != reckoned["step_seconds"]
+
+
+def test_kernels_of_hardware_that_is_not_here_are_not_measured(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*GPT, "--measure-kernels"]) == 2
+    assert "--measure-kernels" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_fit_says_so_with_numbers(capsys):

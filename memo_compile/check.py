@@ -6,24 +6,19 @@ whatever the machine has, so that figures are the same everywhere.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memo_compile.baseline import Baseline, Change, Figures, Tensor, compare, load, save
-from memo_compile.errors import InvalidBaseline, InvalidOption, InvalidTarget
+from memo_compile.errors import InvalidBaseline, InvalidOption
 from memo_compile.logs import NO_AXIS, logger
 from memo_compile.schema import ActivationPlan, Plan
-
-if TYPE_CHECKING:
-    from torch._subclasses import FakeTensorMode
+from memo_compile.targets import load_target, made_of_fakes
 
 log = logger(__name__)
 
@@ -84,35 +79,6 @@ def _torch_version() -> str:
     return torch.__version__.partition("+")[0]
 
 
-def load_target(target: str) -> Callable[[], Any]:
-    """The function that `package.module:function` names.
-
-    Raises:
-        InvalidTarget: there is none.
-    """
-    module, _, name = target.partition(":")
-    if not module or not name:
-        raise InvalidTarget(target, "it does not name a module and a function")
-    try:
-        with _importing_from_here():
-            found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InvalidTarget(target, str(error)) from error
-    if not callable(found):
-        raise InvalidTarget(target, f"it is a {type(found).__name__}, which cannot be called")
-    return found
-
-
-@contextlib.contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """As with `python -m`, modules of the current folder can be imported."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path.remove(os.getcwd())
-
-
 def location(target: str) -> tuple[str, int]:
     """File, relative to the current folder where it lies there, and line of a target's function."""
     function = inspect.unwrap(load_target(target))
@@ -139,8 +105,7 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
     try:
         _warm_up()
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode, _convertible(mode):
-            model, args, kwargs, options = _parts(target, make)
+        model, args, kwargs, options = made_of_fakes(target, make, mode)
         host = int(profile.host_memory * HOST_SHARE)
         options = {"host_budget": host, **options, "hardware": hardware}
         calibration = _calibration_seconds()
@@ -170,34 +135,6 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
         "unsliceable": tuple(f"the token axis ends at {s.op}, {_portable(s.source)}" for p in plans for s in p.stops),
     }
     return Figures({k: _rounded(v) for k, v in metrics.items()}, tensors, {k: v for k, v in notes.items() if v})
-
-
-@contextlib.contextmanager
-def _convertible(mode: FakeTensorMode) -> Iterator[None]:
-    """Within, `model.to(dtype)` works: it swaps parameters, which torch refuses where a weak reference to them is kept.
-
-    Private torch API, tried with torch 2.13: the memo of the mode's converter, which is for converting real tensors.
-    """
-    converter: Any = mode.fake_tensor_converter
-    converter.set_tensor_memo = lambda real, fake: None
-    try:
-        yield
-    finally:
-        del converter.set_tensor_memo
-
-
-def _parts(target: str, make: Callable[[], Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    try:
-        made = make()
-    except Exception as error:
-        raise InvalidTarget(target, f"it raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, tuple) or not 2 <= len(made) <= 4 or not callable(made[0]):
-        raise InvalidTarget(target, f"it returned {type(made).__name__}")
-    model, args, *rest = made
-    kwargs, options = (*rest, {}, {})[:2]
-    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping) or not isinstance(options, Mapping):
-        raise InvalidTarget(target, "args must be a tuple, kwargs and options dicts")
-    return model, tuple(args), dict(kwargs), dict(options)
 
 
 @cache

@@ -95,11 +95,11 @@ class NothingToPlan(MemoError):
 
 
 class InvalidTarget(MemoError):
-    """`memo check` was given something that is no function which makes a model and its inputs."""
+    """A command was given something that is no function which makes a model and its inputs."""
 
     def __init__(self, target: str, problem: str) -> None:
         super().__init__(
-            f"cannot check {target!r}: {problem}. A target is package.module:function, a function without arguments "
+            f"{target!r} is no target: {problem}. A target is package.module:function, a function without arguments "
             "that returns (model, args), (model, args, kwargs) or (model, args, kwargs, options)."
         )
 

@@ -160,7 +160,7 @@ def test_an_update_of_one_target_keeps_the_others(canned, here):
     [
         (["cases:first"], "there is no baseline"),
         (["cases:first", "--update"], "--hardware"),
-        (["cases:third", "--update", "--hardware", "h100"], "cannot check 'cases:third'"),
+        (["cases:third", "--update", "--hardware", "h100"], "'cases:third' is no target"),
         (["nowhere:first", "--update", "--hardware", "h100"], "No module named"),
         (["cases", "--update", "--hardware", "h100"], "does not name a module and a function"),
         (["cases:number", "--update", "--hardware", "h100"], "cannot be called"),

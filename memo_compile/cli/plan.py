@@ -1,7 +1,7 @@
 """Plan training without a GPU: what a rank holds, where activations go, how long a step takes.
 
 Either one of the models that memo knows by name (--preset), or a function, package.module:function, that returns
-(model, args) or (model, args, kwargs). It is called with fake tensors.
+(model, args) or (model, args, kwargs). It is called with fake tensors. Options behind these are for `memo check`.
 """
 
 from __future__ import annotations
@@ -97,14 +97,17 @@ def _size(option: str, text: str | None) -> int | None:
 
 
 def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
+    from torch._subclasses import FakeTensorMode
+
     from memo_compile.forecast import forecast_model, forecast_preset
-    from memo_compile.targets import fake_target
+    from memo_compile.targets import load_target, made_of_fakes
 
     timer = _timer(asked.hardware) if arguments.measure_kernels else None
     if arguments.preset is not None:
         return forecast_preset(asked, traced=arguments.trace_layers, say=say, timer=timer)
     say(f"building {asked.name}")
-    model, args, kwargs = fake_target(asked.name)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model, args, kwargs, _ = made_of_fakes(asked.name, load_target(asked.name), mode)
     return forecast_model(asked, model, args, kwargs, say=say, timer=timer)
 
 

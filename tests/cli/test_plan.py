@@ -63,8 +63,8 @@ def test_a_tighter_budget_is_no_faster():
         (["--preset", "gpt-7b", "--seq", "1024", "--strategy", "pray"], "--strategy"),
         (["no_such_module:function"], "no_such_module"),
         (["json"], "package.module:function"),
-        (["json:loads"], "a function that works"),
-        (["math:pi"], "a function that works"),
+        (["json:loads"], "it raised TypeError"),
+        (["math:pi"], "it is a float"),
         (["--preset", "gpt-7b", "--seq", "1024", "--json", "/no/such/folder/plan.json"], "--json"),
     ],
 )

@@ -43,6 +43,7 @@ from memo_compile.passes.partition import (
     order_backward,
     readable_inputs,
     recompute_chain,
+    saved_in,
     split_min_cut,
     split_saving,
 )
@@ -57,6 +58,10 @@ log = logger(__name__)
 
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 PATIENCE = 2  # sets of anchors for which the solver may run out of time before any has an answer
+DRAWN_AGAIN = (
+    "random numbers inside torch.utils.checkpoint, for which torch has split the graph; "
+    'with backend="memo" they are made again from seeds, and planned'
+)
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
 
 
@@ -78,7 +83,8 @@ class Prepared:
     """A joint graph with everything found out about it that no decision changes.
 
     `forward` and `backward` are the split that saves `saved`, the canonical saved activations. `chains[name]` is what
-    runs to make one again from the others, None where it must not run twice.
+    runs to make one again from the others, None where it must not run twice. `plannable` is False where only torch's
+    own split is right.
     """
 
     joint: fx.GraphModule
@@ -97,6 +103,7 @@ class Prepared:
     profile: DeviceProfile
     unplanned_peak: int
     forward_flops: int
+    plannable: bool
 
 
 @dataclass(frozen=True)
@@ -155,15 +162,15 @@ def prepare(
         timer: seconds of nodes that were measured on a device, as `graph_costs` takes them.
     """
     unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
+    theirs = saved_in(joint, unplanned)
+    if theirs is None:
+        log.warning("nothing is planned: %s", DRAWN_AGAIN)
     if fused:
         joint = add_as_they_come(joint)
-    by_name = {n.name: n for n in joint.graph.nodes}
     tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
     layers = annotate_layers(joint)
-    # Where torch rewrote random ops for the user's own checkpoints, its split holds nodes that the joint graph lacks.
-    replayable = all(name in by_name for name in unplanned.saved)
-    saved = canonical_saved(joint, [by_name[name] for name in unplanned.saved]) if replayable else []
-    split = split_saving(joint, saved, num_forward_outputs) if replayable else unplanned
+    saved = canonical_saved(joint, theirs) if theirs is not None else []
+    split = split_saving(joint, saved, num_forward_outputs) if theirs is not None else unplanned
     costs = graph_costs(joint, profile, fused=fused, written=saved, timer=timer)
     return Prepared(
         joint,
@@ -183,6 +190,7 @@ def prepare(
         profile,
         graph_peak(unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused),
         sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
+        plannable=theirs is not None,
     )
 
 
@@ -421,6 +429,8 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     """
     started = time.perf_counter()
     everything = limits.offload == "all"
+    if not p.plannable:
+        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *_largest(p)))
     if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
         return _unplanned(p, limits, name, backend, started)
     view = view_of(p, limits)

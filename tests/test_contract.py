@@ -217,6 +217,41 @@ def test_checkpoint_inside_the_model_keeps_its_meaning(backend):
         assert (got - want).norm() <= 1e-10 * want.norm()
 
 
+def test_dropout_inside_a_checkpoint_is_the_same_both_times(backend):
+    """torch saves states of the generator then, under names that other values of the joint graph may have."""
+    model = make()
+
+    def part(x, layer):
+        return nn.functional.layer_norm(nn.functional.dropout(layer(x), 0.3), x.shape[-1:]) + x
+
+    def run(x):
+        for layer in model.layers:
+            x = torch.utils.checkpoint.checkpoint(part, x, layer, use_reentrant=False)
+        return x.square().mean()
+
+    def trained(fn):
+        torch.manual_seed(3)
+        model.zero_grad()
+        fn(rows()).backward()
+        return grads(model)
+
+    expected = trained(torch.compile(run, backend="inductor" if backend == "memo" else "aot_eager"))
+    torch._dynamo.reset()
+    for got, want in zip(trained(compiled(run, backend, {})), expected, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()
+
+
+def test_a_budget_of_what_only_torch_can_split_is_refused_with_the_reason():
+    layer = nn.Linear(32, 32)
+
+    def run(x):
+        y = torch.utils.checkpoint.checkpoint(lambda x: nn.functional.dropout(layer(x), 0.3), x, use_reentrant=False)
+        return y.square().mean()
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"(?s)cannot be kept.*torch\.utils\.checkpoint"):
+        torch.compile(run, backend="memo_eager", options={"memory_budget": 0.2})(torch.randn(1024, 32)).backward()
+
+
 class Odd(nn.Module):
     """Buffers updated, inputs changed in place, views and unused results, integers, frozen and tied weights."""
 

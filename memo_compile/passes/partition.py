@@ -81,6 +81,22 @@ def order_backward(backward: fx.GraphModule) -> fx.GraphModule:
     return ordered
 
 
+def saved_in(joint: fx.GraphModule, split: Split) -> list[fx.Node] | None:
+    """The nodes of the joint graph that a split saves.
+
+    None where torch has rewritten random ops for the user's own checkpoints: its forward then saves states of the
+    generator, which the joint graph lacks, and whose names may belong to something else there.
+    """
+    theirs = {n.name: n for n in split.forward.graph.nodes}
+    mine = {n.name: n for n in joint.graph.nodes}
+    return [mine[n] for n in split.saved] if all(_stands_for(theirs[n], mine.get(n)) for n in split.saved) else None
+
+
+def _stands_for(node: fx.Node, of: fx.Node | None) -> bool:
+    sources = [n.name for n in node.all_input_nodes]
+    return of is not None and node.target == of.target and sources == [n.name for n in of.all_input_nodes]
+
+
 def _saved_names(forward: fx.GraphModule, num_fwd_outputs: int) -> tuple[str, ...]:
     (output,) = forward.graph.find_nodes(op="output")
     return tuple(n.name for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node))

@@ -16,7 +16,7 @@ import torch.fx as fx
 from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.cost import Cost, Timer, graph_costs
-from memo_compile.errors import SolverOutOfTime
+from memo_compile.errors import DrawnTwice, SolverOutOfTime
 from memo_compile.hardware import DeviceProfile
 from memo_compile.logs import logger
 from memo_compile.passes.attention import write_over_attention_inputs
@@ -59,8 +59,8 @@ log = logger(__name__)
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 PATIENCE = 2  # sets of anchors for which the solver may run out of time before any has an answer
 DRAWN_AGAIN = (
-    "random numbers inside torch.utils.checkpoint, for which torch has split the graph; "
-    'with backend="memo" they are made again from seeds, and planned'
+    "random numbers are drawn inside torch.utils.checkpoint, and only torch's own split makes the same again "
+    '(with backend="memo", dropout outside of attention is made again from seeds, and planned)'
 )
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
 
@@ -163,14 +163,14 @@ def prepare(
     """
     unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
     theirs = saved_in(joint, unplanned)
-    if theirs is None:
-        log.warning("nothing is planned: %s", DRAWN_AGAIN)
     if fused:
         joint = add_as_they_come(joint)
     tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
     layers = annotate_layers(joint)
-    saved = canonical_saved(joint, theirs) if theirs is not None else []
-    split = split_saving(joint, saved, num_forward_outputs) if theirs is not None else unplanned
+    saved, split = _own_split(joint, theirs, unplanned)
+    plannable = split is not unplanned
+    if not plannable:
+        log.warning("nothing is planned: %s", DRAWN_AGAIN)
     costs = graph_costs(joint, profile, fused=fused, written=saved, timer=timer)
     return Prepared(
         joint,
@@ -190,8 +190,19 @@ def prepare(
         profile,
         graph_peak(unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused),
         sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
-        plannable=theirs is not None,
+        plannable=plannable,
     )
+
+
+def _own_split(joint: fx.GraphModule, saved: list[fx.Node] | None, unplanned: Split) -> tuple[list[fx.Node], Split]:
+    """What is saved, canonical, and the split that saves it; nothing and torch's own where only that is right."""
+    if saved is None:
+        return [], unplanned
+    saved = canonical_saved(joint, saved)
+    try:
+        return saved, split_saving(joint, saved, unplanned.num_forward_outputs)
+    except DrawnTwice:  # in the user's own checkpoints, where torch's split keeps the generator's states
+        return [], unplanned
 
 
 def _data_inputs(joint: fx.GraphModule, static_inputs: list[int] | None) -> list[fx.Node]:

@@ -241,6 +241,30 @@ def test_dropout_inside_a_checkpoint_is_the_same_both_times(backend):
         assert (got - want).norm() <= 1e-10 * want.norm()
 
 
+def test_attention_inside_a_checkpoint_is_planned(backend):
+    """torch takes it for random, though it has no dropout."""
+    layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3)).double()
+    x = torch.randn(2, 256, 32, dtype=torch.float64)
+
+    def part(x, layer):
+        q = layer(nn.functional.layer_norm(x, x.shape[-1:])).unflatten(-1, (2, 16)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return x + y.transpose(1, 2).flatten(2)
+
+    def run(x):
+        for layer in layers:
+            x = torch.utils.checkpoint.checkpoint(part, x, layer, use_reentrant=False)
+        return x.square().mean()
+
+    run(x).backward()
+    expected = grads(layers)
+    layers.zero_grad()
+    compiled(run, backend, {"offload": "all"})(x).backward()
+    for got, want in zip(grads(layers), expected, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()
+    assert any(a.offloaded for a in memo_compile.plans()[-1].activations)
+
+
 def test_a_budget_of_what_only_torch_can_split_is_refused_with_the_reason():
     layer = nn.Linear(32, 32)
 

@@ -135,3 +135,38 @@ def test_bfloat16_autocast(backend):
     _, got = run(torch.compile(model, backend=backend, options={"memory_budget": "min"}))
     for name, gradient in expected.items():
         assert (got[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+class Rotated(torch.nn.Module):
+    """Positions as rotations of complex numbers, whose views Inductor makes by calls of kernels."""
+
+    def __init__(self, width=32, tokens=256):
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Linear(width, width, bias=False) for _ in range(3))
+        angles = torch.outer(torch.arange(tokens), 10.0 ** -torch.arange(width // 2))
+        self.register_buffer("angles", angles.double())
+
+    def rotate(self, x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(self.angles), self.angles)).flatten(-2)
+
+    def forward(self, x):
+        q = self.rotate(self.first(x))
+        k = self.rotate(self.second(torch.sin(q)))
+        u = torch.view_as_complex(self.third(torch.sin(k)).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(u * torch.view_as_complex(q.unflatten(-1, (-1, 2)))).flatten(-2)
+
+
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "min"}, {"offload": "all"}], ids=["none", "min", "all"])
+def test_views_as_complex_numbers(options):
+    torch.manual_seed(0)
+    model, x = Rotated().double(), torch.randn(2, 256, 32, dtype=torch.float64)
+
+    def run(fn):
+        model.zero_grad()
+        y = fn(x)
+        y.square().mean().backward()
+        return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+    zoo.assert_close(run(torch.compile(model, backend="memo", options=options)), run(model))

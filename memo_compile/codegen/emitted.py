@@ -85,7 +85,11 @@ def allocation_of(call: ast.expr) -> int | None:
 
 
 def read_body(
-    source: str, outputs: Sequence[str], inputs: Sequence[str], kernel_storage: Callable[[str], tuple[str, int] | None]
+    source: str,
+    outputs: Sequence[str],
+    inputs: Sequence[str],
+    kernel_storage: Callable[[str], tuple[str, int] | None],
+    aliased_by: Callable[[str], Sequence[str]] = lambda _: (),
 ) -> Body:
     """Read a body.
 
@@ -94,6 +98,7 @@ def read_body(
         outputs: the returned expressions.
         inputs: names of the graph's inputs.
         kernel_storage: kind and bytes of what the kernel that makes a name allocates; None where that is nothing.
+        aliased_by: names of the values whose storage a kernel's result is, or may be, a view of.
     """
     statements = flatten(ast.parse(source).body)
     home: dict[str, str] = {name: name for name in inputs}  # name -> the storage it lies in
@@ -101,6 +106,7 @@ def read_body(
     size: dict[str, int] = dict.fromkeys(inputs, 0)
     start: dict[str, int] = dict.fromkeys(inputs, 0)
     end: dict[str, int] = dict.fromkeys(inputs, 0)
+    pinned: set[str] = set()  # storages that share a name with another one
     results: dict[str, str] = {}  # item -> the tuple it was taken from, which holds it as long as it has a name
     for step, statement in enumerate(statements):
         if isinstance(statement, ast.Delete):
@@ -125,6 +131,11 @@ def read_body(
             home[target], start[target], end[target] = target, start[home[source_name]], step + 1
             results[target] = home[source_name]
             continue  # an item of a kernel's results was made when the kernel ran
+        elif views := [home[n] for n in aliased_by(target) if n in home]:
+            # `buf3 = torch.ops.aten.view_as_complex.default(buf2)`: a view, though a kernel's call makes it.
+            home[target] = views[0]
+            pinned.update(views if len(set(views)) > 1 else ())
+            continue
         elif isinstance(value, ast.Call):
             own = kernel_storage(target)
             aliased = _single_tensor_argument(value, home) if own is None else None
@@ -141,6 +152,8 @@ def read_body(
         out.append(home[names[0]] if names else None)
         if names:
             end[home[names[0]]] = len(statements)
+    for name in pinned:
+        end[name] = len(statements)
     for item, whole in results.items():
         end[item] = max(end[item], end[whole])
     storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}

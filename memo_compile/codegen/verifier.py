@@ -10,6 +10,9 @@ import ast
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from memo_compile.codegen.emitted import DTYPE_BYTES, alias_source, dense_bytes, flatten
 from memo_compile.codegen.landings import landing_size
@@ -46,7 +49,8 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
     """Read a graph's emitted statements; `outputs` are the returned expressions, `inputs` the names it is given."""
     text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     statements = flatten(ast.parse(text).body)
-    owner = {name: name for name in inputs}
+    # Of the bytes that a name stands for: several where an op may share those of any of its arguments.
+    owner: dict[str, tuple[str, ...]] = {name: (name,) for name in inputs}
     last = dict.fromkeys(inputs, 0)
     regions: dict[str, Region] = {}
     segments: dict[str, int] = {}
@@ -54,8 +58,8 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         if isinstance(statement, ast.Delete):
             continue
         for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and node.id in owner:
-                last[owner[node.id]] = step + 1
+            if isinstance(node, ast.Name):
+                last.update(dict.fromkeys(owner.get(node.id, ()), step + 1))
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             continue
         name, value = statement.targets[0].id, statement.value
@@ -68,10 +72,9 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         elif function == "alloc_from_pool":
             assert isinstance(value, ast.Call)
             regions[name] = _region(name, value, step)
-            owner[name], last[name] = name, step + 1
-        elif (source := alias_source(value)) in owner:
-            assert source is not None
-            owner[name] = owner[source]
+            owner[name], last[name] = (name,), step + 1
+        elif shared := tuple(o for source in _sources(value) for o in owner.get(source, ())):
+            owner[name] = shared
     ends = {name: replace(r, end=last[name]) for name, r in regions.items()}
     results = tuple(_owner_of(expression, owner) for expression in outputs)
     return EmittedRegions(
@@ -91,9 +94,33 @@ def _region(name: str, call: ast.Call, step: int) -> Region:
     return Region(name, segment.id, ast.literal_eval(offset), size, step, step + 1)
 
 
-def _owner_of(expression: str, owner: Mapping[str, str]) -> str | None:
+def _sources(value: ast.expr) -> list[str]:
+    """The names whose bytes an expression may stand for; of a call of torch's ops, those that its schema tells."""
+    source = alias_source(value)
+    if source is not None:
+        return [source]
+    schema = _schema_of(value)
+    if schema is None or not any(r.alias_info is not None for r in schema.returns):
+        return []
+    assert isinstance(value, ast.Call)
+    given = dict(zip((a.name for a in schema.arguments), value.args, strict=False))
+    given |= {k.arg: k.value for k in value.keywords if k.arg is not None}
+    shared = [given[a.name] for a in schema.arguments if a.alias_info is not None and a.name in given]
+    return [n.id for tree in shared for n in ast.walk(tree) if isinstance(n, ast.Name)]
+
+
+def _schema_of(value: ast.expr) -> Any:
+    """The schema of `torch.ops.namespace.op.overload(…)`; None for any other expression."""
+    path = ast.unparse(value.func).split(".") if isinstance(value, ast.Call) else []
+    if path[:2] != ["torch", "ops"] or len(path) != 5:
+        return None
+    op = getattr(getattr(getattr(torch.ops, path[2]), path[3]), path[4], None)
+    return getattr(op, "_schema", None)
+
+
+def _owner_of(expression: str, owner: Mapping[str, tuple[str, ...]]) -> str | None:
     names = [n.id for n in ast.walk(ast.parse(expression)) if isinstance(n, ast.Name) and n.id in owner]
-    return owner[names[0]] if names else None
+    return owner[names[0]][0] if names else None
 
 
 def verify_emitted(

@@ -114,8 +114,14 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
             return "kernel", int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
+    def aliased_by(name: str) -> Sequence[str]:
+        from torch._inductor import ir
+
+        buffer = graph.name_to_buffer.get(name)
+        return tuple(buffer.get_inputs_that_alias_output()) if isinstance(buffer, ir.FallbackKernel) else ()
+
     source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_storage)
+    body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_storage, aliased_by)
     strides = tuple(_stride(output) for output in graph.graph_outputs)
     origins = {name: _origin(graph.name_to_buffer.get(name)) for name in body.storages}
     return replace(body, strides=strides, landings=tuple(landing_buffers(lines)), origins=origins)

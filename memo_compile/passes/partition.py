@@ -82,14 +82,21 @@ def order_backward(backward: fx.GraphModule) -> fx.GraphModule:
 
 
 def saved_in(joint: fx.GraphModule, split: Split) -> list[fx.Node] | None:
-    """The nodes of the joint graph that a split saves.
+    """The nodes of the joint graph that a split saves; None where it saves something that the joint graph lacks.
 
-    None where torch has rewritten random ops for the user's own checkpoints: its forward then saves states of the
-    generator, which the joint graph lacks, and whose names may belong to something else there.
+    In the user's own checkpoints torch rewrites ops that may draw random numbers, attention without dropout among them.
+    The forward then saves states of the generator, too, under names that may belong to something else in the joint
+    graph: these are left out.
     """
     theirs = {n.name: n for n in split.forward.graph.nodes}
     mine = {n.name: n for n in joint.graph.nodes}
-    return [mine[n] for n in split.saved] if all(_stands_for(theirs[n], mine.get(n)) for n in split.saved) else None
+    saved = [n for n in split.saved if not _is_generator_state(theirs[n])]
+    return [mine[n] for n in saved] if all(_stands_for(theirs[n], mine.get(n)) for n in saved) else None
+
+
+def _is_generator_state(node: fx.Node) -> bool:
+    made = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return str(made.target) == "run_and_save_rng_state" and node.args[1:] == (0,)
 
 
 def _stands_for(node: fx.Node, of: fx.Node | None) -> bool:

@@ -55,6 +55,20 @@ def test_results_live_as_long_as_the_tuple_that_holds_them():
     assert storages["buf4"].end == storages["buf5"].end
 
 
+def test_a_view_that_a_kernels_call_makes_lies_in_what_it_is_of():
+    text = BODY.replace("kernel(buf1)", "view_as_complex.default(buf1)").replace("buf3[0]", "buf3") + "kernel(buf4)\n"
+    views = {"buf3": ("buf1",), "buf4": ("buf3",)}
+    body = read_body(text, ["buf4"], ["primals_1", "primals_2"], lambda _: None, lambda name: views.get(name, ()))
+    assert body.outputs == ("buf1",)
+    assert not {"buf3", "buf4"} & set(body.storages)
+
+
+def test_what_may_be_a_view_of_two_keeps_both_to_the_end():
+    views = {"buf3": ("buf0", "buf1")}
+    body = read_body(BODY, ["primals_1"], ["primals_1", "primals_2"], lambda _: None, lambda name: views.get(name, ()))
+    assert body.storages["buf0"].end == body.storages["buf1"].end == body.steps
+
+
 def test_bytes_of_a_strided_tensor_are_what_it_spans():
     assert dense_bytes((2, 3), (4, 1), 4) == 28
     assert dense_bytes((0, 3), (3, 1), 4) == 0

@@ -48,6 +48,21 @@ def test_an_alias_keeps_its_region_alive():
         verify_emitted(read_regions((text + "\nkernel(buf3)").splitlines(), ["buf1"], ["primals_1"]))
 
 
+@pytest.mark.parametrize(
+    "view", ["torch.ops.aten.view_as_complex.default(buf0)", "torch.ops.aten.split.Tensor(split_size=8, self=buf0)"]
+)
+def test_a_view_that_a_kernels_call_makes_keeps_its_region_alive(view):
+    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", f"buf3 = {view}\nbuf4 = buf3")
+    with pytest.raises(PlacementOverlap):
+        verify_emitted(read_regions((text + "\nkernel(buf4)").splitlines(), ["buf1"], ["primals_1"]))
+
+
+def test_a_result_of_its_own_does_not():
+    sort = "buf3 = torch.ops.aten.sort.default(buf0)"
+    text = FORWARD.format(offset=0).replace("buf1 = alloc", f"{sort}\nbuf1 = alloc").replace("(buf0, buf1)", "(buf1)")
+    verify_emitted(read_regions((text + "\nkernel(buf3)").splitlines(), ["buf1"], ["primals_1"]))
+
+
 def test_bytes_may_be_used_again_once_their_owner_is_dead():
     text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", "kernel(primals_1, buf1)")
     verify_emitted(read_regions(text.splitlines(), ["buf1"], ["primals_1"]))

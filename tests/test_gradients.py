@@ -170,3 +170,36 @@ def test_views_as_complex_numbers(options):
         return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
     zoo.assert_close(run(torch.compile(model, backend="memo", options=options)), run(model))
+
+
+@torch.library.custom_op("memo_tests::noisy", mutates_args=())
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    """Draws random numbers, and no tag says so."""
+    return x * (torch.rand(x.shape, dtype=x.dtype) > 0.5)
+
+
+noisy.register_fake(torch.empty_like)
+noisy.register_autograd(
+    lambda ctx, gradient: gradient * (ctx.saved_tensors[0] != 0),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+)
+
+
+@pytest.mark.parametrize("backend", ["memo_eager", "memo"])
+def test_an_op_of_somebody_elses_runs_once(backend):
+    layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(6)).double()
+    x = torch.randn(512, 64, dtype=torch.float64)
+
+    def run(fn):
+        def step(x):
+            for a, b in zip(layers[::2], layers[1::2], strict=True):
+                x = x + b(noisy(a(x).tanh()))
+            return x.square().mean()
+
+        layers.zero_grad()
+        torch.manual_seed(5)
+        fn(step)(x).backward()
+        return {n: p.grad.clone() for n, p in layers.named_parameters()}
+
+    options = {"memory_budget": "min", "offload": False}
+    zoo.assert_close(run(lambda f: torch.compile(f, backend=backend, options=options)), run(lambda f: f))

@@ -106,6 +106,7 @@ def read_body(
     size: dict[str, int] = dict.fromkeys(inputs, 0)
     start: dict[str, int] = dict.fromkeys(inputs, 0)
     end: dict[str, int] = dict.fromkeys(inputs, 0)
+    makers: dict[str, str] = {}  # of allocated storages: empty_strided_cuda and the like
     pinned: set[str] = set()  # storages that share a name with another one
     results: dict[str, str] = {}  # item -> the tuple it was taken from, which holds it as long as it has a name
     for step, statement in enumerate(statements):
@@ -120,6 +121,7 @@ def read_body(
         source_name = alias_source(value)
         if (size_here := allocation_of(value)) is not None:
             kind[target], size[target] = "allocated", size_here
+            makers[target] = ast.unparse(value).partition("(")[0]
         elif source_name is not None and source_name in home:
             # `buf6 = buf5[0]`, and `buf6 = buf5` where the kernel has one result: the storage is the result's.
             of_kernel = isinstance(value, ast.Subscript) or kind[home[source_name]] == "workspace"
@@ -152,12 +154,23 @@ def read_body(
         out.append(home[names[0]] if names else None)
         if names:
             end[home[names[0]]] = len(statements)
+    for name in _of_other_devices(makers, size):
+        kind[name], size[name] = "kernel", 0
     for name in pinned:
         end[name] = len(statements)
     for item, whole in results.items():
         end[item] = max(end[item], end[whole])
     storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}
     return Body(len(statements), storages, tuple(out), tuple(inputs), labels=tuple(map(_label, statements)))
+
+
+def _of_other_devices(makers: Mapping[str, str], size: Mapping[str, int]) -> list[str]:
+    """What lies on another device than most bytes do: a scalar on the host, say. It has no place in the arena."""
+    total: dict[str, int] = {}
+    for name, maker in makers.items():
+        total[maker] = total.get(maker, 0) + size[name]
+    main = max(total, key=lambda maker: total[maker], default="")
+    return [name for name, maker in makers.items() if maker != main]
 
 
 def _label(statement: ast.stmt) -> str:

@@ -18,8 +18,9 @@ HOST_LEASE = "memo_host_lease"  # the placeholder through which a backward recei
 # Ops that make no new storage although their schema does not say so.
 _VIEW_LIKE = frozenset({"aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::lift_fresh_copy"})
 
-# Collectives have side effects on other ranks: they run once, where the user put them.
-_COLLECTIVE_NAMESPACES = frozenset({"_c10d_functional", "c10d_functional", "_dtensor", "symm_mem"})
+# Whose ops may run twice, as their schemas and tags tell. A collective has effects on other ranks, and an op of somebody
+# else's may draw random numbers or count its calls.
+_KNOWN_NAMESPACES = frozenset({"aten", "prims", "inductor", "memo", "memo_collectives"})
 
 
 def tensors(node: fx.Node) -> list[torch.Tensor]:
@@ -255,7 +256,7 @@ def is_pure(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False  # higher-order ops and Python functions: nothing says that they are pure
-    if target.namespace in _COLLECTIVE_NAMESPACES or target._schema.is_mutable:
+    if target.namespace not in _KNOWN_NAMESPACES or target._schema.is_mutable:
         return False
     return not is_random(node)
 

@@ -75,6 +75,9 @@ class Sliced:
     host_bytes: int
 
 
+UNCHECKED = "saved_tensor_with_no_vc_check"
+
+
 def fetch(lease: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Marks, in a backward not yet ordered, a slice that comes back from the host. `schedule` replaces it by transfers.
 
@@ -95,10 +98,28 @@ def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes],
     offsets = {t.value: t.offset for t in transfers}
     saved = _rewrite_forward(split, homes, offsets, host_bytes, host_budget)
     _rewrite_backward(joint, split, homes, offsets, host_bytes)
+    saved = _unchecked_last(split, saved)
     backward = order_backward(split.backward)
     split.forward.recompile()
     backward.recompile()
     return Sliced(split.forward, backward, saved, transfers, host_bytes)
+
+
+def _unchecked_last(split: Split, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """Tensors that a user's autograd function keeps by itself come last: AOTAutograd takes the last ones for these, and
+    checks that the others are as they were (`saved_tensor_with_no_vc_check`, torch/_functorch/partitioners.py).
+    """
+    (output,) = split.forward.graph.find_nodes(op="output")
+    results, handed_on = output.args[0][: split.num_forward_outputs], output.args[0][split.num_forward_outputs :]
+    order = sorted(range(len(handed_on)), key=lambda i: UNCHECKED in handed_on[i].meta)
+    if order == list(range(len(order))):
+        return saved
+    tangent = _first_tangent(split.backward.graph)
+    received = split.backward.graph.find_nodes(op="placeholder")[: len(order)]
+    output.args = ((*results, *(handed_on[i] for i in order)),)
+    for i in order:
+        tangent.prepend(received[i])
+    return tuple(saved[i] for i in order)
 
 
 def _with_sources(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes]) -> Split:
@@ -183,6 +204,7 @@ def _rewrite_forward(
                 rows = _physical_rows(graph, value, plan, plan.tokens - plan.kept, plan.tokens)
                 copy = call(graph, torch.ops.memo.keep.default, (rows,))
                 copy.meta["memo_part_of"] = value.name
+                copy.meta.update({key: value.meta[key] for key in (UNCHECKED,) if key in value.meta})
                 kept.append(copy)
     saved = [*kept, *([lease] if lease is not None else [])]
     output.args = (tuple(outputs[: split.num_forward_outputs]) + tuple(saved),)

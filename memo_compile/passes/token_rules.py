@@ -54,6 +54,8 @@ def flow(node: fx.Node, axes: Axes) -> Flow | str:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return f"no rule for {target}"
+    if target is torch.ops.aten.view.dtype:  # of the same name as the view of another shape, and no such view
+        return f"no rule for {target}"
     rule = RULES.get(target._schema.name)
     if rule is None and is_elementwise(node):
         rule = pointwise

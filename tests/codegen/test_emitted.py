@@ -55,6 +55,13 @@ def test_results_live_as_long_as_the_tuple_that_holds_them():
     assert storages["buf4"].end == storages["buf5"].end
 
 
+def test_what_lies_on_another_device_has_no_place():
+    text = BODY.replace("buf1 = empty_strided_cpu", "buf1 = empty_strided_cuda")
+    storages = read(text).storages
+    assert (storages["buf1"].kind, storages["buf0"].kind) == ("allocated", "kernel")
+    assert storages["buf0"].bytes == 0
+
+
 def test_a_view_that_a_kernels_call_makes_lies_in_what_it_is_of():
     text = BODY.replace("kernel(buf1)", "view_as_complex.default(buf1)").replace("buf3[0]", "buf3") + "kernel(buf4)\n"
     views = {"buf3": ("buf1",), "buf4": ("buf3",)}

@@ -101,6 +101,12 @@ def test_an_unknown_op_ends_the_axis():
     assert "no rule" in report.stops[0].reason
 
 
+def test_other_bits_of_the_same_size_end_the_axis():
+    """A view as another type is of the name of a view of another shape, and would be sliced as one."""
+    gm, report = annotated(lambda x: x.cos().view(torch.int32).bitwise_and(3), torch.ones(1, 16, 4))
+    assert "no rule for aten.view.dtype" in report.stops[0].reason
+
+
 def test_equal_sizes_do_not_fool_it():
     """A square product's other dimension has as many columns as there are tokens, and is not the token axis."""
     gm, _ = annotated(lambda x: (x @ x.new_ones(16, 16)).transpose(0, 1), torch.ones(16, 16))

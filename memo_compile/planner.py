@@ -40,6 +40,7 @@ from memo_compile.passes.masks import share_masks
 from memo_compile.passes.partition import (
     Split,
     canonical_saved,
+    keep_overwritten,
     order_backward,
     readable_inputs,
     recompute_chain,
@@ -162,6 +163,8 @@ def prepare(
         timer: seconds of nodes that were measured on a device, as `graph_costs` takes them.
     """
     unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
+    if keep_overwritten(joint, saved_in(joint, unplanned) or ()):
+        unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
     theirs = saved_in(joint, unplanned)
     if fused:
         joint = add_as_they_come(joint)

@@ -316,6 +316,28 @@ def test_odd_models_are_as_in_eager(backend, options):
     assert torch.equal(got[3], expected[3])
 
 
+@pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
+@pytest.mark.parametrize("written", ["scaled", "replaced"])
+def test_a_buffer_that_is_used_and_then_updated_is_as_it_was(backend, options, written):
+    """torch saves the buffer itself for the backward, and Inductor's gradients are wrong here."""
+
+    def run(fn):
+        torch.manual_seed(0)
+        weight = torch.randn(32, 32, dtype=torch.float64, requires_grad=True)
+        x, buffer = (torch.randn(1024, 32, dtype=torch.float64) for _ in range(2))
+        fn(x, weight, buffer).backward()
+        return weight.grad, buffer
+
+    def step(x, weight, buffer):
+        y = torch.tanh(x @ weight) * torch.sigmoid(buffer + x)
+        buffer.mul_(2) if written == "scaled" else buffer.copy_(x.cos())
+        return (torch.sin(y @ weight + buffer) * y).square().mean()
+
+    expected = run(step)
+    for got, want in zip(run(compiled(step, backend, options)), expected, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()
+
+
 def test_a_model_without_token_axis_keeps_tensors_whole(backend):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()).double()

@@ -11,10 +11,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from memo_compile.errors import DrawnTwice
 from memo_compile.passes.graph import is_cheap, is_pure, is_random, is_reduction, is_seed, is_view, nbytes, storage_of
+from memo_compile.passes.provenance import because
+from memo_compile.passes.tokens import call
 
 NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
 SMALL_STATISTIC = 8  # a reduction is kept beside its argument if it is so many times smaller than the result
@@ -92,6 +95,29 @@ def saved_in(joint: fx.GraphModule, split: Split) -> list[fx.Node] | None:
     mine = {n.name: n for n in joint.graph.nodes}
     saved = [n for n in split.saved if not _is_generator_state(theirs[n])]
     return [mine[n] for n in saved] if all(_stands_for(theirs[n], mine.get(n)) for n in saved) else None
+
+
+def keep_overwritten(joint: fx.GraphModule, saved: Collection[fx.Node]) -> bool:
+    """Put a copy in the place of each input that is saved and that the graph itself overwrites; whether there was one.
+
+    torch's split saves such an input itself, and the backward would read what the forward has written to it (a buffer
+    that is used and then updated).
+    """
+    graph, readable = joint.graph, readable_inputs(joint)
+    inputs = {storage_of(n) for n in saved} - readable
+    overwritten = [n for n in graph.find_nodes(op="placeholder") if n in inputs]
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in overwritten:
+        with because(joint, f"{node.name} as it was, for the backward"), graph.inserting_before(first):
+            kept = call(graph, torch.ops.memo.keep.default, (node,))
+        for user in [u for u in node.users if u is not kept and u.op != "output" and not _writes_to(u, node)]:
+            user.replace_input_with(node, kept)
+    joint.recompile()
+    return bool(overwritten)
+
+
+def _writes_to(user: fx.Node, node: fx.Node) -> bool:
+    return bool(getattr(getattr(user.target, "_schema", None), "is_mutable", False)) and user.args[:1] == (node,)
 
 
 def _is_generator_state(node: fx.Node) -> bool:

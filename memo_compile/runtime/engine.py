@@ -168,8 +168,10 @@ class Engine(ABC):
         self._drop(left)
 
     def forget_block(self, lease: int) -> None:
-        """Before a block of host memory goes back to the system: no copy may touch it any more."""
+        """Before a block of host memory goes to the system or another device: no copy may touch it any more."""
         with self._lock:
+            if lease not in self._last_read and all(address != lease for address, _ in self._offloaded):
+                return
             copies = [c for (address, _), c in self._offloaded.items() if address == lease]
             copies += [c for c in (self._last_read.pop(lease, None),) if c is not None]
             self._offloaded = {k: c for k, c in self._offloaded.items() if k[0] != lease}

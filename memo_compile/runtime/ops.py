@@ -102,7 +102,15 @@ def _host_lease(nbytes: int, budget: int) -> torch.Tensor:
     return pool().lease(nbytes, budget)
 
 
+def _settle_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
+    """All devices share the host's blocks: on the one that had this block before, nothing may still copy."""
+    for other, (mover, _) in list(_of_device().items()):
+        if other != device:
+            mover.forget_block(lease.data_ptr())
+
+
 def _offload(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+    _settle_elsewhere(src.device, lease)
     engine(src.device).offload(src, lease, offset)
 
 

@@ -1,9 +1,15 @@
 """The custom ops, as torch checks them: schemas that say what they mutate, fakes that agree with what runs."""
 
+import ctypes
+
 import pytest
 import torch
+from runtime.simulated import Cuda
 
+from memo_compile.runtime import ops as runtime
+from memo_compile.runtime.ahead import Ahead
 from memo_compile.runtime.ops import engine, pool, register, transfer_stats
+from memo_compile.runtime.streams import StreamEngine
 
 register()
 ops = torch.ops.memo
@@ -139,3 +145,39 @@ def test_a_lease_lies_outside_torchs_allocator():
     peak = memo_compile.measure_peak(lambda: held.append(ops.host_lease(1 << 20, -1)))
     assert peak < 1 << 16
     assert pool().leased_bytes >= 1 << 20
+
+
+@pytest.mark.parametrize("second", ["same", "other"])
+def test_a_block_that_another_device_had_is_not_written_before_it_has_been_read(second, monkeypatch):
+    """On streams: the host goes on, and gives the block back, while the first device's copies are still to come."""
+    slow, fast = Cuda(lambda: 0.1), Cuda()
+
+    def as_on_a_gpu(self, dst, src, stream):  # by address: nothing keeps the lease
+        to, origin, nbytes = dst.data_ptr(), src.data_ptr(), src.numel() * src.element_size()
+        stream.do(lambda: ctypes.memmove(to, origin, nbytes))
+
+    monkeypatch.setattr(Cuda, "copy", as_on_a_gpu)
+    first = StreamEngine(torch.device("cpu"), cuda=slow)
+    other = first if second == "same" else StreamEngine(torch.device("cpu"), cuda=fast)
+    engines = {torch.device("cuda:0"): first, torch.device("cpu"): other}
+    monkeypatch.setattr(
+        runtime, "_of_device", lambda: {d: (e, Ahead(e, d, runtime.pool().borrow)) for d, e in engines.items()}
+    )
+    src, dst = torch.full((1024,), 1.0), torch.zeros(1024)
+    lease = runtime._host_lease(4096, -1)
+    first.offload(src, lease, 0)
+    first.offload_wait(src, lease, 0)
+    first.prefetch(dst, lease, 0)
+    first.prefetch_wait(dst, lease, 0)
+    address = lease.data_ptr()
+    del lease
+    again, new = runtime._host_lease(4096, -1), torch.full((1024,), 2.0)
+    assert again.data_ptr() == address
+    runtime._offload(new, again, 0)
+    runtime._offload_wait(new, again, 0)
+    slow.compute.synchronize()
+    fast.compute.synchronize()
+    assert dst.unique().tolist() == [1.0]
+    assert again.view(torch.float32).unique().tolist() == [2.0]
+    slow.close()
+    fast.close()

@@ -316,6 +316,34 @@ def test_odd_models_are_as_in_eager(backend, options):
     assert torch.equal(got[3], expected[3])
 
 
+class MadeBefore(torch.autograd.Function):
+    """Its gradients are made in the forward, and only handed on."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        y = torch.tanh(x @ weight)
+        ctx.save_for_backward((1 - y * y) @ weight.t(), x.t() @ (1 - y * y))
+        return y.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors
+
+
+@pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
+def test_a_backward_may_compute_nothing(backend, options):
+    fn = compiled(lambda x, weight: MadeBefore.apply(x, weight), backend, options)
+    kept = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, weight = (torch.randn(n, 32, dtype=torch.float64, requires_grad=True) for n in (1024, 32))
+        kept.append((torch.autograd.grad(MadeBefore.apply(x, weight), (x, weight)), (x, weight)))
+        fn(x, weight).backward()
+    for expected, inputs in kept:
+        for value, want in zip(inputs, expected, strict=True):
+            assert (value.grad - want).norm() <= 1e-10 * want.norm()
+
+
 @pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
 @pytest.mark.parametrize("written", ["scaled", "replaced"])
 def test_a_buffer_that_is_used_and_then_updated_is_as_it_was(backend, options, written):

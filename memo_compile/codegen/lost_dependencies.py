@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from memo_compile.errors import EmittedOrderChanged
+
 Waits = dict[str, list[Any]]  # by the name of a kernel's operation, the dependencies that no loop shows
 
 
@@ -25,7 +27,11 @@ def added_waits(nodes: list[Any]) -> Waits:
 
 
 def restored(nodes: list[Any], waits: Waits) -> list[Any]:
-    """Scheduler nodes behind fusion, with all dependencies, and in an order that keeps them."""
+    """Scheduler nodes behind fusion, with all dependencies, and in an order that keeps them.
+
+    Raises:
+        EmittedOrderChanged: there is none: without a dependency, Inductor has fused what must not be one kernel.
+    """
     from torch._inductor.scheduler import SchedulerNode, refresh_group_node_dependencies
 
     changed = False
@@ -34,7 +40,28 @@ def restored(nodes: list[Any], waits: Waits) -> list[Any]:
         if lost and lost != [node]:
             refresh_group_node_dependencies(node)
         changed = changed or bool(lost)
-    return list(nodes[0].scheduler.topological_sort_schedule(nodes)) if changed else nodes
+    if not changed:
+        return nodes
+    ordered = list(nodes[0].scheduler.topological_sort_schedule(nodes))
+    check_dependencies(ordered)
+    return ordered
+
+
+def check_dependencies(nodes: list[Any]) -> None:
+    """Every scheduler node stands behind all that it needs.
+
+    Raises:
+        EmittedOrderChanged: naming the first that does not.
+    """
+    to_come = {name for node in nodes for name in node.get_buffer_names()}
+    for node in nodes:
+        to_come -= node.get_buffer_names()
+        early = sorted(d.name for d in node.unmet_dependencies if d.name in to_come)
+        if early:
+            raise EmittedOrderChanged(
+                f"{node.get_name()} stands before {early[0]}, which it needs. This is a mistake in memo: please report "
+                "it with a dump (dump=...). offload=False avoids it."
+            )
 
 
 def _restore(node: Any, waits: Waits) -> bool:

@@ -1,11 +1,13 @@
 """What Inductor loses of a kernel's dependencies while it fuses is put back, or found in what it emits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import zoo
 
 from memo_compile.codegen import compiler
-from memo_compile.codegen.lost_dependencies import restored
+from memo_compile.codegen.lost_dependencies import check_dependencies, restored
 from memo_compile.errors import EmittedOrderChanged
 
 OPTIONS = {"memory_budget": "min"}
@@ -59,3 +61,22 @@ def test_without_them_the_emitted_text_is_refused(lost, monkeypatch):
     monkeypatch.setattr(compiler, "restored", lambda nodes, waits: nodes)
     ended = emit(monkeypatch)
     assert "has not yet come back" in str(ended)
+
+
+class Kernel:
+    """What the check asks of a scheduler node."""
+
+    def __init__(self, name, *needs):
+        self.name, self.unmet_dependencies = name, [SimpleNamespace(name=n) for n in needs]
+
+    def get_name(self):
+        return f"op of {self.name}"
+
+    def get_buffer_names(self):
+        return {self.name}
+
+
+def test_an_order_without_what_a_kernel_needs_is_refused():
+    check_dependencies([Kernel("buf0"), Kernel("buf1", "buf0", "primals_1")])
+    with pytest.raises(EmittedOrderChanged, match="op of buf1 stands before buf0"):
+        check_dependencies([Kernel("buf1", "buf0"), Kernel("buf0", "buf1")])

@@ -6,6 +6,7 @@ sources. `measuring.py` makes a profile of this machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -214,7 +215,10 @@ def resolve(hardware: str, device: str = "cpu") -> DeviceProfile:
     if name in PROFILES:
         return PROFILES[name]
     path = Path(hardware)
-    if path.is_file():
+    there = False
+    with contextlib.suppress(OSError, ValueError):  # no name that a file could have
+        there = path.is_file()
+    if there:
         return load(path)
     raise InvalidOption("hardware", hardware, f'"auto", one of {", ".join(PROFILES)}, or a profile\'s JSON file')
 

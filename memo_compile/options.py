@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from typing import Any, Literal
 
 from memo_compile.errors import InvalidOption, UnknownOption
@@ -18,6 +20,8 @@ _UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}ib"] = 1024**_i
     _UNITS[f"{_letter}b"] = 1000**_i
+MOST = 2**62  # bytes
+_RATIO = re.compile(r"\s*\d*\.\d+\s*")
 _SIZE = re.compile(r"^\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)\s*$")
 
 
@@ -78,13 +82,19 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for option in fields(Options):
         text = environment.get(f"MEMO_{option.name.upper()}")
-        if text is not None and option.name != "inductor":
+        if text is not None and option.name == "inductor":
+            raise InvalidOption(
+                "MEMO_INDUCTOR", text, "nothing: config patches have no form as text; set them in options"
+            )
+        if text is not None:
             found[option.name] = _typed(option.name, text)
     return found
 
 
 def _typed(key: str, text: str) -> Any:
     """An environment's text as the type that the option has."""
+    if key in {"dump", "hardware", "mode"}:
+        return text
     if key in {"offload", "recompute", "verify"}:
         known = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
         return known.get(text.lower(), text)
@@ -103,26 +113,28 @@ def parse_bytes(text: str) -> int | None:
     """
     match = _SIZE.match(text)
     unit = _UNITS.get(match["unit"].lower()) if match else None
-    return None if match is None or unit is None else int(float(match["number"]) * unit)
+    return None if match is None or unit is None else int(Decimal(match["number"]) * unit)
 
 
 _BUDGETS = 'bytes (an int), "48GiB", a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto"'
 
 
 def _budget(key: str, value: Any) -> int | float | str:
-    if value in ("min", "auto") and isinstance(value, str):
+    if isinstance(value, str) and value in ("min", "auto"):
         return str(value)
-    if isinstance(value, str) and (size := parse_bytes(value)):
+    if isinstance(value, str) and _RATIO.fullmatch(value):  # of bytes there are no fractions
+        value = float(value)
+    if isinstance(value, str) and 0 < (size := parse_bytes(value) or 0) < MOST:
         return size
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST:
         return value
     raise InvalidOption(key, value, _BUDGETS)
 
 
 def _host_budget(key: str, value: Any) -> int | str:
-    if value == "auto" and isinstance(value, str):
+    if isinstance(value, str) and value == "auto":
         return "auto"
     if isinstance(value, str) and (size := parse_bytes(value)) is not None:
         return size
@@ -156,7 +168,7 @@ def _offload(key: str, value: Any) -> bool | Literal["all"]:
 
 
 def _rows(key: str, value: Any) -> int | str:
-    if value == "auto" and isinstance(value, str):
+    if isinstance(value, str) and value == "auto":
         return "auto"
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
@@ -180,9 +192,18 @@ def _hardware(key: str, value: Any) -> str:
 
 
 def _path(key: str, value: Any) -> str | None:
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return None if value is None else os.fspath(value)
-    raise InvalidOption(key, value, "the path of a folder, or None")
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidOption(key, value, "the path of a folder, or None")
+    folder = os.fsdecode(value)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise InvalidOption(key, value, f"a folder that can be made and written to ({error})") from error
+    return folder
 
 
 def _patches(key: str, value: Any) -> Mapping[str, Any]:
@@ -204,7 +225,7 @@ def _mode(key: str, value: Any) -> str | None:
         return None
     from torch._inductor import list_mode_options
 
-    if value not in list_mode_options():
+    if not isinstance(value, str) or value not in list_mode_options():
         raise InvalidOption(key, value, f"None or one of {', '.join(sorted(list_mode_options()))}")
     return str(value)
 

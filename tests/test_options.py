@@ -13,7 +13,16 @@ def test_defaults_need_no_options():
 
 @pytest.mark.parametrize(
     ("budget", "parsed"),
-    [(1024, 1024), ("2KiB", 2048), ("1.5 MB", 1_500_000), (0.5, 0.5), (1.0, 1.0), ("min", "min"), ("auto", "auto")],
+    [
+        (1024, 1024),
+        ("2KiB", 2048),
+        ("1.5 MB", 1_500_000),
+        (0.5, 0.5),
+        (1.0, 1.0),
+        ("min", "min"),
+        ("auto", "auto"),
+        ("0.5", 0.5),
+    ],
 )
 def test_a_budget_is_bytes_a_ratio_or_a_word(budget, parsed):
     assert Options.parse({"memory_budget": budget}, {}).memory_budget == parsed
@@ -43,6 +52,15 @@ def test_a_budget_is_bytes_a_ratio_or_a_word(budget, parsed):
         ("inductor", {"cpp_wrapper": True}),
         ("mode", "fastest"),
         ("reserve", -1),
+        ("memory_budget", "9" * 400 + "GiB"),
+        ("memory_budget", torch.ones(2)),
+        ("token_slice", torch.ones(2)),
+        ("host_budget", torch.ones(2)),
+        ("hardware", "x" * 5000),
+        ("dump", "/dev/null"),
+        ("dump", "/proc/nowhere"),
+        ("dump", "a\0b"),
+        ("mode", []),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_allowed(key, value):
@@ -56,10 +74,16 @@ def test_an_unknown_key_names_the_known_ones():
         Options.parse({"memory_bugdet": 1}, {})
 
 
-def test_the_environment_wins():
-    environment = {"MEMO_MEMORY_BUDGET": "min", "MEMO_OFFLOAD": "0", "MEMO_DUMP": "somewhere", "MEMO_TOKEN_SLICE": "8"}
+def test_the_environment_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = {"MEMO_MEMORY_BUDGET": "min", "MEMO_OFFLOAD": "0", "MEMO_DUMP": "2026", "MEMO_TOKEN_SLICE": "8"}
     parsed = Options.parse({"memory_budget": 0.5}, environment)
-    assert (parsed.memory_budget, parsed.offload, parsed.dump, parsed.token_slice) == ("min", False, "somewhere", 8)
+    assert (parsed.memory_budget, parsed.offload, parsed.dump, parsed.token_slice) == ("min", False, "2026", 8)
+
+
+def test_what_has_no_form_as_text_is_not_ignored():
+    with pytest.raises(InvalidOption, match="MEMO_INDUCTOR"):
+        Options.parse({}, {"MEMO_INDUCTOR": "max_autotune=1"})
 
 
 @pytest.mark.parametrize("backend", ["memo", "memo_eager"])

@@ -17,7 +17,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.perf_counter() + seconds
+        self._end = time.perf_counter() + min(seconds, threading.TIMEOUT_MAX / 2)
         self.stop = np.zeros(1, np.int32)
         self._timer: threading.Timer | None = None
 

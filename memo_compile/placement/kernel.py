@@ -13,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +121,26 @@ def _shape(core: Core) -> tuple[Any, ...]:
     return ctypes.c_int32(core.n), _p(core.size), _p(_i32(core.start)), _p(_i32(core.end)), _p(core.fixed)
 
 
+def load(wait: float | None = None) -> Kernel | None:
+    """The kernel, compiled if need be; None, with a warning in the log, where there is no C++ compiler that works.
+
+    None as well where compiling takes longer than `wait` seconds: it goes on, and the next call may find it done.
+    """
+    try:
+        return _loading().result(wait)
+    except TimeoutError:
+        return None
+
+
 @functools.cache
-def load() -> Kernel | None:
-    """The kernel, compiled if need be; None, with a warning in the log, where there is no C++ compiler that works."""
+def _loading() -> Future[Kernel | None]:
+    """The kernel once it is there, for the whole process."""
+    found: Future[Kernel | None] = Future()
+    threading.Thread(target=lambda: found.set_result(_load()), name="placement kernel", daemon=True).start()
+    return found
+
+
+def _load() -> Kernel | None:
     compiler = find_compiler()
     if compiler is None:
         log.warning("no C++ compiler found (CXX, g++, c++, clang++): placement searches in Python, which is slower")

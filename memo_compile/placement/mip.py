@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
+EXACT = 2**52  # units: beyond it HiGHS, which computes with doubles, cannot tell one from the next
 LARGEST = 50  # buffers; beyond it the search is better
 FIRST = 0.3  # of the time, for the question whether the bound can be reached
 CUT_ROUNDS = 20
@@ -153,7 +154,7 @@ class _Program:
                 self.h.changeColBounds(column, 1.0, 1.0)
         single = [pair for pair in self.pair if not twins & set(pair)]
         if single and free.all():
-            pair = max(single, key=lambda p: (int(core.size[p[0]] * core.size[p[1]]), p))
+            pair = max(single, key=lambda p: (int(core.size[p[0]]) * int(core.size[p[1]]), p))
             self.h.changeColBounds(self.pair[pair], 1.0, 1.0)
 
     def run(self, start: Ints | None, deadline: Deadline) -> tuple[Ints | None, bool]:

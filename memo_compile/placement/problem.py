@@ -41,6 +41,8 @@ class Evidence:
 class Placement:
     """Offsets in bytes by name. `peak` is the end of the highest buffer; no placement is below `lower_bound`.
 
+    Both are of sizes rounded up to the alignment.
+
     `fits` says whether the asked capacity is met: True, False (proved), or None (not known in the time).
     Where it is not True, `reason` says what is proved, and `evidence` is the moment that proves it, if one does.
     `proved_optimal` may hold above `lower_bound`: a complete search has then shown that nothing smaller is possible.

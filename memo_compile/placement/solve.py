@@ -35,6 +35,7 @@ DIVE = 2e9  # of buffers × (buffers live, summed over moments): above it the se
 SHORT = 60_000  # nodes of search before HiGHS is asked
 HIGHS_NODE = 100  # nodes of search that one node of branch and bound is reckoned as
 NOT_PROVED = "no placement within the capacity was found, and nothing is proved: more time may find one"
+IN_PYTHON = " (in Python: no C++ kernel)"
 SEARCHED = "a complete search has shown that no placement fits, though no single moment proves it"
 
 
@@ -62,7 +63,7 @@ def place(
 
     Args:
         buffers: what to place. Sizes in bytes, lifetimes half-open.
-        alignment: every offset is a multiple of it.
+        alignment: every offset is a multiple of it. Peak and lower bound are of sizes rounded up to it.
         capacity: stop at a placement that fits; `Placement.fits` says whether one was found.
         fixed: offsets of buffers placed earlier.
         time_limit: seconds after which the best so far is returned.
@@ -81,6 +82,7 @@ def place(
     buffers = list(buffers)
     check_limits(alignment, capacity, time_limit, work)
     check(buffers, alignment)
+    buffers = [_with_plain_numbers(b) for b in buffers]
     roots = root_names(buffers)
     merged = merge_aliases(buffers)
     fixed = of_roots(fixed or {}, roots)
@@ -90,14 +92,17 @@ def place(
     prepared = time.perf_counter() - started
     # What remains after the solvers (the verifier above all) takes about as long as what came before them.
     with Deadline(max(0.0, time_limit - 3 * prepared)) as deadline:
-        state = _solve(core, bound, None if capacity is None else capacity // core.unit, deadline, work)
+        state = _solve(
+            core, bound, None if capacity is None else aligned(capacity, alignment) // core.unit, deadline, work
+        )
     offsets = {b.name: fixed.get(b.name, 0) for b in merged}
     offsets |= {name: int(o) * core.unit for name, o in zip(core.names, state.offsets, strict=True)}
     peak = state.peak * core.unit
     peak = max([peak, *(o + aligned(b.size, alignment) for b in merged if (o := fixed.get(b.name)) is not None)])
     offsets = settle(merged, offsets, peak, alignment, fixed)
     offsets = {b.name: offsets[roots[b.name]] for b in buffers}
-    fits, evidence, reason = _verdict(merged, alignment, capacity, peak, bound * core.unit, state.least * core.unit)
+    end = max((offsets[b.name] + b.size for b in buffers), default=0)
+    fits, evidence, reason = _verdict(merged, alignment, capacity, end, bound * core.unit, state.least * core.unit)
     placement = Placement(
         offsets, peak, bound * core.unit, peak <= state.least * core.unit, state.solver, 0.0, fits, evidence, reason
     )
@@ -105,29 +110,38 @@ def place(
     return replace(placement, seconds=time.perf_counter() - started)
 
 
+def _with_plain_numbers(b: Buffer) -> Buffer:
+    """numpy's numbers overflow, and change their type, in sums."""
+    if type(b.size) is type(b.start) is type(b.end) is int:
+        return b
+    return replace(b, size=int(b.size), start=int(b.start), end=int(b.end))
+
+
 def _solve(core: Core, bound: int, capacity: int | None, deadline: Deadline, work: int | None) -> _State:
     """In units. A capacity below the bound cannot be met: greedy's answer is enough then."""
     if core.n == 0:
         return _State(np.zeros(0, np.int64), 0, "nothing to place", bound)
     goal = bound if capacity is None else max(bound, capacity)
-    kernel = kernels.load() if core.n > MANY else None
+    kernel = kernels.load(deadline.left() / 2) if core.n > MANY else None
     offsets, peak, name = greedy(core, goal, kernel, deadline)
-    state = _State(offsets, peak, f"greedy by {name}", bound)
+    alone = core.n > MANY and kernel is None
+    state = _State(offsets, peak, f"greedy by {name}{IN_PYTHON if alone else ''}", bound)
     if peak <= goal or (capacity is not None and capacity < bound) or deadline.passed():
         return state
-    kernel = kernels.load()
+    kernel = kernels.load(deadline.left())
     state = _improve(core, state, goal, name, kernel, deadline)
     if kernel is not None and _can_search(core):
         state = _search(core, state, kernel, capacity, deadline, SHORT if work is None else min(SHORT, work))
-    if not _done(state, capacity) and core.n <= mip.LARGEST and not deadline.passed():
+    exact = int(core.size.sum()) < mip.EXACT
+    if not _done(state, capacity) and core.n <= mip.LARGEST and exact and not deadline.passed():
         state = _mip(core, state, deadline, work)
     if kernel is not None and _can_search(core) and not _done(state, capacity):
         left = None if work is None else work - state.work
         state = _search(core, state, kernel, capacity, deadline, left)
-    elif not _done(state, capacity) and core.n > mip.LARGEST:
+    elif not _done(state, capacity) and not (core.n <= mip.LARGEST and exact):
         state = _improve_on(core, state, goal, kernel, deadline, work)
-    if kernel is None:
-        state = replace(state, solver=f"{state.solver} (in Python: no C++ compiler)")
+    if kernel is None and IN_PYTHON not in state.solver:
+        state = replace(state, solver=state.solver + IN_PYTHON)
     return state
 
 
@@ -193,17 +207,24 @@ def _better(state: _State, result: tuple[Ints, int] | None, solver: str) -> _Sta
 
 
 def _verdict(
-    buffers: Sequence[Buffer], alignment: int, capacity: int | None, peak: int, bound: int, least: int
+    buffers: Sequence[Buffer], alignment: int, capacity: int | None, end: int, bound: int, least: int
 ) -> tuple[bool | None, Evidence | None, str]:
-    """Whether the capacity is met, the moment that proves that it cannot be, and what is proved in words."""
-    if capacity is None or peak <= capacity:
+    """Whether the capacity is met, the moment that proves that it cannot be, and what is proved in words.
+
+    `end` is that of the last buffer itself; peak and bounds are of sizes rounded up, so that they may be beyond a
+    capacity that is no multiple of the alignment, by up to the next one.
+    """
+    if capacity is None or end <= capacity:
         return True, None, ""
-    if least <= capacity:
+    rounded = aligned(capacity, alignment)
+    for unit, limit in ((alignment, rounded), (1, capacity)):
+        evidence = _evidence(buffers, unit)
+        if evidence.live > limit:
+            names = ", ".join(evidence.buffers[:8]) + (", …" if len(evidence.buffers) > 8 else "")
+            return False, evidence, f"at step {evidence.step} {evidence.live} bytes are live, above {limit}: {names}"
+    if least <= rounded:
         return None, None, NOT_PROVED
-    evidence = _evidence(buffers, alignment)
-    if evidence.live > capacity:
-        names = ", ".join(evidence.buffers[:8]) + (", …" if len(evidence.buffers) > 8 else "")
-        return False, evidence, f"at step {evidence.step} {evidence.live} bytes are live, above {capacity}: {names}"
+    capacity = rounded
     if bound > capacity:
         return False, None, f"a fixed buffer ends at {bound}, above {capacity}"
     return False, None, SEARCHED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -363,6 +364,17 @@ def problems_of(view: View) -> list[residency.Problem]:
         )
         problems.append(replace(view.problem, activations=activations))
     return problems
+
+
+def least_peak(p: Prepared, limits: Limits) -> int:
+    """The least bytes that the program knows how to hold. The arena is known only of plans that are made."""
+    if not p.plannable:
+        return p.unplanned_peak
+    found = [p.unplanned_peak]
+    for problem in problems_of(view_of(p, limits)):
+        with suppress(SolverOutOfTime):
+            found.append(int(residency.smallest_peak(problem, time_limit=limits.time_limit)))
+    return min(found)
 
 
 def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.Decision, bool]:

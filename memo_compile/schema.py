@@ -71,8 +71,8 @@ class Plan:
     """All that memo decided and predicted for one graph. Bytes and seconds throughout.
 
     `predicted_peak` counts what the compiled forward and backward hold on the device above what the caller already
-    held: segments, outputs, gradients and what kernels allocate themselves. `least_peak` is the smallest that any plan
-    the planner knows of would hold, `unplanned_peak` what the graph holds when nothing is planned. `prices` are
+    held: segments, outputs, gradients and what kernels allocate themselves. `least_peak` is the least that the program
+    knows how to hold ("min" asks for it), `unplanned_peak` what the graph holds when nothing is planned. `prices` are
     the seconds that one more GiB ("device memory", "host memory") or GB/s ("offload rate", "prefetch rate") would save;
     `binding` is the one of these that costs most, or "nothing".
     """

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
-from memo_compile.planner import Decided, Limits, Prepared, decide
+from memo_compile.planner import Decided, Limits, Prepared, decide, least_peak
 
 log = logger(__name__)
 
@@ -42,6 +42,15 @@ def settle(
     Raises:
         BudgetTooSmall: not even the smallest plan is within the budget.
     """
+    settled = _settled(p, limits, evaluate, name, backend)
+    least = settled.peak if limits.objective == "memory" else min(settled.peak, least_peak(p, limits))
+    plan = replace(settled.decided.plan, least_peak=least)
+    return replace(settled, decided=replace(settled.decided, plan=plan))
+
+
+def _settled(
+    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], name: str, backend: str
+) -> Settled[T]:
     if limits.objective == "memory":
         return Settled(*_smallest(p, limits, evaluate, name, backend), rounds=1)
     target = limits.budget

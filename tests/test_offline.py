@@ -23,3 +23,14 @@ def test_masks_of_dropout_are_made_again_from_seeds(options):
     model = GPT(GPTConfig(vocab=64, layers=2, width=64, heads=4, tokens=256, dropout=0.1)).train()
     x = torch.zeros(1, 256, dtype=torch.int64)
     assert plan(model, (x,), {"labels": x}, options).predicted_peak < plan(model, (x,), {"labels": x}).predicted_peak
+
+
+def test_every_plan_says_what_the_least_would_be():
+    model = GPT(GPTConfig(vocab=64, layers=2, width=64, heads=4, tokens=256))
+    x = torch.zeros(1, 256, dtype=torch.int64)
+    least = plan(model, (x,), {"labels": x}, {"memory_budget": "min"})
+    assert least.least_peak == least.predicted_peak
+    for budget in (1.0, 0.9):
+        made = plan(model, (x,), {"labels": x}, {"memory_budget": budget})
+        assert 0 < made.least_peak <= made.predicted_peak
+        assert made.least_peak == pytest.approx(least.predicted_peak, rel=0.05)

@@ -375,10 +375,11 @@ class _Compilation:
         assert self.layout is not None
         assert self.dump is not None
         layout = self.layout
+        smallest = self.setting.options.memory_budget == "min"
         plan = replace(
             self.plan,
             predicted_peak=layout.peak,
-            least_peak=layout.peak if self.setting.options.memory_budget == "min" else self.plan.least_peak,
+            least_peak=layout.peak if smallest else min(self.plan.least_peak, layout.peak),
             unplanned_peak=self.plan.unplanned_peak if self.decided and self.decided.homes else layout.peak,
             arena_bytes=layout.arena_bytes,
             lower_bound=layout.lower_bound,

@@ -45,6 +45,21 @@ class BudgetTooSmall(MemoError):
         return type(self), (self.budget, self.least, self.obstacles)
 
 
+class ModelTooLarge(MemoError):
+    """Parameters, gradients and optimizer alone are more than a device has. `memory` and `needed` are bytes."""
+
+    def __init__(self, memory: int, needed: int, parts: Sequence[str]) -> None:
+        self.memory, self.needed, self.parts = memory, needed, tuple(parts)
+        super().__init__(
+            f"the model's state takes {needed / 2**30:,.1f} GiB of each device, of which {memory / 2**30:,.1f} GiB can "
+            f"be used, before anything is computed: {'; '.join(parts)}. Share it among more devices (--gpus, --tp, a "
+            "higher --zero), or take a smaller model."
+        )
+
+    def __reduce__(self) -> tuple[type[ModelTooLarge], tuple[int, int, tuple[str, ...]]]:
+        return type(self), (self.memory, self.needed, self.parts)
+
+
 class SolverOutOfTime(MemoError):
     """The solver found nothing in the time it had. It does not mean that there is no plan."""
 

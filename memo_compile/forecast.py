@@ -16,7 +16,7 @@ import torch.fx as fx
 
 from memo_compile.anchors import anchor_sets, bottlenecks
 from memo_compile.cost import Timer, account, is_attention
-from memo_compile.errors import BudgetTooSmall, InvalidOption
+from memo_compile.errors import InvalidOption, ModelTooLarge
 from memo_compile.hardware import DeviceProfile, resolve
 from memo_compile.offline_arena import OfflineArena, offline_arena
 from memo_compile.parallel import Layout, ModelState, model_state
@@ -141,7 +141,7 @@ def forecast_preset(
 
     Raises:
         InvalidOption: no such preset, strategy or hardware, or sizes that do not go together.
-        BudgetTooSmall: the model's state alone does not fit.
+        ModelTooLarge: the model's state alone does not fit.
     """
     from memo_compile.presets import build, preset
 
@@ -204,7 +204,7 @@ def _answer(
     budget = asked.budget if asked.budget is not None else int(profile.memory * (1 - MARGIN)) - state.total
     host = where.host_share(asked.host_memory if asked.host_memory is not None else profile.host_memory)
     if budget <= 0:
-        raise BudgetTooSmall(int(profile.memory * (1 - MARGIN)), state.total, _state_in_words(state))
+        raise ModelTooLarge(int(profile.memory * (1 - MARGIN)), state.total, _state_in_words(state))
     offload, recompute = STRATEGIES.get(asked.strategy, (True, True))
     limits = Limits(budget, host, offload=offload, recompute=recompute)
     say("repeating layers")

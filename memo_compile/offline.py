@@ -56,6 +56,7 @@ def trace(
     """
     import torch
     from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
     from torch._inductor.decomposition import select_decomp_table
 
     from memo_compile.runtime.ops import register
@@ -83,6 +84,12 @@ def trace(
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     try:
         compiled(*args, **kwargs)
+    except Unsupported as error:
+        raise NothingToPlan(f"the model does not trace into one graph: {error}") from error
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, MemoError):
+            raise error.inner_exception from None
+        raise
     except _Traced as traced:
         found: tuple[Prepared, Setting] = traced.args
         return found

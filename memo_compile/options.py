@@ -70,6 +70,8 @@ class Options:
         >>> Options.parse({"memory_budget": "2KiB"}, {}).memory_budget
         2048
         """
+        if raw is not None and not isinstance(raw, Mapping):
+            raise InvalidOption("options", raw, "a dict of options")
         values = {**(raw or {}), **_from_environment(os.environ if environment is None else environment)}
         for key in values:
             if key not in _CHECKS:

@@ -131,11 +131,19 @@ class Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: the text is of another version of the schema.
+            ValueError: the text is no plan, or of another version of the schema.
         """
-        raw: dict[str, Any] = json.loads(text)
-        if raw.get("version") != SCHEMA_VERSION:
-            raise ValueError(f"plan has schema version {raw.get('version')!r}; this memo reads {SCHEMA_VERSION}")
+        raw: Any = json.loads(text)
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"plan has schema version {version!r}; this memo reads {SCHEMA_VERSION}")
+        try:
+            return Plan._read(raw)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no plan: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _read(raw: dict[str, Any]) -> Plan:
         raw["activations"] = tuple(ActivationPlan(**{**a, "shape": tuple(a["shape"])}) for a in raw["activations"])
         raw["stops"] = tuple(Stop(**s) for s in raw["stops"])
         raw["segments"] = tuple(ArenaSegment(**s) for s in raw["segments"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memo_compile import plan
+from memo_compile.errors import MemoError
 from memo_compile.models import GPT, GPTConfig
 from memo_compile.offline import trace
 
@@ -34,3 +35,14 @@ def test_every_plan_says_what_the_least_would_be():
         made = plan(model, (x,), {"labels": x}, {"memory_budget": budget})
         assert 0 < made.least_peak <= made.predicted_peak
         assert made.least_peak == pytest.approx(least.predicted_peak, rel=0.05)
+
+
+def test_what_makes_no_graph_with_gradients_is_refused():
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x.sum()
+
+    with pytest.raises(MemoError, match="one graph"):
+        plan(broken, (torch.ones(3, requires_grad=True),))
+    with pytest.raises(MemoError, match="no gradient"):
+        plan(lambda x: x.sum(), (torch.ones(3),))

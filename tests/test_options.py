@@ -69,6 +69,11 @@ def test_a_bad_value_names_key_value_and_what_is_allowed(key, value):
     assert "Allowed" in str(caught.value)
 
 
+def test_options_are_a_dict():
+    with pytest.raises(InvalidOption, match="options"):
+        Options.parse([1], {})
+
+
 def test_an_unknown_key_names_the_known_ones():
     with pytest.raises(UnknownOption, match=r"memory_bugdet.*memory_budget"):
         Options.parse({"memory_bugdet": 1}, {})

@@ -28,3 +28,9 @@ def test_a_plan_says_where_each_activation_comes_from_and_where_it_goes():
         assert a.bytes == torch.empty(a.shape, dtype=getattr(torch, a.dtype)).nbytes
     assert any("llama.py" in a.source for a in plan.activations)
     assert plan.predicted_peak < plan.unplanned_peak
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"version": 1}', "{}"])
+def test_what_is_no_plan_is_refused(text):
+    with pytest.raises(ValueError, match=r"plan"):
+        Plan.from_json(text)

@@ -57,11 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, and print the table; 1 where nothing fits, and the table is of the plan that needs least."""
     from rich.console import Console
 
-    from memo_compile.forecast import Asked
+    from memo_compile.forecast import TRACED, Asked
     from memo_compile.parallel import layout
 
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+    if arguments.json is not None and (not arguments.json.absolute().parent.is_dir() or arguments.json.is_dir()):
         raise InvalidOption("--json", str(arguments.json), "a file in a folder that exists")
+    if arguments.trace_layers < TRACED:
+        raise InvalidOption("--trace-layers", arguments.trace_layers, f"{TRACED} or more")
     if (arguments.seq is None) != (arguments.preset is None):
         raise InvalidOption("--seq", arguments.seq, "the number of tokens, with --preset and only with it")
     if arguments.preset is None and arguments.tp != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from memo_compile.errors import PlacementOverlap
 from memo_compile.placement.problem import Buffer, Placement
@@ -32,6 +33,8 @@ def verify(
     """
     offsets = placement.offsets if isinstance(placement, Placement) else placement
     roots = _roots(buffers)
+    if len(roots) < len(buffers):
+        raise PlacementOverlap("a buffer's name is given twice")
     for b in buffers:
         offset = offsets.get(b.name, -1)
         if offset < 0:
@@ -45,7 +48,19 @@ def verify(
     for name, offset in (fixed or {}).items():
         if offsets.get(name) != offset:
             raise PlacementOverlap(f"buffer {name!r} at {offsets.get(name)} was to stay at {offset}")
-    _sweep([b for b in buffers if b.size > 0], offsets, roots)
+    _sweep(_lives([b for b in buffers if b.size > 0], roots), offsets, roots)
+
+
+def _lives(buffers: Sequence[Buffer], roots: Mapping[str, str]) -> list[Buffer]:
+    """Buffers that share a storage live from the first one's birth to the last one's death."""
+    if all(b.alias is None for b in buffers):
+        return list(buffers)
+    start: dict[str, int] = {}
+    end: dict[str, int] = {}
+    for b in buffers:
+        root = roots[b.name]
+        start[root], end[root] = min(b.start, start.get(root, b.start)), max(b.end, end.get(root, b.end))
+    return [replace(b, start=start[roots[b.name]], end=end[roots[b.name]]) for b in buffers]
 
 
 def _sweep(buffers: Sequence[Buffer], offsets: Mapping[str, int], roots: Mapping[str, str]) -> None:

@@ -61,6 +61,8 @@ def test_a_tighter_budget_is_no_faster():
         (["--preset", "gpt-7b", "--seq", "1024", "--host-memory", "much"], "--host-memory"),
         (["--preset", "gpt-7b", "--seq", "1024", "--memory-budget", "0"], "--memory-budget"),
         (["--preset", "gpt-7b", "--seq", "1024", "--strategy", "pray"], "--strategy"),
+        (["--preset", "gpt-7b", "--seq", "1024", "--trace-layers", "3"], "--trace-layers"),
+        (["--preset", "gpt-7b", "--seq", "1024", "--json", "/tmp"], "--json"),
         (["no_such_module:function"], "no_such_module"),
         (["json"], "package.module:function"),
         (["json:loads"], "it raised TypeError"),
@@ -114,7 +116,9 @@ def test_kernels_of_hardware_that_is_not_here_are_not_measured(monkeypatch, caps
 
 def test_a_model_that_does_not_fit_says_so_with_numbers(capsys):
     assert main(["plan", "--preset", "gpt-65b", "--seq", "65536", "--hardware", "a800"]) == 2
-    assert "optimizer" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "optimizer" in message
+    assert "--zero" in message
 
 
 HF_LLAMA = """

@@ -57,3 +57,15 @@ def test_it_agrees_with_looking_at_every_pair(buffers, data):
             verify(buffers, offsets)
     else:
         verify(buffers, offsets)
+
+
+def test_what_shares_a_storage_holds_it_between_its_lives():
+    shared = [Buffer("a", 4, 0, 1), Buffer("b", 4, 2, 3, alias="a"), Buffer("c", 4, 1, 2)]
+    verify(shared, {"a": 0, "b": 0, "c": 4})
+    with pytest.raises(PlacementOverlap, match="share bytes"):
+        verify(shared, {"a": 0, "b": 0, "c": 0})
+
+
+def test_a_name_given_twice_is_rejected():
+    with pytest.raises(PlacementOverlap, match="given twice"):
+        verify([Buffer("a", 4, 0, 1), Buffer("a", 4, 0, 1)], {"a": 0})

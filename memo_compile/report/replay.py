@@ -197,7 +197,7 @@ def _decision(decided: Decided, record: Mapping[str, Any]) -> list[str]:
         if record["homes"].get(name) != homes.get(name)
     ]
     now = json.loads(json.dumps(asdict(decided.plan)))
-    left_out = {"seconds", "activations"}  # measured; and compared above
+    left_out = {"seconds", "activations", "least_peak"}  # measured; compared above; found when the plan has settled
     before = {k: v for k, v in record["decided"].items() if k not in left_out}
     return differences + _fields("", before, {k: v for k, v in now.items() if k not in left_out})
 

@@ -53,7 +53,7 @@ def trained(monkeypatch, kind, which, moved):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = Chain(2), torch.randn(1024, 32)
-    with monkeypatch.context() as patch, engine(CPU).delays(lambda way: 0.1):
+    with monkeypatch.context() as patch, engine(CPU).delays(lambda way: 0.5):
         patch.setattr(compiler, "place_transfers", place_transfers)
         torch.compile(model, backend="memo", options={"offload": "all"})(x).sum().backward()
     return [p.grad for p in model.parameters()] if done or moved is None else None

@@ -243,6 +243,8 @@ def test_dropout_inside_a_checkpoint_is_the_same_both_times(backend):
 
 def test_attention_inside_a_checkpoint_is_planned(backend):
     """torch takes it for random, though it has no dropout."""
+    if backend == "memo" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 itself compiles no attention in float64 on the CPU")
     layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3)).double()
     x = torch.randn(2, 256, 32, dtype=torch.float64)
 

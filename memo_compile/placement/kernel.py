@@ -136,7 +136,14 @@ def load(wait: float | None = None) -> Kernel | None:
 def _loading() -> Future[Kernel | None]:
     """The kernel once it is there, for the whole process."""
     found: Future[Kernel | None] = Future()
-    threading.Thread(target=lambda: found.set_result(_load()), name="placement kernel", daemon=True).start()
+
+    def work() -> None:
+        try:
+            found.set_result(_load())
+        except BaseException as error:  # whoever waits must hear of it
+            found.set_exception(error)
+
+    threading.Thread(target=work, name="placement kernel", daemon=True).start()
     return found
 
 

@@ -249,3 +249,12 @@ def test_a_csv_with_a_bad_row_names_the_line(tmp_path):
         read_csv(file)
     file.write_text("id,lower,upper,size\na,0,2,4\n")
     assert read_csv(file) == [Buffer("a", 4, 0, 2)]
+
+
+def test_what_goes_wrong_with_the_kernel_is_heard_of(monkeypatch):
+    def broken():
+        raise AttributeError("no such symbol")
+
+    monkeypatch.setattr(solve.kernels, "_load", broken)
+    with pytest.raises(AttributeError, match="no such symbol"):
+        solve.kernels._loading.__wrapped__().result(10)

@@ -147,7 +147,8 @@ def _measure(case: Case) -> dict[str, Any]:
         "peak": peak,  # above parameters and optimizer state
         "allocated": held + peak,
         "reserved": reserved,
-        "host_bytes": _host_bytes(cuda),
+        "host_bytes": pool().held_bytes + _pinned_elsewhere(cuda),
+        "pinned_elsewhere": _pinned_elsewhere(cuda),
         "first_step_seconds": first,
         "compile_seconds": max(0.0, first - seconds),
         "losses": [float(v) for v in losses],
@@ -156,6 +157,7 @@ def _measure(case: Case) -> dict[str, Any]:
     if case.peer.startswith("memo") and plans:
         plan = plans[-1]
         row |= {
+            "plans": len(plans),
             "budget": plan.budget,
             "predicted_peak": plan.predicted_peak,
             "predicted_seconds": plan.predicted_seconds,
@@ -196,10 +198,9 @@ class _Clock:
         return sum(each) / len(each)
 
 
-def _host_bytes(cuda: bool) -> int:
-    """Host memory held for activations at most: memo's own, and on CUDA what torch has page-locked for anyone else."""
-    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) if cuda else 0
-    return pool().held_bytes + int(pinned)
+def _pinned_elsewhere(cuda: bool) -> int:
+    """Bytes that torch has page-locked at most, for anyone but memo, whose blocks are its own."""
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)) if cuda else 0
 
 
 def _synchronize(cuda: bool) -> None:

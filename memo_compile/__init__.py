@@ -2,7 +2,8 @@
 
     torch.compile(model, backend="memo", options={"memory_budget": "48GiB"})
 
-Public names are loaded when they are first asked for: importing the package imports neither Inductor nor HiGHS.
+Public names, modules among them, are loaded when they are first asked for: importing the package imports neither
+Inductor nor HiGHS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ _HOMES = {
     "transfer_stats": "memo_compile.runtime.ops",
 }
 
+_SUBMODULES = ("errors", "models", "placement")
+
 if TYPE_CHECKING:
+    from memo_compile import errors as errors
+    from memo_compile import models as models
+    from memo_compile import placement as placement
     from memo_compile.api import empty_cache, plan, plans, reset
     from memo_compile.errors import BudgetTooSmall, MemoError
     from memo_compile.explanation import explain
@@ -36,11 +42,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

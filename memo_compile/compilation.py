@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from memo_compile.errors import ReserveTooLarge
 from memo_compile.hardware import DeviceProfile, free_host_memory, resolve
 from memo_compile.logs import announce
 from memo_compile.options import Options
@@ -61,7 +62,7 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     elif isinstance(o.memory_budget, int):
         budget = o.memory_budget
     elif o.memory_budget == "auto" and setting.device.type == "cuda":
-        budget = _free_on_device(setting)
+        budget = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
     return Limits(
         budget=budget,
         host=setting.host,
@@ -73,12 +74,23 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     )
 
 
-def _free_on_device(setting: Setting) -> int:
-    free, _ = torch.cuda.mem_get_info(setting.device)
-    idle = torch.cuda.memory_reserved(setting.device) - torch.cuda.memory_allocated(setting.device)
-    reserve = setting.options.reserve
-    reserve = BYTES_PER_TRAINABLE * setting.trainable if reserve is None else reserve
-    return max(1, int((free + idle) * (1 - MARGIN)) - reserve)
+def auto_budget(free: int, reserve: int | None, trainable: int) -> int:
+    """The bytes of `memory_budget="auto"`: what is free on the device, less a margin and what is to come.
+
+    Raises:
+        ReserveTooLarge: nothing is left.
+    """
+    kept = BYTES_PER_TRAINABLE * trainable if reserve is None else reserve
+    usable = int(free * (1 - MARGIN))
+    if kept >= usable:
+        raise ReserveTooLarge(kept, free, usable)
+    return usable - kept
+
+
+def _free_on_device(device: torch.device) -> int:
+    """Bytes that the device has free, and those that torch holds of it without use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def record(plan: Plan) -> None:

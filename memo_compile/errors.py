@@ -7,6 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST_SHOWN = 300  # characters of one value in a message
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, shortened.
+
+    >>> shown("48 apples"), shown(10**5000)
+    ("'48 apples'", '<int: it cannot be printed>')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # an int of more than 4300 digits has none, and other values have code of their own here
+        return f"<{type(value).__name__}: it cannot be printed>"
+    half = MOST_SHOWN // 2
+    return text if len(text) <= MOST_SHOWN else f"{text[:half]} ... {text[-half:]}"
+
 
 class MemoError(RuntimeError):
     """Base of every error that memo raises on purpose."""
@@ -15,15 +31,15 @@ class MemoError(RuntimeError):
 class UnknownOption(MemoError):
     """An option that memo does not know."""
 
-    def __init__(self, key: str, known: Sequence[str]) -> None:
-        super().__init__(f"memo has no option {key!r}. Known options: {', '.join(sorted(known))}.")
+    def __init__(self, key: object, known: Sequence[str]) -> None:
+        super().__init__(f"memo has no option {shown(key)}. Known options: {', '.join(sorted(known))}.")
 
 
 class InvalidOption(MemoError):
     """An option with a value of the wrong type, or one that cannot be."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"memo option {key!r} = {value!r} is not valid. Allowed: {allowed}.")
+        super().__init__(f"memo option {shown(key)} = {shown(value)} is not valid. Allowed: {allowed}.")
 
 
 class BudgetTooSmall(MemoError):
@@ -43,6 +59,22 @@ class BudgetTooSmall(MemoError):
 
     def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[int, int, tuple[str, ...]]]:
         return type(self), (self.budget, self.least, self.obstacles)
+
+
+class ReserveTooLarge(MemoError):
+    """With memory_budget="auto": `reserve` and the margin leave nothing of what is free. All are bytes."""
+
+    def __init__(self, reserve: int, free: int, usable: int) -> None:
+        self.reserve, self.free, self.usable = reserve, free, usable
+        super().__init__(
+            f'memory_budget="auto" has nothing left to plan with: {free:,} bytes are free on the device, of which '
+            f"{usable:,} may be used, and reserve = {reserve:,} bytes are kept back for gradients and optimizer state "
+            "(by default 8 for each trainable element). Lower reserve (0 where these exist already), free memory on "
+            "the device, or set memory_budget to a number of bytes."
+        )
+
+    def __reduce__(self) -> tuple[type[ReserveTooLarge], tuple[int, int, int]]:
+        return type(self), (self.reserve, self.free, self.usable)
 
 
 class ModelTooLarge(MemoError):

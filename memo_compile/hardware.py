@@ -11,13 +11,14 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from memo_compile.errors import InvalidOption
+from memo_compile.errors import InvalidOption, shown
 from memo_compile.logs import logger
 
 log = logger(__name__)
@@ -280,6 +281,20 @@ def stored_profile(device: str) -> Path:
     return Path(os.environ.get("MEMO_PROFILES", cache)) / f"profile-{device}.json"
 
 
+_TABLES = ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency")
+_ABOVE_ZERO = (
+    "memory_bandwidth",
+    "d2h",
+    "h2d",
+    "memory",
+    "host_memory",
+    "memory_efficiency",
+    "both_ways",
+    "link",
+    "link_efficiency",
+)
+
+
 def from_fields(raw: Mapping[str, Any]) -> DeviceProfile:
     """A profile from the fields that `dataclasses.asdict` gives, be it by way of JSON.
 
@@ -287,17 +302,38 @@ def from_fields(raw: Mapping[str, Any]) -> DeviceProfile:
         TypeError, ValueError: they are not those of a profile.
     """
     values = dict(raw)
-    for name in ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency"):
-        values[name] = tuple((float(size), float(share)) for size, share in values.get(name, ()))
-        if not values[name] or any(share <= 0 for _, share in values[name]):
-            raise ValueError(f"{name} is a list of (FLOPs, share above 0)")
+    for name in _TABLES:
+        values[name] = _table(name, values.get(name, ()))
     values["notes"] = tuple(values.get("notes", ()))
     profile = DeviceProfile(**values)
-    rates = ("memory_bandwidth", "d2h", "h2d", "memory", "host_memory", "memory_efficiency", "both_ways", "link")
-    bad = [name for name in rates if not getattr(profile, name) > 0]
-    if bad or "float32" not in profile.peak_flops or not all(f > 0 for f in profile.peak_flops.values()):
-        raise ValueError(f"{', '.join(bad or ['peak_flops'])} must be above 0, and peak_flops name float32")
+    for name in _ABOVE_ZERO:
+        value = getattr(profile, name)
+        if not _is_above_zero(value):
+            raise ValueError(f"{name} = {shown(value)} must be a finite number above 0")
+    if profile.launch_overhead != 0 and not _is_above_zero(profile.launch_overhead):
+        raise ValueError(f"launch_overhead = {shown(profile.launch_overhead)} must be a finite number of at least 0")
+    flops = profile.peak_flops
+    if not isinstance(flops, Mapping) or "float32" not in flops or not all(map(_is_above_zero, flops.values())):
+        raise ValueError(f"peak_flops = {shown(flops)} must name float32, and each be a finite number above 0")
     return profile
+
+
+def _table(name: str, raw: Iterable[tuple[Any, Any]]) -> Efficiency:
+    """An efficiency's entries; `share_at` takes logarithms of sizes, and of how far two are apart."""
+    allowed = f"{name} must be a list of (FLOPs, share), both finite and above 0, the FLOPs rising"
+    try:
+        table = tuple((float(size), float(share)) for size, share in raw)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{allowed} ({error})") from error
+    rising = all(low < high for (low, _), (high, _) in pairwise(table))
+    if not table or not rising or not all(_is_above_zero(number) for entry in table for number in entry):
+        raise ValueError(f"{allowed}, not {shown(table)}")
+    return table
+
+
+def _is_above_zero(value: object) -> bool:
+    """Whether it is a number above 0 that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def load(path: Path) -> DeviceProfile:
@@ -320,21 +356,13 @@ def save(profile: DeviceProfile, path: Path) -> None:
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process's cgroup allows; None where it sets no limit."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() and int(text) < 2**60 else None
-    return None
+    """Bytes that this process's cgroups allow; None where they set no limit."""
+    return min((group.allowed for group in cgroup_limits()), default=None)
 
 
 def free_host_memory() -> int:
-    """Bytes of host memory that this process may still take: what is free, capped by the limits of its cgroup."""
-    free = _meminfo_available()
-    limit = _cgroup_left()
-    return free if limit is None else min(free, limit)
+    """Bytes of host memory that this process may still take: what is free, capped by the limits of its cgroups."""
+    return min([_meminfo_available(), *(group.left for group in cgroup_limits())])
 
 
 def _meminfo_available() -> int:
@@ -347,19 +375,71 @@ def _meminfo_available() -> int:
     return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_AVPHYS_PAGES"))
 
 
-def _cgroup_left() -> int | None:
-    for limit, used, detail, cache in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
-        root = Path("/sys/fs/cgroup")
-        try:
-            text = (root / limit).read_text().strip()
-            if text != "max":
-                return max(0, int(text) - int((root / used).read_text()) + _stat(root / detail, cache))
-        except (OSError, ValueError):
-            continue
-    return None
+@dataclass(frozen=True)
+class CgroupLimit:
+    """Bytes that a cgroup allows, and what is left of them."""
+
+    allowed: int
+    left: int
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a version of cgroups calls its files, and the page cache in its statistics."""
+
+    limit: str
+    used: str
+    cache: str
+
+
+_VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
+_NO_LIMIT = 2**60  # what version 1 writes for none is more
+
+
+def cgroup_limits(
+    mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[CgroupLimit]:
+    """The limits that hold for this process: that of its own cgroup, and of each group above it.
+
+    A container may be told its path on the host, of which it sees only its own group, as the root: what is not there
+    is passed over.
+    """
+    own = _own_groups(membership)
+    hierarchies = (
+        (mount, "", _VERSION_2),
+        (mount / "unified", "", _VERSION_2),
+        (mount / "memory", "memory", _VERSION_1),
+    )
+    found = []
+    for root, controller, files in hierarchies:
+        group = own.get(controller, PurePosixPath())
+        found += [_limit_of(root / above, files) for above in (group, *group.parents)]
+    return [limit for limit in found if limit is not None]
+
+
+def _own_groups(membership: Path) -> dict[str, PurePosixPath]:
+    """The process's group by controller, from the root of its hierarchy; version 2 names none, and is ""."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return {}
+    groups = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        groups.update(dict.fromkeys(controllers.split(","), PurePosixPath(path.lstrip("/"))))
+    return groups
+
+
+def _limit_of(group: Path, files: _Files) -> CgroupLimit | None:
+    """A group's limit; None where it sets none ("max"), or is not there."""
+    try:
+        allowed = int((group / files.limit).read_text())
+        used = int((group / files.used).read_text())
+        left = allowed - used + _stat(group / "memory.stat", files.cache)
+    except (OSError, ValueError):
+        return None
+    return CgroupLimit(allowed, max(0, left)) if allowed < _NO_LIMIT else None
 
 
 def _stat(path: Path, key: str) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from memo_compile.errors import InvalidOption, UnknownOption
 
@@ -22,7 +23,8 @@ for _i, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}b"] = 1000**_i
 MOST = 2**62  # bytes
 _RATIO = re.compile(r"\s*\d*\.\d+\s*")
-_SIZE = re.compile(r"^\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)\s*$")
+# More digits are no size that there is, and Python converts only so many.
+_SIZE = re.compile(r"^\s*(?P<number>\d{1,30}(?:\.\d+)?)\s*(?P<unit>[a-zA-Z]*)\s*$")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class Options:
     mode: str | None = None
 
     @staticmethod
-    def parse(raw: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> Options:
-        """Read a user's options; what the environment says wins.
+    def parse(
+        raw: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None, *, mode: str | None = None
+    ) -> Options:
+        """Read a user's options and the `mode` beside them; what the environment says wins.
 
         Raises:
             UnknownOption: a key that memo does not know.
@@ -71,8 +75,12 @@ class Options:
         2048
         """
         if raw is not None and not isinstance(raw, Mapping):
-            raise InvalidOption("options", raw, "a dict of options")
-        values = {**(raw or {}), **_from_environment(os.environ if environment is None else environment)}
+            raise InvalidOption("options", raw, 'a dict of options, such as {"memory_budget": "48GiB"}')
+        values = {
+            **(raw or {}),
+            **({} if mode is None else {"mode": mode}),
+            **_from_environment(os.environ if environment is None else environment),
+        }
         for key in values:
             if key not in _CHECKS:
                 raise UnknownOption(key, list(_CHECKS))
@@ -100,7 +108,7 @@ def _typed(key: str, text: str) -> Any:
     if key in {"offload", "recompute", "verify"}:
         known = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
         return known.get(text.lower(), text)
-    if re.fullmatch(r"\d+", text):
+    if re.fullmatch(r"\d{1,30}", text):
         return int(text)
     if re.fullmatch(r"\d*\.\d+", text):
         return float(text)
@@ -118,7 +126,15 @@ def parse_bytes(text: str) -> int | None:
     return None if match is None or unit is None else int(Decimal(match["number"]) * unit)
 
 
-_BUDGETS = 'bytes (an int), "48GiB", a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto"'
+def _bytes(value: Any) -> int | None:
+    """Bytes, zero or more, from a number or a size in words; None for what is neither, or more than there can be."""
+    size = parse_bytes(value) if isinstance(value, str) else value
+    if isinstance(size, int) and not isinstance(size, bool) and 0 <= size < MOST:
+        return size
+    return None
+
+
+_BUDGETS = 'bytes (an int below 2**62), "48GiB", a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto"'
 
 
 def _budget(key: str, value: Any) -> int | float | str:
@@ -126,33 +142,27 @@ def _budget(key: str, value: Any) -> int | float | str:
         return str(value)
     if isinstance(value, str) and _RATIO.fullmatch(value):  # of bytes there are no fractions
         value = float(value)
-    if isinstance(value, str) and 0 < (size := parse_bytes(value) or 0) < MOST:
-        return size
     if isinstance(value, float) and 0.0 < value <= 1.0:
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST:
-        return value
+    if size := _bytes(value):
+        return size
     raise InvalidOption(key, value, _BUDGETS)
 
 
 def _host_budget(key: str, value: Any) -> int | str:
     if isinstance(value, str) and value == "auto":
         return "auto"
-    if isinstance(value, str) and (size := parse_bytes(value)) is not None:
+    if (size := _bytes(value)) is not None:
         return size
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise InvalidOption(key, value, 'bytes (an int), "48GiB" or "auto"')
+    raise InvalidOption(key, value, 'bytes (an int below 2**62), "48GiB" or "auto"')
 
 
 def _reserve(key: str, value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, str) and (size := parse_bytes(value)) is not None:
+    if (size := _bytes(value)) is not None:
         return size
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise InvalidOption(key, value, 'bytes (an int), "8GiB" or None')
+    raise InvalidOption(key, value, 'bytes (an int below 2**62), "8GiB" or None')
 
 
 def _flag(key: str, value: Any) -> bool:
@@ -172,15 +182,15 @@ def _offload(key: str, value: Any) -> bool | Literal["all"]:
 def _rows(key: str, value: Any) -> int | str:
     if isinstance(value, str) and value == "auto":
         return "auto"
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST:
         return value
-    raise InvalidOption(key, value, 'a positive number of token rows, or "auto"')
+    raise InvalidOption(key, value, 'a positive number of token rows below 2**62, or "auto"')
 
 
 def _seconds(key: str, value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
-    raise InvalidOption(key, value, "a positive number of seconds")
+    raise InvalidOption(key, value, "a positive, finite number of seconds")
 
 
 def _hardware(key: str, value: Any) -> str:
@@ -204,22 +214,51 @@ def _path(key: str, value: Any) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
-        raise InvalidOption(key, value, f"a folder that can be made and written to ({error})") from error
+        cause = getattr(error, "strerror", None) or error  # an OSError's own text has the whole path in it
+        raise InvalidOption(key, value, f"a folder that can be made and written to ({cause})") from error
     return folder
+
+
+_SET_BY_MEMO = {
+    "custom_partitioner_fn",
+    "allow_buffer_reuse",
+    "graph_partition",
+    "fx_graph_cache",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+}
 
 
 def _patches(key: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         raise InvalidOption(key, value, "a dict of Inductor config names and values")
-    from torch._inductor import config
+    from torch._inductor import config as inductor
 
+    config: Any = inductor  # torch adds its methods at run time
     known = config.get_config_copy()
-    for name in value:
+    for name, setting in value.items():
         if name not in known:
-            raise InvalidOption(f"{key}[{name!r}]", value[name], "a name in torch._inductor.config")
+            raise InvalidOption(f"{key}[{name!r}]", setting, "a name in torch._inductor.config")
+        if name in _SET_BY_MEMO:
+            raise InvalidOption(f"{key}[{name!r}]", setting, "nothing: memo sets it itself, leave it out")
+        kind = _kind_of(known[name], config.get_type(name))
+        if kind is not None and not _is_a(kind, setting):
+            raise InvalidOption(f"{key}[{name!r}]", setting, f"a value of type {kind.__name__}")
     if value.get("cpp_wrapper"):
         raise InvalidOption(f"{key}['cpp_wrapper']", True, "False: memo places buffers in the Python wrapper")
     return dict(value)
+
+
+def _kind_of(current: Any, declared: Any) -> type | None:
+    """The type that a setting of Inductor's must have; None where it may be absent, or is no plain value."""
+    plain = type(current) in (bool, int, float, str)
+    return type(current) if plain and type(None) not in get_args(declared) else None
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _mode(key: str, value: Any) -> str | None:

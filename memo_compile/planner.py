@@ -20,6 +20,7 @@ from memo_compile.cost import Cost, Timer, graph_costs
 from memo_compile.errors import DrawnTwice, SolverOutOfTime
 from memo_compile.hardware import DeviceProfile
 from memo_compile.logs import logger
+from memo_compile.obstacles import obstacles
 from memo_compile.passes.attention import write_over_attention_inputs
 from memo_compile.passes.early_products import keep_early_products
 from memo_compile.passes.graph import (
@@ -30,7 +31,6 @@ from memo_compile.passes.graph import (
     is_seed,
     is_view,
     nbytes,
-    op_name,
     source_line,
     storage_of,
 )
@@ -456,7 +456,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     started = time.perf_counter()
     everything = limits.offload == "all"
     if not p.plannable:
-        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *_largest(p)))
+        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *_in_the_way(p)))
     if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
         return _unplanned(p, limits, name, backend, started)
     view = view_of(p, limits)
@@ -485,8 +485,8 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         prices=dict(decision.prices),
         activations=_activation_plans(p, homes, limits),
     )
-    obstacles = _obstacles(p, residency.worst_moment(problem, decision.residency))
-    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, obstacles, limits, ahead, problem)
+    in_the_way = obstacles(sliced.forward, sliced.backward, frozenset(sliced.saved), _makers(p), p.fused)
+    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, in_the_way, limits, ahead, problem)
 
 
 Watch = Callable[[str, fx.GraphModule, fx.GraphModule], None]
@@ -533,19 +533,13 @@ def _recomputed_flops(p: Prepared, homes: Mapping[str, Homes]) -> int:
     return int(total)
 
 
-def _obstacles(p: Prepared, live: list[residency.Activation]) -> tuple[str, ...]:
-    nodes = {n.name: n for n in p.saved}
-    return tuple(_in_words(nodes[a.name]) for a in live[:6]) or _largest(p)
+def _in_the_way(p: Prepared) -> tuple[str, ...]:
+    split = p.unplanned
+    return obstacles(split.forward, split.backward, frozenset(split.saved), _makers(p), p.fused)
 
 
-def _largest(p: Prepared) -> tuple[str, ...]:
-    nodes = [n for g in (p.forward, p.backward) for n in g.graph.nodes if n.op == "call_function"]
-    return tuple(_in_words(n) for n in sorted(nodes, key=lambda n: (-nbytes(n), n.name))[:6])
-
-
-def _in_words(node: fx.Node) -> str:
-    where = source_line(node)
-    return f"{node.name}: {nbytes(node):,} bytes, {op_name(node)}{', ' + where if where else ''}"
+def _makers(p: Prepared) -> dict[str, fx.Node]:
+    return {n.name: n for n in p.joint.graph.nodes}
 
 
 def _blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:

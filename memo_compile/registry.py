@@ -16,10 +16,14 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass
 class Registry:
-    """Plans, newest last, and shapes by the code object that Dynamo compiled. Safe to use from several threads."""
+    """Plans, newest last, shapes by the code object that Dynamo compiled, and into how many graphs a function fell.
+
+    Safe to use from several threads. Functions are known by their `id`.
+    """
 
     plans: list[Plan] = field(default_factory=list)
     shapes: dict[Any, list[Shapes]] = field(default_factory=dict)
+    graphs: dict[int, int] = field(default_factory=dict)
     count: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -44,7 +48,7 @@ class Registry:
     def clear(self) -> None:
         """Forget everything but the running number."""
         with self.lock:
-            self.plans, self.shapes = [], {}
+            self.plans, self.shapes, self.graphs = [], {}, {}
 
 
 @cache

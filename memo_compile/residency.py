@@ -663,18 +663,6 @@ def _prices(
     return prices
 
 
-def worst_moment(problem: Problem, residency: Mapping[str, Residency]) -> list[Activation]:
-    """The activations that are live at the worst moment of a plan whatever their homes, largest first."""
-    profile = memory_profile(problem, residency)
-    worst = profile.index(max(profile))
-    live = [
-        a
-        for a in problem.activations
-        if a.produced <= worst <= a.last_forward or a.first_backward <= worst <= a.last_backward
-    ]
-    return sorted(live, key=lambda a: (-a.bytes, a.name))
-
-
 def _rounded(a: Activation, answer: _Answer, index: int, problem: Problem, *, again: bool, up: bool) -> Residency:
     """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks; what is left over
     goes to a home that is open to it: recomputation with `again` or where nothing is offloaded, else the host, or with

@@ -1,4 +1,8 @@
-"""Which versions of torch memo knows. Every private API that it uses was tried on these."""
+"""Which versions of torch memo knows.
+
+Every module that uses a private API of torch says in its docstring, or that of the function, on which versions it was
+tried. `make test-compat` runs the compiling path on the oldest and the newest; the tests run on the one between.
+"""
 
 from __future__ import annotations
 

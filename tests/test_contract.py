@@ -9,19 +9,21 @@ import memo_compile
 from memo_compile.runtime.ops import engine, pool
 
 BACKENDS = ["memo_eager", "memo"]
-LEAST = {"memory_budget": "min"}
+AWAY = {"offload": "all"}
+AGAIN = {"memory_budget": "min", "offload": False}
 
 
 class MLP(nn.Module):
-    """Three wide layers over rows: small to compile, with activations worth planning."""
+    """Three blocks over rows: small to compile, with activations worth moving and worth making again."""
 
     def __init__(self, width=32):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.ups = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(3))
 
     def forward(self, x):
-        for layer in self.layers:
-            x = torch.sin(layer(x)) + x
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = down(torch.sin(up(x))) + x
         return x
 
 
@@ -56,13 +58,20 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=[LEAST, {"memory_budget": "min", "offload": False}, {}], ids=["offload", "recompute", "none"])
+@pytest.fixture(params=[AWAY, AGAIN, {}], ids=["offload", "recompute", "none"])
 def options(request):
     return request.param
 
 
-def compiled(model, backend, options=LEAST):
+def compiled(model, backend, options=AWAY):
     return torch.compile(model, backend=backend, options=options)
+
+
+def test_the_options_of_these_tests_do_what_their_names_say(backend, options):
+    compiled(make(), backend, options)(rows()).square().mean().backward()
+    plan = memo_compile.plans()[-1]
+    assert bool(plan.offloaded_bytes) == (options == AWAY)
+    assert bool(plan.recomputed_bytes) == (options == AGAIN)
 
 
 def test_two_forwards_before_either_backward(backend, options):
@@ -111,8 +120,23 @@ def test_inference_and_training_in_turn(backend):
         model.zero_grad()
         fn(rows()).square().mean().backward()
         check(model, rows())
-    model.eval()
-    torch.testing.assert_close(fn(rows()), expected)
+
+
+def test_evaluation_and_training_in_turn(backend):
+    def run(wrap):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 32)).double()
+        fn, results = wrap(model), []
+        for seed in range(2):
+            model.train()
+            fn(rows(seed)).square().mean().backward()
+            model.eval()
+            results.append(fn(rows()).detach())
+        return [*results, *grads(model), *model.buffers()]
+
+    expected = run(lambda model: model)
+    for got, want in zip(run(lambda model: compiled(model, backend)), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_an_exception_and_a_dropped_loss_leave_nothing_behind(backend):
@@ -120,6 +144,7 @@ def test_an_exception_and_a_dropped_loss_leave_nothing_behind(backend):
     fn = compiled(model, backend)
     fn(rows(3))  # dropped
     loss = fn(rows(4)).square().mean()
+    assert pool().leased_bytes > 0
 
     def fail(grad):
         raise ZeroDivisionError
@@ -149,9 +174,19 @@ def test_outputs_and_gradients_are_the_users_to_keep(backend, options):
         assert torch.equal(held, copy)
 
 
+def test_gradients_written_over_saved_activations_are_the_users_to_keep(backend, options):
+    """Inductor writes a gradient of an activation's size over one that it has read for the last time."""
+    sizes = (256, 32, 256)
+    x, weight, bias = (torch.randn(n, 32, dtype=torch.float64, requires_grad=True) for n in sizes)
+    fn = compiled(lambda *args: torch.tanh(args[0] @ args[1] + args[2]).sum(), backend, options)
+    fn(x, weight, bias).backward()
+    for n, value in zip(sizes, (x, weight, bias), strict=True):
+        assert value.grad.untyped_storage().nbytes() == n * 32 * 8
+
+
 def test_model_compile(backend):
     model = make()
-    model.compile(backend=backend, options=LEAST)
+    model.compile(backend=backend, options=AWAY)
     model(rows()).square().mean().backward()
     check(model, rows())
 
@@ -160,6 +195,7 @@ def test_reset_frees_all(backend):
     fn = compiled(make(), backend)
     fn(rows()).square().mean().backward()
     assert memo_compile.plans()
+    assert pool().held_bytes > 0
     torch.compiler.reset()
     memo_compile.reset()
     assert not memo_compile.plans()
@@ -177,36 +213,93 @@ def test_a_second_length_is_planned_again(backend):
     assert {a.shape[0] for p in memo_compile.plans() for a in p.activations} == {256, 320}
 
 
-def test_at_the_recompile_limit_memo_raises():
-    model = make()
+def test_at_the_recompile_limit_memo_raises(backend):
+    fn = compiled(make(), backend)
     with torch._dynamo.config.patch(recompile_limit=3):
-        fn = compiled(model, "memo_eager")
         for n in (256, 320):
             fn(torch.ones(n, 32, dtype=torch.float64))
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"256, 320, 384.*recompile_limit"):
             fn(torch.ones(384, 32, dtype=torch.float64))
 
 
-def test_a_graph_break_is_said(caplog):
+def test_what_is_compiled_again_for_other_reasons_counts_as_well():
+    """Dynamo counts each compilation: one with and one without gradients are two."""
     model = make()
+    fn = compiled(model, "memo_eager")
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for _ in range(3):
+            fn(rows()).sum().backward()
+            with torch.no_grad():
+                fn(rows())
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"3 times.*256, 320.*recompiles tells"):
+            fn(rows()[:1].expand(320, 32).clone())
 
-    def broken(x):
-        x = model.layers[0](x)
-        torch._dynamo.graph_break()
-        return model.layers[1](x.sin()).square().mean()
 
+def test_instances_of_one_class_have_a_limit_each():
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for seed in range(4):
+            model = make(seed)
+            model.compile(backend="memo_eager")
+            model(rows()).sum().backward()
+
+
+class InALoop(nn.Module):
+    """Dynamo cannot take a frame with a break in a loop, and compiles what it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(MLP() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x.square().mean()
+
+
+def in_two(x):
+    """Two graphs, one behind the other."""
+    x = (x * 2).sin()
+    torch._dynamo.graph_break()
+    return x.cos().mean()
+
+
+def graph_breaks(caplog, fn, *args):
+    """What is said of graph breaks while a step runs."""
     with caplog.at_level("WARNING", logger="memo_compile"):
-        torch.compile(broken, backend="memo_eager", options=LEAST)(rows()).backward()
-    assert any("graph break" in r.message for r in caplog.records)
+        fn(*args).backward()
+    return [r.getMessage() for r in caplog.records if "graph break" in r.getMessage()]
+
+
+def test_a_graph_break_is_said_with_the_number_of_graphs(caplog):
+    said = graph_breaks(caplog, torch.compile(in_two, backend="memo_eager"), rows().requires_grad_())
+    assert len(said) == 1
+    assert "number 2 of in_two" in said[0]
+    assert "memory_budget holds for each alone" in said[0]
     assert len(memo_compile.plans()) == 2
+
+
+def test_a_graph_break_in_a_loop_is_said(caplog):
+    assert graph_breaks(caplog, torch.compile(InALoop().double(), backend="memo_eager"), rows())
+    assert len(memo_compile.plans()) == 2
+
+
+def test_blocks_that_are_compiled_one_by_one_are_no_graph_break(caplog):
+    model = InALoop().double()
+    for block in model.blocks:
+        block.compile(backend="memo_eager")
+    assert not graph_breaks(caplog, model, rows())
 
 
 def test_checkpoint_inside_the_model_keeps_its_meaning(backend):
     model = make()
 
+    def part(x, up, down):
+        return down(up(x).sin()) + x
+
     def run(x):
-        for layer in model.layers:
-            x = torch.utils.checkpoint.checkpoint(lambda y, layer=layer: layer(y).sin() + y, x, use_reentrant=False)
+        for pair in zip(model.ups, model.downs, strict=True):
+            x = torch.utils.checkpoint.checkpoint(part, x, *pair, use_reentrant=False)
         return x.square().mean()
 
     run(rows()).backward()
@@ -215,6 +308,7 @@ def test_checkpoint_inside_the_model_keeps_its_meaning(backend):
     compiled(run, backend, {})(rows()).backward()
     for got, want in zip(grads(model), expected, strict=True):
         assert (got - want).norm() <= 1e-10 * want.norm()
+    assert all(a.shape[-1] == 32 for a in memo_compile.plans()[-1].activations)  # what blocks begin with, alone
 
 
 def test_dropout_inside_a_checkpoint_is_the_same_both_times(backend):
@@ -225,8 +319,8 @@ def test_dropout_inside_a_checkpoint_is_the_same_both_times(backend):
         return nn.functional.layer_norm(nn.functional.dropout(layer(x), 0.3), x.shape[-1:]) + x
 
     def run(x):
-        for layer in model.layers:
-            x = torch.utils.checkpoint.checkpoint(part, x, layer, use_reentrant=False)
+        for up, down in zip(model.ups, model.downs, strict=True):
+            x = torch.utils.checkpoint.checkpoint(part, x, nn.Sequential(up, down), use_reentrant=False)
         return x.square().mean()
 
     def trained(fn):
@@ -297,7 +391,7 @@ class Odd(nn.Module):
         return y[picks].sum(), y.t(), y.view(-1)[:10], x.argmax(-1), x.cos()
 
 
-@pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
+@pytest.mark.parametrize("options", [AWAY, AGAIN, {}], ids=["away", "again", "none"])
 def test_odd_models_are_as_in_eager(backend, options):
     def run(wrap):
         torch.manual_seed(0)
@@ -332,7 +426,7 @@ class MadeBefore(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-@pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
+@pytest.mark.parametrize("options", [AWAY, AGAIN, {}], ids=["away", "again", "none"])
 def test_a_backward_may_compute_nothing(backend, options):
     fn = compiled(lambda x, weight: MadeBefore.apply(x, weight), backend, options)
     kept = []
@@ -346,7 +440,7 @@ def test_a_backward_may_compute_nothing(backend, options):
             assert (value.grad - want).norm() <= 1e-10 * want.norm()
 
 
-@pytest.mark.parametrize("options", [LEAST, {}], ids=["least", "none"])
+@pytest.mark.parametrize("options", [AWAY, AGAIN, {}], ids=["away", "again", "none"])
 @pytest.mark.parametrize("written", ["scaled", "replaced"])
 def test_a_buffer_that_is_used_and_then_updated_is_as_it_was(backend, options, written):
     """torch saves the buffer itself for the backward, and Inductor's gradients are wrong here."""
@@ -376,6 +470,9 @@ def test_a_model_without_token_axis_keeps_tensors_whole(backend):
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     compiled(model, backend)(x).square().sum().backward()
+    plan = memo_compile.plans()[-1]
+    assert plan.offloaded_bytes > 0
+    assert {a.tokens for a in plan.activations} == {1}
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
 

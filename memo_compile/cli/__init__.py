@@ -27,6 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return int(modules[arguments.command].run(arguments))
-    except MemoError as error:
-        print(f"memo {arguments.command}: {error}", file=sys.stderr)
+    except Exception as error:
+        mistake = memo_error(error)
+        if mistake is None:
+            raise
+        print(f"memo {arguments.command}: {mistake}", file=sys.stderr)
         return 2
+
+
+def memo_error(error: Exception) -> MemoError | None:
+    """memo's error, also where it was raised while compiling: there Dynamo wraps it. None for any other."""
+    inner = getattr(error, "inner_exception", error)
+    return inner if isinstance(inner, MemoError) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memo_compile.errors import InvalidOption, MemoError
+from memo_compile.cli import memo_error
+from memo_compile.errors import BudgetTooSmall, InvalidOption, MemoError
 from memo_compile.options import Options
 
 if TYPE_CHECKING:
@@ -59,20 +61,17 @@ class Run:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train and print the table."""
+    """Train and print the table; 1 where a budget cannot be kept, and the table is of the other runs."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InvalidOption("--device", "cuda", "cpu: torch sees no CUDA device here")
-    for name in ("steps", "layers", "width", "tokens"):
-        if getattr(arguments, name) < 1:
-            raise InvalidOption(f"--{name}", getattr(arguments, name), "a positive number")
-    for text in arguments.budgets:  # refused before anything is trained, whatever the peak that shares are of
-        Options.parse({"memory_budget": _budget(text, 1 << 40)})
+    _check(arguments)
+    dump = Path(str(Options.parse({"dump": str(arguments.out)}).dump))  # MEMO_DUMP wins here too
+    earlier = _dumps(dump)
     logging.getLogger("torch").setLevel(logging.ERROR)
     console = Console()
+    refused: dict[str, BudgetTooSmall] = {}
     data = _batches(arguments.steps, arguments.tokens, arguments.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -82,12 +81,54 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         for text in arguments.budgets:
             budget = _budget(text, runs[1].peak)
-            options = {"memory_budget": budget, "dump": str(arguments.out)}
+            options = {"memory_budget": budget, "dump": str(dump)}
             wrap = partial(torch.compile, backend="memo", options=options)
-            runs.append(_train(f"memo, {text}", arguments, data, progress, wrap))
+            try:
+                runs.append(_train(f"memo, {text}", arguments, data, progress, wrap))
+            except Exception as error:
+                refusal = memo_error(error)
+                if not isinstance(refusal, BudgetTooSmall):
+                    raise
+                refused[text] = refusal
     console.print(_table(runs))
-    console.print(f"Graphs, plans and emitted code are in {arguments.out}")
-    return 0
+    if made := sorted(_dumps(dump) - earlier):
+        console.print(f"Graphs, plans and emitted code are in {', '.join(map(str, made))}", soft_wrap=True)
+    for text, refusal in refused.items():
+        print(f"memo demo: --budgets {text}: {refusal}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse at once what would fail only after something has been trained."""
+    import torch
+
+    from memo_compile.models import LlamaConfig
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption("--device", "cuda", "cpu: torch sees no CUDA device here")
+    for name, least in (("steps", 1), ("layers", 1), ("tokens", 2)):  # one token predicts no other
+        if getattr(arguments, name) < least:
+            raise InvalidOption(f"--{name}", getattr(arguments, name), f"{least} or more")
+    heads = LlamaConfig.heads
+    if arguments.width < 1 or arguments.width % (2 * heads):
+        allowed = f"a multiple of {2 * heads}: {heads} heads, whose features are rotated in pairs"
+        raise InvalidOption("--width", arguments.width, allowed)
+    Options.parse(None)  # the environment's mistakes, under their own names
+    for text in arguments.budgets:  # whatever the peak that shares are of
+        _check_option("--budgets", "memory_budget", _budget(text, 1 << 40))
+    _check_option("--out", "dump", str(arguments.out))
+
+
+def _check_option(flag: str, key: str, value: int | str) -> None:
+    try:
+        Options.parse({key: value})
+    except InvalidOption as error:
+        raise MemoError(f"{flag}: {error}") from error
+
+
+def _dumps(folder: Path) -> set[Path]:
+    """The folders of whole dumps in it, those of earlier runs included."""
+    return {path.parent for path in folder.glob("*/plan.json")}
 
 
 def _budget(text: str, inductor_peak: int) -> int | str:
@@ -98,7 +139,7 @@ def _budget(text: str, inductor_peak: int) -> int | str:
         return text
     if not 0 < share <= 1:
         raise InvalidOption("--budgets", text, 'shares in (0, 1], sizes such as "40MiB", or "min"')
-    return int(share * inductor_peak)
+    return max(1, int(share * inductor_peak))
 
 
 def _batches(steps: int, tokens: int, device: str) -> list[torch.Tensor]:

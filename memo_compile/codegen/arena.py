@@ -1,7 +1,8 @@
 """Decides where every buffer of a forward and its backward lies: segments, each one storage, and offsets within.
 
 Both graphs share one timeline: the forward's statements, then the backward's. A buffer that a user can hold after the
-call (an output, a gradient) is left to torch's allocator, and so is what kernels allocate themselves; both count.
+call (an output, a gradient, also one written over a saved activation) is left to torch's allocator, and so is what
+kernels allocate themselves; both count.
 
 The timeline is cut into windows. Buffers that are born in window i and die in window j share segment (i, j), which is
 taken when the first of them is born and dropped after the last. With no cut there is one segment, held from the first
@@ -142,8 +143,8 @@ def _timeline(
     forward: Body, backward: Body, links: Sequence[Link], user_outputs: int, tangents: Mapping[str, int], chunk: int
 ) -> _Timeline:
     f, steps = forward.steps, forward.steps + backward.steps
-    for_user = {s for s in forward.outputs[:user_outputs] if s is not None}
     returned = {s for s in backward.outputs if s is not None}
+    for_user = {s for s in forward.outputs[:user_outputs] if s is not None} | handed_on(forward, backward, links)
     death: dict[str, int] = {}
     for link in links:
         storage = forward.outputs[link.output]
@@ -172,6 +173,12 @@ def _timeline(
     portion = min(chunk, max(kept // PORTIONS, SMALLEST))
     outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
     return _Timeline(steps, f, tuple(inside), outside, kernel_bytes, portion)
+
+
+def handed_on(forward: Body, backward: Body, links: Sequence[Link]) -> frozenset[str]:
+    """Forward storages that the backward returns, as they are or with a gradient written over: the user's too."""
+    returned = {link.output for link in links if link.input in backward.outputs}
+    return frozenset(s for s in (forward.outputs[i] for i in returned) if s is not None)
 
 
 def _last_held(backward: Body, tangent: str, size: int) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, plan_arena
+from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, handed_on, plan_arena
 from memo_compile.codegen.dry_run import dry_run
 from memo_compile.codegen.emitted import Body
 from memo_compile.codegen.fusion import wait_for_products
@@ -64,7 +64,7 @@ def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
     try:
         compiled: Any = _through_inductor(run, run.inner, gm, inputs)
     except _Exceeded:
-        log.info("%s: what was emitted is over the budget, and is planned again from closer dry runs", setting.name)
+        log.info("%s: what was emitted is not what dry runs showed; planned again from closer ones", setting.name)
         run = replace(run, first_step=FirstStep(setting.name), scalar=False)
         compiled = _through_inductor(run, run.inner, gm, inputs)
     if run.dump is not None:
@@ -87,7 +87,7 @@ class _Planned(BaseException):
 
 
 class _Exceeded(BaseException):
-    """Ends a compilation whose emitted code holds more than the budget. Not an `Exception`: nothing wraps it."""
+    """Ends a compilation whose emitted code is not what a dry run promised. Not an `Exception`: nothing wraps it."""
 
 
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked | None:
@@ -335,6 +335,9 @@ class _Compilation:
         layout, forward = self.evidence.layout, self.evidence.forward
         if body != self.evidence.backward:
             log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
+            placed = {b.name for b in layout.buffers}
+            if self.scalar and any(f"fw:{name}" in placed for name in handed_on(forward, body, self.links)):
+                raise _Exceeded  # the forward's code has put into the arena what the user is to keep
             layout = plan_arena(**self._arena_arguments(self.decided, forward, body), emitted=layout)
         return self._settle_on(layout, forward, body, "bw:")
 

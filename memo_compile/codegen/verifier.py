@@ -35,7 +35,8 @@ class Region:
 class EmittedRegions:
     """What one graph's text does. `outputs[i]` is the name of output i's region, None where it has none.
 
-    `inputs` gives, for each input, one past the last statement that names it or an alias of it.
+    `results[i]` is what output i lies in: a region, an input, or None where it is neither. `inputs` gives, for each
+    input, one past the last statement that names it or an alias of it.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class EmittedRegions:
     segments: dict[str, int]
     outputs: tuple[str | None, ...]
     inputs: dict[str, int]
+    results: tuple[str | None, ...] = ()
 
 
 def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> EmittedRegions:
@@ -83,6 +85,7 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         segments,
         tuple(r if r in regions else None for r in results),
         {name: last[name] for name in inputs},
+        results,
     )
 
 
@@ -128,6 +131,8 @@ def verify_emitted(
 ) -> None:
     """Check that no two regions that live at the same time share bytes, and that all lie within their segments.
 
+    Outputs and gradients lie in none: they are the user's to keep, and would hold a whole segment.
+
     Args:
         links: pairs of a forward output's index and the name of the backward's input that receives it.
 
@@ -146,6 +151,17 @@ def verify_emitted(
             region = kept.get(name, forward.regions[name])
             kept[name] = replace(region, end=max(region.end, forward.steps + backward.inputs[received]))
     _check([kept.get(r.name, r) for r in forward.regions.values()], forward.segments)
+    _check_results(forward, backward, links)
+
+
+def _check_results(forward: EmittedRegions, backward: EmittedRegions, links: Sequence[tuple[int, str]]) -> None:
+    handed = {index for index, _ in links}
+    inside = {received for index, received in links if forward.outputs[index] is not None}
+    results = [name for index, name in enumerate(forward.outputs) if index not in handed]
+    results += [name for name in backward.results if name in backward.regions or name in inside]
+    for name in results:
+        if name is not None:
+            raise PlacementOverlap(f"{name} is returned to the user and lies in the arena, which is used again")
 
 
 def _check(regions: Iterable[Region], segments: Mapping[str, int]) -> None:

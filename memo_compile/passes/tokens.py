@@ -59,8 +59,8 @@ class TokenReport:
 def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenReport:
     """Follow the token axis from the data inputs, and write `TokenInfo` to each node that it reaches.
 
-    The axis is the dimension of the data inputs along which most bytes can be sliced: the sequence at batch 1, the
-    sequence or the batch otherwise.
+    The axis is the dimension of the data inputs along which most bytes can be cut off, down to one token: the sequence
+    at batch 1, the sequence or the batch otherwise. Of a few sequences, one by one is less than token by token.
 
     Args:
         gm: a joint or forward graph with static shapes.
@@ -68,10 +68,10 @@ def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenRepor
     """
     for node in gm.graph.nodes:
         node.meta.pop(META, None)
-    best: tuple[int, int, int, dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
+    best: tuple[float, int, int, dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
     for dim, size in _candidates(inputs):
         infos, stops = _follow(gm, _seed(inputs, dim, size))
-        score = sum(nbytes(n) for n, info in infos.items() if info.sliceable)
+        score = sum(nbytes(n) for n, info in infos.items() if info.sliceable) * (1 - 1 / size)
         if best is None or score > best[0]:
             best = (score, dim, size, infos, stops)
     if best is None:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,8 @@ class Dump:
 
     @staticmethod
     def open(root: str | None, name: str) -> Dump:
-        """A dump under `root/name`."""
-        if root is None:
-            return Dump(None)
-        folder = Path(root) / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return Dump(folder)
+        """A dump in `root/name`: of rank 3 in `root/rank_3_name`, and in `root/name_2` where another run's is there."""
+        return Dump(None if root is None else _own_folder(root, f"{_rank()}{name}"))
 
     def _write(self, name: str, text: str) -> None:
         if self.folder is not None:
@@ -131,7 +128,8 @@ class Dump:
     def report(self, p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str, Any] | None = None) -> None:
         """`report.json`, for `memo report`, and `simulated.trace.json`; `emitted` as in `timeline.report_data`."""
         if self.folder is not None:
-            data = report_data(p, decided, plan, emitted)
+            # Under the folder's name, which tells ranks and runs apart.
+            data = report_data(p, decided, replace(plan, name=self.folder.name), emitted)
             self._write("report.json", json.dumps(data, separators=(",", ":")))
             played = simulated(p, decided)
             if played is not None:
@@ -145,6 +143,27 @@ class Dump:
         self._show("plan.json", plan.to_json())
         arena = {"segments": [asdict(s) for s in plan.segments], "buffers": [asdict(b) for b in plan.buffers]}
         self._show("arena.json", json.dumps(arena, indent=1))
+
+
+@cache  # a graph that this process plans once more writes over what it has written
+def _own_folder(root: str, name: str) -> Path:
+    """A new folder: what an earlier run, or a process that runs now, has written there is left alone."""
+    folder, number = Path(root) / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path(root) / f"{name}_{number}"
+
+
+def _rank() -> str:
+    """What tells the ranks of a distributed run apart: they plan the same graphs and share a folder."""
+    from torch import distributed
+
+    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+    return "" if alone else f"rank_{distributed.get_rank()}_"
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,20 @@ def forward(offset=64):
 
 
 def test_regions_that_share_no_bytes_pass():
-    verify_emitted(forward(), read_regions(BACKWARD.splitlines(), ["buf2"], ["buf1"]), [(0, "buf1")])
+    verify_emitted(forward(), read_regions(BACKWARD.splitlines(), ["grad"], ["buf1", "grad"]), [(0, "buf1")])
+
+
+@pytest.mark.parametrize("returned", ["buf1", "buf2", "buf3"])
+def test_a_gradient_in_the_arena_is_rejected(returned):
+    """Also one that is written over what the forward has saved."""
+    text = BACKWARD + "buf3 = buf1; del buf1  # reuse\nkernel(buf2, buf3)"
+    with pytest.raises(PlacementOverlap, match="returned to the user"):
+        verify_emitted(forward(), read_regions(text.splitlines(), [returned], ["buf1"]), [(0, "buf1")])
+
+
+def test_an_output_in_the_arena_is_rejected():
+    with pytest.raises(PlacementOverlap, match="returned to the user"):
+        verify_emitted(forward(), read_regions(BACKWARD.splitlines(), [], ["saved"]), [])
 
 
 @pytest.mark.parametrize("offset", [0, 32, 63])

@@ -7,6 +7,10 @@ import shutil
 import torch
 import zoo
 
+from memo_compile.registry import registry
+from memo_compile.report.dumps import Dump
+from memo_compile.report.page import read_reports
+from memo_compile.report.replay import graph_folders
 from memo_compile.schema import Plan
 
 
@@ -31,6 +35,27 @@ def test_the_environment_asks_for_a_dump(tmp_path, monkeypatch):
     torch.compile(model, backend="memo_eager")(x, labels=x).backward()
     names = {path.name for path in tmp_path.glob("*/*")}
     assert {"joint.py", "forward.py", "backward.py", "plan.json"} <= names
+
+
+def test_what_another_run_left_is_left_alone(tmp_path):
+    taken = tmp_path / f"graph_{registry().count}"
+    taken.mkdir()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 8))
+    torch.compile(model, backend="memo_eager", options={"dump": str(tmp_path)})(torch.ones(64, 8))
+    assert not list(taken.iterdir())
+    assert [f.name for f in graph_folders(tmp_path)] == [f"{taken.name}_2"]
+    assert [r["plan"]["name"] for r in read_reports(tmp_path)] == [f"{taken.name}_2"]
+
+
+def test_a_graph_that_is_planned_once_more_keeps_its_folder(tmp_path):
+    first, second = (Dump.open(str(tmp_path), "graph_0").folder for _ in range(2))
+    assert first == second == tmp_path / "graph_0"
+
+
+def test_ranks_write_side_by_side(tmp_path, monkeypatch):
+    for name, value in {"is_initialized": True, "get_world_size": 8, "get_rank": 3}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert Dump.open(str(tmp_path), "graph_0").folder == tmp_path / "rank_3_graph_0"
 
 
 def test_each_pass_leaves_its_graphs_and_what_it_did(inductor_dump):

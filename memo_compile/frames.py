@@ -1,0 +1,133 @@
+"""The frame that Dynamo is compiling: is it a part of what the user compiled, and will Dynamo compile it once more?
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: the instruction translator that is current while a backend is
+called, a code object's cache entries, and the names of the wrapper that `torch.compile` puts around a function.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from memo_compile.errors import RecompileLimit
+from memo_compile.logs import logger
+from memo_compile.registry import Shapes, registry
+
+log = logger("memo_compile")
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_DYNAMO = os.path.join(_TORCH, "_dynamo") + os.sep
+_WRAPPERS = ("compile_wrapper", "_fn")  # in torch/_dynamo/eval_frame.py
+
+
+def note_graph_break() -> None:
+    """Say that what was compiled falls into several graphs: each has a plan, and a budget, of its own."""
+    code = getattr(_translator(), "f_code", None)
+    function, between = _callers()
+    if code is None or function is None:
+        return
+    known = registry()
+    with known.lock:
+        number = known.graphs.get(id(function), 0) + 1 if between else 1
+        known.graphs[id(function)] = number
+    if between:
+        log.warning(
+            "graph break: %s (%s:%d) is graph number %d of %s. memo makes a plan for each graph, and memory_budget "
+            "holds for each alone; TORCH_LOGS=graph_breaks tells why.",
+            code.co_qualname,
+            code.co_filename,
+            code.co_firstlineno,
+            number,
+            getattr(function, "__qualname__", type(function).__qualname__),
+        )
+
+
+def _callers() -> tuple[Any, list[str]]:
+    """The function that the user compiled, and the user's frames between its call and the frame that is compiled.
+
+    There are some where Dynamo could not take a frame whole: then it runs, and what it calls is compiled by itself.
+    """
+    between: list[str] = []
+    frame = sys._getframe(1)
+    while (back := frame.f_back) is not None:
+        frame = back
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name in _WRAPPERS and file == os.path.join(_DYNAMO, "eval_frame.py"):
+            return frame.f_locals.get("fn"), between
+        if file.startswith(_DYNAMO):
+            between.clear()  # Dynamo itself, which is behind the frame that it compiles
+        elif not file.startswith(_TORCH):
+            between.append(name)
+    return None, between
+
+
+def note_shapes(inputs: Sequence[Any]) -> None:
+    """Dynamo runs a frame eagerly, with only a log line, beyond its recompile limit, and calls no backend then.
+
+    So memo refuses the last compilation before.
+
+    Raises:
+        RecompileLimit: with the sizes seen.
+    """
+    from torch._dynamo import config
+
+    translator = _translator()
+    if translator is None:
+        return
+    code = translator.f_code
+    entries, alike = _entries(code, translator.f_locals)
+    shapes = tuple(tuple(int(s) for s in v.shape) for v in inputs if isinstance(v, torch.Tensor))
+    known = registry()
+    with known.lock:
+        seen = known.shapes.setdefault(code, [])
+        if not entries:
+            seen.clear()
+        if shapes not in seen:
+            seen.append(shapes)
+        if not alike or (alike + 1 < config.recompile_limit and entries + 1 < config.accumulated_recompile_limit):
+            return
+        varying = _varying(seen)
+        seen.remove(shapes)
+    raise RecompileLimit(
+        f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) is compiled {alike + 1} times, for "
+        f"{len(varying)} different shapes, one plan each, and torch._dynamo.config.recompile_limit is "
+        f"{config.recompile_limit}; beyond it Dynamo would silently run eagerly, without any budget. Sizes seen: "
+        f"{', '.join(varying)}. Pad the inputs to a multiple of a fixed length, or raise "
+        "torch._dynamo.config.recompile_limit; TORCH_LOGS=recompiles tells what else has changed."
+    )
+
+
+def _entries(code: Any, local: dict[str, Any]) -> tuple[int, int]:
+    """How often a code object is compiled, and how often for the modules it is called with now, as Dynamo counts."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    entries = _debug_get_cache_entry_list(code)
+    return len(entries), sum(_same_modules(entry, local) for entry in entries)
+
+
+def _same_modules(entry: Any, local: dict[str, Any]) -> bool:
+    matched = getattr(entry.guard_manager, "id_matched_objs", {})
+    return all(made() is None or made() is local.get(name) for name, made in matched.items())
+
+
+def _varying(seen: Sequence[Shapes]) -> list[str]:
+    """For each set of shapes, the sizes in which they differ; all of them where there is only one set."""
+    flat = [tuple(size for shape in shapes for size in shape) for shapes in seen]
+    if len({len(sizes) for sizes in flat}) > 1 or len(flat) == 1:
+        return [str(shapes) for shapes in seen]
+    at = [i for i in range(len(flat[0])) if len({sizes[i] for sizes in flat}) > 1]
+    return ["x".join(str(s) for s in dict.fromkeys(sizes[i] for i in at)) for sizes in flat]
+
+
+def _translator() -> Any:
+    """Dynamo's translator of the frame that is compiled; None outside Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None

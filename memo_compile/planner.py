@@ -22,6 +22,7 @@ from memo_compile.hardware import DeviceProfile
 from memo_compile.logs import logger
 from memo_compile.obstacles import obstacles
 from memo_compile.passes.attention import write_over_attention_inputs
+from memo_compile.passes.decisions import any_decides, deciding
 from memo_compile.passes.early_products import keep_early_products
 from memo_compile.passes.graph import (
     HOST_LEASE,
@@ -186,7 +187,7 @@ def prepare(
         layers,
         split.forward,
         order_backward(split.backward),
-        _chains(joint, saved),
+        _chains(joint, saved, deciding(split.backward)),
         costs,
         {k: c.seconds for k, c in costs.items()},
         {k: int(c.flops) for k, c in costs.items()},
@@ -216,12 +217,16 @@ def _data_inputs(joint: fx.GraphModule, static_inputs: list[int] | None) -> list
     return [n for i, n in enumerate(placeholders) if i not in static]
 
 
-def _chains(joint: fx.GraphModule, saved: list[fx.Node]) -> dict[str, tuple[fx.Node, ...] | None]:
+def _chains(
+    joint: fx.GraphModule, saved: list[fx.Node], exact: frozenset[str]
+) -> dict[str, tuple[fx.Node, ...] | None]:
+    """What makes each saved value again; None also for those of which the last bits matter, `exact` among them."""
     chains: dict[str, tuple[fx.Node, ...] | None] = {}
     available = set(saved) | readable_inputs(joint)
     for node in saved:
-        chain = None if node.op == "placeholder" else recompute_chain(node, available)
-        chains[node.name] = tuple(chain) if chain is not None else None
+        once = node.op == "placeholder" or node.name in exact
+        chain = None if once else recompute_chain(node, available)
+        chains[node.name] = tuple(chain) if chain is not None and not any_decides(chain) else None
     return chains
 
 
@@ -598,7 +603,7 @@ def _reason(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> str:
     if home.axis is None:
         return "whole: no token axis reaches it"
     if p.chains[node.name] is None and limits.recompute:
-        return "sliced; not recomputed: random numbers, collectives or effects must not run twice"
+        return "sliced; not recomputed: its last bits decide something, or it must not run twice"
     info: TokenInfo = node.meta[META]
     return "sliced" if info.sliceable else f"sliced; recomputed whole or not at all: {info.reason}"
 

@@ -65,7 +65,8 @@ def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
         compiled: Any = _through_inductor(run, run.inner, gm, inputs)
     except _Exceeded:
         log.info("%s: what was emitted is not what dry runs showed; planned again from closer ones", setting.name)
-        run = replace(run, first_step=FirstStep(setting.name), scalar=False)
+        rounds = run.plan.rounds if run.plan is not None else 0
+        run = replace(run, first_step=FirstStep(setting.name), scalar=False, rounds=rounds)
         compiled = _through_inductor(run, run.inner, gm, inputs)
     if run.dump is not None:
         compiled = run.dump.measured("forward", compiled, setting.device)
@@ -180,6 +181,7 @@ class _Compilation:
     schedule: Schedule | None = None
     budget: int | None = None
     scalar: bool = True
+    rounds: int = 0  # before
     layers: dict[str, int] = field(default_factory=dict)
 
     def partition(
@@ -202,7 +204,7 @@ class _Compilation:
         self.plan = replace(
             self.decided.plan,
             budget=limits.budget,
-            rounds=settled.rounds,
+            rounds=self.rounds + settled.rounds,
             seconds=time.perf_counter() - started,
         )
         self.links = _links(self.decided, num_forward_outputs)

@@ -108,12 +108,31 @@ def keep_overwritten(joint: fx.GraphModule, saved: Collection[fx.Node]) -> bool:
     overwritten = [n for n in graph.find_nodes(op="placeholder") if n in inputs]
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for node in overwritten:
-        with because(joint, f"{node.name} as it was, for the backward"), graph.inserting_before(first):
-            kept = call(graph, torch.ops.memo.keep.default, (node,))
-        for user in [u for u in node.users if u is not kept and u.op != "output" and not _writes_to(u, node)]:
-            user.replace_input_with(node, kept)
+        _keep(joint, node, node, first)
     joint.recompile()
     return bool(overwritten)
+
+
+_STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
+
+
+def _keep(joint: fx.GraphModule, node: fx.Node, as_it_was: fx.Node, first: fx.Node) -> None:
+    """Let the readers of `node` read a copy of `as_it_was`, made before `first`.
+
+    A view by strides and an offset is of the input's own memory, and a copy is laid out otherwise: so that view is taken
+    of the input, and copied itself. What writes through one makes the input's new value, and reads the input.
+    """
+    for view in [u for u in node.users if u.target is torch.ops.aten.as_strided.default and u is not as_it_was]:
+        with joint.graph.inserting_before(first):
+            earlier = call(joint.graph, view.target, (as_it_was, *view.args[1:]), dict(view.kwargs))
+        _keep(joint, view, earlier, first)
+    readers = [u for u in node.users if u.op != "output" and u.target not in _STRIDED and not _writes_to(u, node)]
+    if not readers:
+        return
+    with because(joint, f"{node.name} as it was, for the backward"), joint.graph.inserting_before(first):
+        kept = call(joint.graph, torch.ops.memo.keep.default, (as_it_was,))
+    for user in readers:
+        user.replace_input_with(node, kept)
 
 
 def _writes_to(user: fx.Node, node: fx.Node) -> bool:

@@ -243,7 +243,7 @@ def _as_matrix(graph: fx.Graph, rows: fx.Node, shape: Any) -> fx.Node | None:
     try:
         with fake_mode(graph):
             value.view(shape)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # torch raises one or the other, by what a fake tensor knows of itself
         return None
     return call(graph, torch.ops.aten.view.default, (rows, [int(s) for s in shape]))
 

@@ -1,0 +1,54 @@
+"""Values that must not be made again, since something is decided by their last bits.
+
+A product of a slice, or a sum in another kernel, differs from the first in its last bits. A gradient does too then, and
+no more, unless it depends on which of two values is greater, or on whether they are the same: the gradient of a maximum
+goes to where `x == x.max()`, and to nowhere if that is nowhere. torch's own checkpoints run the same kernels again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.fx as fx
+
+_aten = torch.ops.aten
+# By packet, so that every overload counts. A comparison with a constant is left out, such as ReLU's: both sides of it
+# have one gradient there, or none to speak of.
+_DECISIONS = (
+    *(_aten.eq, _aten.ne, _aten.argmax, _aten.argmin, _aten.topk, _aten.sort, _aten.argsort, _aten.kthvalue),
+    *(_aten.mode, _aten.median, _aten.nanmedian, _aten.searchsorted, _aten.bucketize, _aten.nonzero, _aten.cummax),
+    *(_aten.cummin, _aten.floor, _aten.ceil, _aten.round, _aten.trunc, _aten.fmod, _aten.remainder, _aten.floor_divide),
+)
+_BETWEEN_TENSORS = tuple(getattr(_aten, name).Tensor for name in ("gt", "ge", "lt", "le"))
+_WITH_PLACES = (_aten.max.dim, _aten.min.dim)
+
+
+def decides(node: fx.Node) -> bool:
+    """Whether what a node makes of floating-point numbers can change by more than they do."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in _DECISIONS and node.target not in _BETWEEN_TENSORS + _WITH_PLACES:
+        return False
+    return any(_is_floating(n) for n in node.all_input_nodes)
+
+
+def deciding(backward: fx.GraphModule) -> frozenset[str]:
+    """Names of a backward's inputs on which it decides something."""
+    stack = [source for n in backward.graph.nodes if decides(n) for source in n.all_input_nodes if _is_floating(source)]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return frozenset(n.name for n in seen if n.op == "placeholder")
+
+
+def any_decides(chain: Iterable[fx.Node]) -> bool:
+    """Whether something would be decided once more where a chain runs again."""
+    return any(decides(node) for node in chain)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from memo_compile.errors import SizeUnknown
 from memo_compile.frames import note_graph_break, note_shapes
 from memo_compile.options import Options
 from memo_compile.verification import verified
@@ -30,6 +31,7 @@ def memo(
     Raises:
         UnknownOption, InvalidOption: a mistake in `options`.
         BudgetTooSmall: no plan fits in `memory_budget`.
+        SizeUnknown: a size depends on data.
         RecompileLimit: the frame was compiled for as many shapes as Dynamo allows.
     """
     parsed = _start(options, mode, inputs)
@@ -71,6 +73,8 @@ def _start(options: Mapping[str, Any] | None, mode: str | None, inputs: Sequence
 
 def _specialize(inputs: Sequence[Any]) -> None:
     """Plans are made for numbers: each symbolic size gets a guard, and another size is planned again."""
+    if any(isinstance(value, torch.Tensor) and value.is_nested for value in inputs):
+        raise SizeUnknown("a nested tensor among the inputs")
     for value in inputs:
         if isinstance(value, torch.SymInt):
             int(value)

@@ -189,6 +189,17 @@ class VerificationFailed(MemoError):
     """With verify=True: the first step differs from that of the unplanned graph."""
 
 
+class SizeUnknown(MemoError):
+    """A size that depends on data, of which nobody knows how much memory it takes before it is there."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"memo plans for sizes that are known when compiling, and {what} has one that depends on data. Leave it "
+            "out of what is compiled: torch.compiler.disable, or torch._dynamo.config.capture_dynamic_output_shape_ops "
+            "= False, which is the default and breaks the graph there; pad nested tensors."
+        )
+
+
 class UnsupportedTorch(MemoError):
     """A torch version, or a setting of it, that memo does not know how to work with."""
 

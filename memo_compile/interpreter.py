@@ -10,9 +10,10 @@ import torch
 import torch.fx as fx
 
 from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.donation import nothing_donated
 from memo_compile.first_step import FirstStep
 from memo_compile.options import Options
-from memo_compile.passes.graph import is_on_host
+from memo_compile.passes.graph import check_sizes, is_on_host
 from memo_compile.planner import Decided, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
@@ -22,6 +23,7 @@ from memo_compile.settle import settle
 def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Trace forward and backward, plan them, and return a callable that runs both through autograd."""
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config
 
     setting = setting_for(options, inputs)
 
@@ -41,11 +43,19 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
     def backward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
         return first_step.backward(_interpreted(graph, example))
 
-    compiled: Any = aot_autograd(fw_compiler=_interpreted, bw_compiler=backward, partition_fn=partition)(gm, inputs)
+    def forward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        nothing_donated()
+        return _interpreted(graph, example)
+
+    with config.patch(donated_buffer=False):
+        compiled: Any = aot_autograd(
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=_interpreted, partition_fn=partition
+        )(gm, inputs)
     return first_step.forward(compiled)
 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
+    check_sizes(joint)
     dump = Dump.open(setting.options.dump, setting.name)
     dump.joint(joint, num_outputs, static)
     p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)

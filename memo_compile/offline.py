@@ -16,6 +16,7 @@ from memo_compile.compilation import Setting, limits_for, setting_for
 from memo_compile.cost import Timer
 from memo_compile.errors import MemoError, NothingToPlan
 from memo_compile.options import Options
+from memo_compile.passes.graph import check_sizes
 from memo_compile.planner import Decided, Prepared, prepare
 from memo_compile.schema import Plan
 from memo_compile.settle import settle
@@ -72,6 +73,7 @@ def trace(
             static = rest.get("static_lifetime_input_indices")
             _draw_from_seeds(joint)
             measured = _with_real_tensors(timer)
+            check_sizes(joint)
             p = prepare(joint, joint_inputs, num_fwd_outputs, static, setting.profile, fused=True, timer=measured)
             raise _Traced(p, setting)
 

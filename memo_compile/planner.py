@@ -50,7 +50,7 @@ from memo_compile.passes.partition import (
     split_min_cut,
     split_saving,
 )
-from memo_compile.passes.slices import Homes, Sliced, apply_homes
+from memo_compile.passes.slices import UNCHECKED, Homes, Sliced, apply_homes
 from memo_compile.passes.sums import add_as_they_come
 from memo_compile.passes.token_rules import TokenAxis
 from memo_compile.passes.tokens import META, TokenInfo, TokenReport, annotate_tokens
@@ -220,9 +220,12 @@ def _data_inputs(joint: fx.GraphModule, static_inputs: list[int] | None) -> list
 def _chains(
     joint: fx.GraphModule, saved: list[fx.Node], exact: frozenset[str]
 ) -> dict[str, tuple[fx.Node, ...] | None]:
-    """What makes each saved value again; None also for those of which the last bits matter, `exact` among them."""
+    """What makes each saved value again; None also for those of which the last bits matter, `exact` among them.
+
+    Nothing is made from inputs that a user's function keeps by itself: autograd does not see when these are written to.
+    """
     chains: dict[str, tuple[fx.Node, ...] | None] = {}
-    available = set(saved) | readable_inputs(joint)
+    available = {n for n in {*saved, *readable_inputs(joint)} if UNCHECKED not in n.meta}
     for node in saved:
         once = node.op == "placeholder" or node.name in exact
         chain = None if once else recompute_chain(node, available)

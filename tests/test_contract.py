@@ -99,6 +99,62 @@ def test_a_second_backward_through_a_kept_graph(backend, options):
     check(model, rows(), rows())
 
 
+def test_a_graph_is_kept_after_one_that_was_not(backend):
+    model = make()
+    fn = compiled(model, backend)
+    fn(rows()).square().mean().backward()
+    loss = fn(rows()).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    check(model, rows(), rows(), rows())
+
+
+class Keeps(torch.autograd.Function):
+    """Keeps its weight by itself, and reads it in the backward as it is then."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient @ ctx.weight.t(), x.t() @ gradient
+
+
+def test_what_a_function_keeps_by_itself_is_read_as_eager_reads_it(backend, options):
+    """Written to before the backward, it must not be what a product is made again from. Or autograd refuses it: it does
+    under `aot_eager`.
+    """
+
+    def run(wrap):
+        torch.manual_seed(0)
+        first, weight = (torch.randn(32, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+        def step(x):
+            for _ in range(2):
+                x = torch.sin(Keeps.apply(torch.tanh(x @ first), weight))
+            return x.square().mean()
+
+        loss = wrap(step)(rows())
+        with torch.no_grad():
+            weight.mul_(2)
+        loss.backward()
+        return first.grad, weight.grad
+
+    expected = run(lambda step: step)
+    try:
+        gradients = run(lambda step: compiled(step, backend, options))
+    except RuntimeError as refusal:
+        if "modified by an inplace operation" not in str(refusal):
+            raise
+        return
+    for got, want in zip(gradients, expected, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()
+
+
 def test_saved_tensors_hooks_that_clone(backend):
     model = make()
     fn = compiled(model, backend)
@@ -241,6 +297,21 @@ def test_instances_of_one_class_have_a_limit_each():
             model = make(seed)
             model.compile(backend="memo_eager")
             model(rows()).sum().backward()
+
+
+def test_a_nested_tensor_is_refused():
+    ragged = torch.nested.nested_tensor([rows(), rows()[:8]], layout=torch.jagged)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="nested tensor"):
+        torch.compile(lambda x: (x * 2).values().sum(), backend="memo_eager")(ragged)
+
+
+def test_a_size_that_depends_on_data_is_refused():
+    weight = torch.randn(32, 32, requires_grad=True)
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"nonzero.*test_contract.*depends on data"),
+    ):
+        torch.compile(lambda x: x[x[:, 0].nonzero()].matmul(weight).sum(), backend="memo_eager")(torch.randn(8, 32))
 
 
 class InALoop(nn.Module):

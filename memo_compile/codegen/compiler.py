@@ -33,11 +33,12 @@ from memo_compile.codegen.order import check_landings, check_order, emitted_step
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
+from memo_compile.donation import nothing_donated
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.first_step import FirstStep
 from memo_compile.logs import logger
 from memo_compile.options import Options
-from memo_compile.passes.graph import nbytes
+from memo_compile.passes.graph import check_sizes, nbytes
 from memo_compile.passes.layers import META as LAYER
 from memo_compile.passes.partition import num_mutated_outputs
 from memo_compile.planner import Decided, Prepared, lease_input, lease_output, prepare
@@ -190,6 +191,7 @@ class _Compilation:
         """Plan the joint graph; returns its forward and backward."""
         started = time.perf_counter()
         self.num_forward_outputs, self.static = num_forward_outputs, tuple(static or ())
+        check_sizes(joint)
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
         self.dump.joint(joint, num_forward_outputs, static)
         p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
@@ -315,7 +317,7 @@ class _Compilation:
         self.dump.code("backward" if backward else "forward", compiled)
         device, lease_at = self.setting.device, lease_output(self.decided, self.num_forward_outputs)
         if not backward:
-            _nothing_donated()
+            nothing_donated()  # `_guarded` provides for a second backward
             return compiled if lease_at is None else forward_call(compiled, device, lease_at, lambda: self.schedule)
         record(self.placed_plan())
         called = compiled if lease_at is None else backward_call(compiled, device, lease_input(self.decided))
@@ -434,14 +436,6 @@ def _donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> lis
         and name not in for_user
         and storages.count(name) == 1
     ]
-
-
-def _nothing_donated() -> None:
-    """Tell AOTAutograd that it donated nothing: it would refuse a second backward, which `_guarded` provides for."""
-    from torch._guards import TracingContext
-
-    metadata: Any = TracingContext.get().fw_metadata
-    metadata.bw_donated_idxs = []
 
 
 @contextlib.contextmanager

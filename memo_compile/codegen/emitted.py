@@ -16,6 +16,7 @@ _ALIASES = frozenset({"reinterpret_tensor", "alloc_from_pool", "as_strided"})
 DTYPE_BYTES = {
     "float64": 8,
     "int64": 8,
+    "complex32": 4,
     "complex64": 8,
     "complex128": 16,
     "float32": 4,

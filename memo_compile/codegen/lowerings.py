@@ -63,7 +63,7 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
             for name, other in zip(names, tensors, strict=True)
         )
         alone = apart and not joined and may_be_overwritten(node, tensors[i])
-        alone = alone and not _is_read_later(node, names[i], graph.env)
+        alone = alone and names[i] not in graph.graph_inputs and not _is_read_later(node, names[i], graph.env)
         boxes.append(ir.TensorBox(value if alone else ir.ExternKernel.copy_input(args[i])))
     storages = {_storage(box).get_name(): ir.TensorBox(_storage(box)) for box in boxes}
     ir.FallbackKernel.create(kernel, list(storages.values()), *boxes, *args[over:], **keywords)

@@ -13,8 +13,7 @@ import torch
 import torch.fx as fx
 
 _aten = torch.ops.aten
-# By packet, so that every overload counts. A comparison with a constant is left out, such as ReLU's: both sides of it
-# have one gradient there, or none to speak of.
+# By packet, so that every overload counts.
 _DECISIONS = (
     *(_aten.eq, _aten.ne, _aten.argmax, _aten.argmin, _aten.topk, _aten.sort, _aten.argsort, _aten.kthvalue),
     *(_aten.mode, _aten.median, _aten.nanmedian, _aten.searchsorted, _aten.bucketize, _aten.nonzero, _aten.cummax),
@@ -22,14 +21,28 @@ _DECISIONS = (
 )
 _BETWEEN_TENSORS = tuple(getattr(_aten, name).Tensor for name in ("gt", "ge", "lt", "le"))
 _WITH_PLACES = (_aten.max.dim, _aten.min.dim)
+# Of a difference that may be exactly zero. Of anything else a value as close to the constant is rare, as in ReLU.
+_OF_A_DIFFERENCE = (
+    *(getattr(_aten, name).Scalar for name in ("gt", "ge", "lt", "le")),
+    *(_aten.sign.default, _aten.sgn.default, _aten.heaviside.default, _aten.threshold_backward.default),
+)
 
 
 def decides(node: fx.Node) -> bool:
     """Whether what a node makes of floating-point numbers can change by more than they do."""
     packet = getattr(node.target, "overloadpacket", None)
+    if node.target in _OF_A_DIFFERENCE:
+        return any(_is_difference(n) for n in node.all_input_nodes)
     if packet not in _DECISIONS and node.target not in _BETWEEN_TENSORS + _WITH_PLACES:
         return False
     return any(_is_floating(n) for n in node.all_input_nodes)
+
+
+def _is_difference(node: fx.Node) -> bool:
+    """Whether a value comes from a difference of two, by ops of one value each."""
+    while len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node.target in (_aten.sub.Tensor, _aten.rsub.Tensor) and all(map(_is_floating, node.all_input_nodes))
 
 
 def deciding(backward: fx.GraphModule) -> frozenset[str]:

@@ -21,7 +21,9 @@ def keep_early_products(gm: fx.GraphModule) -> fx.GraphModule:
     position = {n: i for i, n in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
         for product in node.all_input_nodes:
-            if product.target is torch.ops.aten.mm.default and position[node] - position[product] > FAR:
+            if not _is_matrix(node) or product.target is not torch.ops.aten.mm.default:
+                continue
+            if position[node] - position[product] > FAR:
                 with graph.inserting_before(node):
                     node.replace_input_with(product, call(graph, torch.ops.aten.unsqueeze.default, (product, 0)))
                 with graph.inserting_after(node):
@@ -32,3 +34,9 @@ def keep_early_products(gm: fx.GraphModule) -> fx.GraphModule:
                 break
     gm.recompile()
     return gm
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    """Of a sum: with a third dimension Inductor makes no `addmm` of it."""
+    value: torch.Tensor = node.meta["val"]
+    return value.dim() == 2

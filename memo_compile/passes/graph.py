@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 import torch.fx as fx
 
+from memo_compile.errors import SizeUnknown
+
 _FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 
 _PLUMBING = ("/torch/", "/memo_compile/models/parallel.py")  # frames that say nothing of where in a model a value is made
@@ -268,3 +270,16 @@ def ordered(nodes: Iterable[fx.Node]) -> list[fx.Node]:
         return []
     graph = next(iter(unique)).graph
     return [n for n in graph.nodes if n in unique]
+
+
+def check_sizes(joint: fx.GraphModule) -> None:
+    """Every size of every value must be a number.
+
+    Raises:
+        SizeUnknown: with the op and the user's line.
+    """
+    for node in joint.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+        if any(isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None for s in sizes):
+            raise SizeUnknown(f"{op_name(node)} ({source_line(node)})")

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -197,4 +198,6 @@ def register() -> torch.library.Library:
         library.impl(name, function, "CompositeExplicitAutograd")
         fake: Any = _FAKES.get(name, _fake_nothing)
         torch.library.register_fake(f"memo::{name}", fake, lib=library)
+    # The threads that copy are not in a forked child: it makes engines of its own.
+    os.register_at_fork(after_in_child=_of_device.cache_clear)
     return library

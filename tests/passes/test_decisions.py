@@ -28,6 +28,18 @@ def rounded(h):
     return torch.sin(h) * (1024 * h).round()
 
 
+def where_it_differs(h):
+    return torch.sin(h) * (torch.sign(h - h.amax(-1, keepdim=True)) + 0.5)
+
+
+def above_the_greatest(h):
+    return torch.sin(h) * (torch.relu(h - h.amax(-1, keepdim=True) + 1e-300) + 1) + torch.abs(h - h.detach())
+
+
+def rectified(h):
+    return torch.sin(h) * torch.relu(h)
+
+
 def smooth(h):
     return torch.sin(h) * h.tanh()
 
@@ -53,12 +65,14 @@ def products_of(layer):
     return [a for a in memo_compile.plans()[-1].activations if a.name.startswith("addmm")]
 
 
-@pytest.mark.parametrize("layer", [greatest, where_it_is_greatest, rounded])
+@pytest.mark.parametrize(
+    "layer", [greatest, where_it_is_greatest, rounded, where_it_differs, above_the_greatest]
+)
 def test_what_decides_is_not_made_again(layer):
     assert not any(a.recomputed for a in products_of(layer))
 
 
-@pytest.mark.parametrize("layer", [smooth, the_best_two])
+@pytest.mark.parametrize("layer", [smooth, rectified, the_best_two])
 def test_where_nothing_is_decided_once_more_it_may_be_made_again(layer):
     """Places that were chosen in the forward are saved."""
     assert any(a.recomputed for a in products_of(layer))

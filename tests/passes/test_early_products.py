@@ -30,6 +30,20 @@ def test_a_far_sum_no_longer_reads_the_product_itself():
     assert torch.equal(gm(*inputs), expected)
 
 
+def test_a_sum_with_more_dimensions_is_left_alone():
+    """No product takes it in, and the view would be of another dimension."""
+
+    def fn(a, b, c):
+        product = a @ b
+        for _ in range(FAR + 2):
+            c = c.sin()
+        return (product + c).softmax(1)
+
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((8, 8), (8, 8), (1, 8, 8))]
+    gm = make_fx(fn, tracing_mode="fake")(*inputs)
+    assert torch.equal(keep_early_products(gm)(*inputs), fn(*inputs))
+
+
 def test_a_near_sum_is_left_to_be_fused():
     gm, _ = traced(2)
     assert sums_of_products(keep_early_products(gm))

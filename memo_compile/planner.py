@@ -17,7 +17,7 @@ import torch.fx as fx
 from memo_compile import residency
 from memo_compile.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.cost import Cost, Timer, graph_costs
-from memo_compile.errors import DrawnTwice, SolverOutOfTime
+from memo_compile.errors import DrawnTwice, HostBudgetExceeded, SolverOutOfTime
 from memo_compile.hardware import DeviceProfile
 from memo_compile.logs import logger
 from memo_compile.obstacles import obstacles
@@ -59,6 +59,7 @@ from memo_compile.schema import ActivationPlan, Plan, Stop
 
 log = logger(__name__)
 
+HOST_ROUNDS = 3  # in which plans that miss the host budget by a few slices aim lower
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 PATIENCE = 2  # sets of anchors for which the solver may run out of time before any has an answer
 DRAWN_AGAIN = (
@@ -456,18 +457,39 @@ def _in_time(problem: residency.Problem, time_limit: float) -> residency.Decisio
         return late
 
 
-def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
-    """Choose homes within `limits` and build the graphs that carry them out.
+@dataclass(frozen=True)
+class _Choice:
+    """Homes, and the graphs that they make."""
 
-    Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
+    problem: residency.Problem
+    decision: residency.Decision
+    homes: dict[str, Homes]
+    ahead: bool
+    sliced: Sliced
+
+
+def _within_host(p: Prepared, limits: Limits) -> _Choice:
+    """Homes whose slices fit in host memory as they lie there, whole and aligned: the program counts bare bytes.
+
+    Raises:
+        HostBudgetExceeded: everything is to be offloaded, and does not fit.
     """
-    started = time.perf_counter()
+    choice, host = _chosen(p, limits, limits.host), limits.host
+    for rounds_left in reversed(range(HOST_ROUNDS)):
+        excess = choice.sliced.host_bytes - limits.host
+        if excess <= 0:
+            return choice
+        if limits.offload == "all":
+            raise HostBudgetExceeded(choice.sliced.host_bytes, 0, limits.host)
+        host = max(0, host - 2 * excess) if rounds_left else 0  # without offloading at last
+        choice = _chosen(p, limits, host)
+    return choice
+
+
+def _chosen(p: Prepared, limits: Limits, host: int) -> _Choice:
+    """Homes for `host` bytes of host memory."""
+    view = view_of(p, replace(limits, host=host))
     everything = limits.offload == "all"
-    if not p.plannable:
-        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *_in_the_way(p)))
-    if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
-        return _unplanned(p, limits, name, backend, started)
-    view = view_of(p, limits)
     if everything:
         (problem, *_), fits = problems_of(view), True
         decision = residency.all_offloaded(problem, time_limit=limits.time_limit)
@@ -479,7 +501,25 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         for r in [decision.residency[a.name]]
     }
     ahead = fits and (everything or limits.objective == "time")
-    sliced = carry_out(p, homes, ahead=ahead, host_budget=limits.host)
+    return _Choice(problem, decision, homes, ahead, carry_out(p, homes, ahead=ahead, host_budget=limits.host))
+
+
+def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
+    """Choose homes within `limits` and build the graphs that carry them out.
+
+    Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
+
+    Raises:
+        HostBudgetExceeded: everything is to be offloaded, and does not fit in host memory.
+    """
+    started = time.perf_counter()
+    everything = limits.offload == "all"
+    if not p.plannable:
+        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *_in_the_way(p)))
+    if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
+        return _unplanned(p, limits, name, backend, started)
+    choice = _within_host(p, limits)
+    problem, decision, homes, ahead, sliced = choice.problem, choice.decision, choice.homes, choice.ahead, choice.sliced
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
     plan = replace(
         _blank_plan(p, limits, name, backend),

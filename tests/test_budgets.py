@@ -1,5 +1,10 @@
 """Budgets, kept in measured bytes or refused with numbers."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import zoo
@@ -45,17 +50,69 @@ def test_the_least_that_a_refusal_names_can_run():
     assert measured <= least
 
 
+class Odd(torch.nn.Module):
+    """Rows of 132 bytes, which do not fill the lines in which slices lie on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(33, 33) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(layer(x))
+        return x.sum()
+
+
+def test_whole_slices_fit_the_host_budget():
+    options, x = {"memory_budget": "min", "host_budget": 65536}, zoo.batch(3)
+    plan = memo_compile.plan(zoo.make("gpt"), (x,), {"labels": x}, options)
+    assert 0 < plan.host_bytes <= 65536
+
+
+def test_slices_fit_the_host_budget_with_what_is_between_them():
+    options = {"memory_budget": "min", "host_budget": 99930, "token_slice": 1}
+    plan = memo_compile.plan(Odd(), (torch.zeros(1, 1024, 33),), options=options)
+    assert 0 < plan.host_bytes <= 99930
+
+
+# Where the C library gives back what is freed: left to itself it keeps holes of many sizes, which is not memo's doing.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+GROWTH = """
+import ctypes, json, re, torch, memo_compile, zoo
+from memo_compile.backend import memo
+from memo_compile.models import Llama, LlamaConfig
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+
+def backend(gm, inputs):  # compiles both graphs; no step has run when it returns
+    global before
+    compiled = memo(gm, inputs, options={"memory_budget": "min"})
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")  # sets VmHWM, the most that was held, to what is held
+    before = status("VmRSS")
+    return compiled
+
+def step(fn, x):
+    fn(x, labels=x).backward()
+    model.zero_grad(set_to_none=True)
+
+model = Llama(LlamaConfig(vocab=64, layers=1, width=128, heads=4, kv_heads=2, ffn=384))
+step(model, zoo.batch(1, 64))  # what libraries set up at their first call
+fn, x = torch.compile(model, backend=backend), zoo.batch(4, 2048)
+for _ in range(3):
+    step(fn, x)
+grown = status("VmHWM") - before
+print(json.dumps([grown, memo_compile.measure_peak(step, fn, x), memo_compile.plans()[-1].host_bytes]))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 def test_the_process_grows_by_no_more_than_device_and_host_bytes():
-    resource = pytest.importorskip("resource")
-    model, x = zoo.make("llama"), zoo.batch(3)
-    fn = torch.compile(model, backend="memo", options={"memory_budget": "min"})
-    for _ in range(3):
-        fn(x, labels=x).backward()
-        model.zero_grad(set_to_none=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for _ in range(10):
-        fn(x, labels=x).backward()
-        model.zero_grad(set_to_none=True)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    plan = memo_compile.plans()[-1]
-    assert grown <= 1.1 * (plan.predicted_peak + plan.host_bytes)
+    environment = {**os.environ, **RETURNED, "PYTHONPATH": os.path.dirname(zoo.__file__)}
+    done = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, device, host = json.loads(done.stdout.splitlines()[-1])
+    assert device > 10 << 20
+    assert host > 10 << 20
+    assert 0.9 * (device + host) <= grown <= 1.1 * (device + host)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import zoo
+from graphs import Chain
 
 from memo_compile.errors import VerificationFailed
+from memo_compile.runtime.ops import engine
 from memo_compile.verification import compare
 
 
@@ -16,6 +18,26 @@ def test_a_right_plan_passes_and_the_step_is_as_without(backend):
     torch._dynamo.reset()
     _, got = zoo.gradients(model, torch.compile(model, backend=backend, options={**options, "verify": True}), x)
     assert all(torch.equal(got[n], g) for n, g in expected.items())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("backend", ["memo_eager", "memo"])
+def test_slices_that_come_back_wrong_are_found_before_the_first_step(backend, verify, monkeypatch):
+    mover = engine(torch.device("cpu"))
+    wait = mover.prefetch_wait
+
+    def wrong(tensor, lease, offset):
+        wait(tensor, lease, offset)
+        tensor.zero_()
+
+    monkeypatch.setattr(mover, "prefetch_wait", wrong)
+    torch.manual_seed(0)
+    fn = torch.compile(Chain(2), backend=backend, options={"offload": "all", "verify": verify})
+    if verify:
+        with pytest.raises(VerificationFailed, match="gradients"):
+            fn(torch.randn(1024, 32))
+    else:
+        fn(torch.randn(1024, 32)).sum().backward()
 
 
 def right(x):

@@ -40,7 +40,7 @@ SMOKE := tests/test_contract.py tests/test_options.py tests/runtime/test_ops.py 
 	tests/codegen/test_kernels.py tests/codegen/test_order.py tests/codegen/test_dependencies.py \
 	tests/codegen/test_workspace.py tests/codegen/test_lost_dependencies.py tests/passes/test_sums.py tests/test_offline.py \
 	tests/passes/test_slices.py tests/passes/test_decisions.py tests/placement/test_joins.py tests/codegen/test_verifier.py \
-	tests/codegen/test_arena.py tests/report/test_dumps.py
+	tests/report/test_dumps.py
 
 test-compat: $(STAMP) $(addprefix compat-,$(COMPAT))
 	$(BIN)/python -m bench.compat $(foreach v,$(COMPAT),$(v)=$(VENV)-$(v)/smoke.xml)

@@ -1,7 +1,8 @@
 """Measures memory at torch's allocators, knowing nothing of plans.
 
-Private torch APIs, tried with torch 2.13: the profiler without Kineto (`torch.autograd._enable_profiler_legacy`), since
-the first use of Kineto takes seconds and writes to stderr, which a log line is not worth.
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: the profiler without Kineto
+(`torch.autograd._enable_profiler_legacy`), since the first use of Kineto takes seconds and writes to stderr, which a
+log line is not worth.
 """
 
 from __future__ import annotations

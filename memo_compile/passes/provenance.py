@@ -1,6 +1,7 @@
 """Notes on each node that a pass inserts why it is there; dumps and explanations read it, nothing else does.
 
-Private torch APIs, tried with torch 2.13: the hooks that an `fx.GraphModule` calls for each node created in it.
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: the hooks that an `fx.GraphModule` calls for each
+node created in it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ No tensor data is written. What comes back is a graph over fake tensors, on whic
 original, on a machine without its devices. Reading resolves names inside torch's own modules only, so that a dump from
 a stranger runs none of their code.
 
-Private torch APIs, tried with torch 2.13: AOTAutograd's descriptors of inputs and outputs, a frozen dataclass each.
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: AOTAutograd's descriptors of inputs and outputs, a
+frozen dataclass each.
 """
 
 from __future__ import annotations

@@ -95,6 +95,6 @@ def _free(device: torch.device) -> int:
 def _saved_tensors_are_packed() -> bool:
     """Whether hooks will read saved tensors, the lease among them, on the host.
 
-    Private: `torch._C._autograd._top_saved_tensors_default_hooks`, tried with torch 2.13.
+    Private: `torch._C._autograd._top_saved_tensors_default_hooks`, tried with torch 2.11, 2.13 and 2.15.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

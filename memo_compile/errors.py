@@ -28,6 +28,12 @@ class MemoError(RuntimeError):
     """Base of every error that memo raises on purpose."""
 
 
+def memo_error(error: Exception) -> MemoError | None:
+    """memo's error, also where it was raised while compiling: there Dynamo wraps it. None for any other."""
+    inner = getattr(error, "inner_exception", error)
+    return inner if isinstance(inner, MemoError) else None
+
+
 class UnknownOption(MemoError):
     """An option that memo does not know."""
 

@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from memo_compile.compilation import Setting, limits_for, setting_for
 from memo_compile.cost import Timer
-from memo_compile.errors import MemoError, NothingToPlan
+from memo_compile.errors import NothingToPlan, memo_error
 from memo_compile.options import Options
 from memo_compile.passes.graph import check_sizes
 from memo_compile.planner import Decided, Prepared, prepare
@@ -89,9 +89,10 @@ def trace(
     except Unsupported as error:
         raise NothingToPlan(f"the model does not trace into one graph: {error}") from error
     except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, MemoError):
-            raise error.inner_exception from None
-        raise
+        mistake = memo_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
     except _Traced as traced:
         found: tuple[Prepared, Setting] = traced.args
         return found
@@ -181,9 +182,10 @@ def plan_step(
     try:
         torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
     except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, MemoError):
-            raise error.inner_exception from None
-        raise
+        mistake = memo_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
     finally:
         torch._dynamo.reset()
     if not graphs:

@@ -10,6 +10,7 @@ import torch
 import zoo
 
 import memo_compile
+from memo_compile.errors import HostBudgetExceeded
 
 
 def peak_at(budget, **options):
@@ -73,6 +74,17 @@ def test_slices_fit_the_host_budget_with_what_is_between_them():
     options = {"memory_budget": "min", "host_budget": 99930, "token_slice": 1}
     plan = memo_compile.plan(Odd(), (torch.zeros(1, 1024, 33),), options=options)
     assert 0 < plan.host_bytes <= 99930
+
+
+def test_offloading_everything_beyond_the_host_budget_is_refused_before_the_first_step():
+    options = {"offload": "all", "host_budget": 65536}
+    with pytest.raises(HostBudgetExceeded, match=r"host_budget = 65,536.*Raise host_budget"):
+        memo_compile.plan(Odd(), (torch.zeros(1, 1024, 33),), options=options)
+
+
+def test_in_no_host_memory_nothing_is_offloaded():
+    plan = memo_compile.plan(Odd(), (torch.zeros(1, 1024, 33),), options={"memory_budget": "min", "host_budget": 100})
+    assert plan.host_bytes <= 100
 
 
 # Where the C library gives back what is freed: left to itself it keeps holes of many sizes, which is not memo's doing.

@@ -1,11 +1,15 @@
 """The autograd contract: what a training loop may do with a compiled model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
 from torch import nn
 
 import memo_compile
+from memo_compile.codegen import compiler
+from memo_compile.codegen.dry_run import dry_run
 from memo_compile.runtime.ops import engine, pool
 
 BACKENDS = ["memo_eager", "memo"]
@@ -238,6 +242,21 @@ def test_gradients_written_over_saved_activations_are_the_users_to_keep(backend,
     fn(x, weight, bias).backward()
     for n, value in zip(sizes, (x, weight, bias), strict=True):
         assert value.grad.untyped_storage().nbytes() == n * 32 * 8
+
+
+def test_a_gradient_that_no_dry_run_showed_to_be_handed_on_stays_the_users(monkeypatch):
+    """Then the forward has its place in the arena already, and both are planned again from closer dry runs."""
+    looks = []
+
+    def hides(gm, *, scalar, **rest):
+        looks.append(scalar)
+        body = dry_run(gm, scalar=scalar, **rest)
+        return replace(body, outputs=(None,) * len(body.outputs)) if scalar and rest["is_backward"] else body
+
+    monkeypatch.setattr(compiler, "dry_run", hides)
+    test_gradients_written_over_saved_activations_are_the_users_to_keep("memo", {})
+    assert True in looks
+    assert False in looks
 
 
 def test_model_compile(backend):

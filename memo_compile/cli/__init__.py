@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from memo_compile import __version__
-from memo_compile.errors import MemoError
+from memo_compile.errors import memo_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +33,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"memo {arguments.command}: {mistake}", file=sys.stderr)
         return 2
-
-
-def memo_error(error: Exception) -> MemoError | None:
-    """memo's error, also where it was raised while compiling: there Dynamo wraps it. None for any other."""
-    inner = getattr(error, "inner_exception", error)
-    return inner if isinstance(inner, MemoError) else None

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memo_compile.cli import memo_error
-from memo_compile.errors import BudgetTooSmall, InvalidOption, MemoError
+from memo_compile.errors import BudgetTooSmall, InvalidOption, MemoError, memo_error
 from memo_compile.options import Options
 
 if TYPE_CHECKING:

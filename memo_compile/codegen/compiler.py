@@ -4,19 +4,16 @@ Inductor hands the joint graph to `_Compilation.partition`, which plans and look
 then both graphs to `_Compilation.inner`, which compiles them with buffers at the offsets of one layout.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx(inner_compile, config_patches)`,
-`custom_partitioner_fn`, `TracingContext.fw_metadata.bw_donated_idxs`, and
-`torch._C._autograd._get_current_graph_task_keep_graph`.
+`custom_partitioner_fn`, and `torch._C._autograd._get_current_graph_task_keep_graph`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +30,7 @@ from memo_compile.codegen.order import check_landings, check_order, emitted_step
 from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.wrapper import arena_wrapper
 from memo_compile.compilation import Setting, limits_for, record, setting_for
-from memo_compile.donation import nothing_donated
+from memo_compile.donation import donating, nothing_donated
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.first_step import FirstStep
 from memo_compile.logs import logger
@@ -280,7 +277,7 @@ class _Compilation:
         links = _links(decided, self.num_forward_outputs)
         strides = {link.input: forward.strides[link.output] for link in links}
         (output,) = decided.backward.graph.find_nodes(op="output")
-        with _settings_for(decided, decided.backward), _donated(_donatable(decided, forward, self.num_forward_outputs)):
+        with _settings_for(decided, decided.backward), donating(_donatable(decided, forward, self.num_forward_outputs)):
             return dry_run(
                 decided.backward,
                 is_backward=True,
@@ -311,7 +308,7 @@ class _Compilation:
         place = self._place_backward if backward else self._place_forward
         inspect = self._inspect_backward if backward else self._inspect_forward
         graph = self.decided.backward if backward else self.decided.forward
-        with _settings_for(self.decided, graph), _donated(donated), arena_wrapper(place, inspect):
+        with _settings_for(self.decided, graph), donating(donated), arena_wrapper(place, inspect):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         assert self.dump is not None
         self.dump.code("backward" if backward else "forward", compiled)
@@ -436,22 +433,6 @@ def _donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> lis
         and name not in for_user
         and storages.count(name) == 1
     ]
-
-
-@contextlib.contextmanager
-def _donated(indices: list[int]) -> Iterator[None]:
-    """Within, Inductor may write in place over these backward inputs; AOTAutograd does not get to know."""
-    from torch._guards import TracingContext
-
-    context: Any = TracingContext.get()
-    before = context.fw_metadata
-    # In a dry run, before AOTAutograd has stored its own, nothing else of it is read.
-    context.fw_metadata = copy.copy(before) if before is not None else SimpleNamespace()
-    context.fw_metadata.bw_donated_idxs = indices
-    try:
-        yield
-    finally:
-        context.fw_metadata = before
 
 
 @contextlib.contextmanager

@@ -35,12 +35,13 @@ test-all: $(STAMP)
 # A smoke set against the oldest and the newest torch, each in a virtual environment of its own. A version whose tests
 # fail does not stop the other's: bench.compat reads both runs, and fails behind its table where one did.
 COMPAT := 2.11.0 2.15.0
-SMOKE := tests/test_contract.py tests/test_options.py tests/runtime/test_ops.py tests/passes/test_partition.py \
-	tests/passes/test_masks.py tests/codegen/test_emitted.py tests/codegen/test_fusion.py \
-	tests/codegen/test_kernels.py tests/codegen/test_order.py tests/codegen/test_dependencies.py \
-	tests/codegen/test_workspace.py tests/codegen/test_lost_dependencies.py tests/passes/test_sums.py tests/test_offline.py \
-	tests/passes/test_slices.py tests/passes/test_decisions.py tests/placement/test_joins.py tests/codegen/test_verifier.py \
-	tests/report/test_dumps.py
+SMOKE := tests/test_contract.py tests/test_options.py tests/runtime/test_ops.py \
+	tests/passes/transforms/test_partition.py tests/passes/transforms/test_masks.py tests/codegen/emitted/test_body.py \
+	tests/codegen/scheduler/test_fusion.py tests/codegen/test_kernels.py tests/codegen/scheduler/test_order.py \
+	tests/codegen/scheduler/test_dependencies.py tests/codegen/test_workspace.py \
+	tests/codegen/scheduler/test_lost_dependencies.py tests/passes/transforms/test_sums.py tests/trace/test_offline.py \
+	tests/passes/transforms/test_slices.py tests/passes/analysis/test_bit_sensitive.py tests/placement/test_joins.py \
+	tests/codegen/emitted/test_verifier.py tests/report/test_dumps.py
 
 test-compat: $(STAMP) $(addprefix compat-,$(COMPAT))
 	$(BIN)/python -m bench.compat $(foreach v,$(COMPAT),$(v)=$(VENV)-$(v)/smoke.xml)

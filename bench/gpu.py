@@ -27,7 +27,7 @@ import memo_compile
 from bench.common import RESULTS, machine
 from bench.peers import AT, PEERS, Trained, memo
 from memo_compile.errors import BudgetTooSmall
-from memo_compile.hardware import resolve
+from memo_compile.hardware.profiles import resolve
 from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
 from memo_compile.runtime.ops import pool
 

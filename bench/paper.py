@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.common import save
-from memo_compile.hardware import PROFILES, DeviceProfile, share_at
-from memo_compile.presets import PRESETS, Preset
-from memo_compile.residency import Activation, Problem
-from memo_compile.strategies import STRATEGIES, Outcome, Stack, outcomes
+from memo_compile.forecast.presets import PRESETS, Preset
+from memo_compile.forecast.strategies import STRATEGIES, Outcome, Stack, outcomes
+from memo_compile.hardware.profiles import PROFILES, DeviceProfile, share_at
+from memo_compile.planning.residency import Activation, Problem
 
 K = 1024
 TP = 8

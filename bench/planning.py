@@ -23,14 +23,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.common import save
 from bench.paper import K, case, stack_of
-from memo_compile.forecast import Asked, Forecast, forecast_preset
+from memo_compile.forecast.forecast import Asked, Forecast, forecast_preset
+from memo_compile.forecast.parallel import layout
+from memo_compile.forecast.presets import PRESETS
+from memo_compile.forecast.strategies import remaking
 from memo_compile.models import Llama, LlamaConfig
-from memo_compile.parallel import layout
-from memo_compile.passes.layers import annotate_layers
-from memo_compile.presets import PRESETS
-from memo_compile.residency import decide
-from memo_compile.simulate import simulate
-from memo_compile.strategies import remaking
+from memo_compile.passes.analysis.layers import annotate_layers
+from memo_compile.planning.residency import decide
+from memo_compile.planning.simulate import simulate
 
 # What a user types, timed from the start of the process.
 COMMANDS = (

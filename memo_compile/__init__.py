@@ -18,8 +18,8 @@ _HOMES = {
     "Options": "memo_compile.options",
     "Plan": "memo_compile.schema",
     "empty_cache": "memo_compile.api",
-    "explain": "memo_compile.explanation",
-    "measure_peak": "memo_compile.measure",
+    "explain": "memo_compile.report.explanation",
+    "measure_peak": "memo_compile.runtime.memory_usage",
     "plan": "memo_compile.api",
     "plans": "memo_compile.api",
     "reset": "memo_compile.api",
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from memo_compile import placement as placement
     from memo_compile.api import empty_cache, plan, plans, reset
     from memo_compile.errors import BudgetTooSmall, MemoError
-    from memo_compile.explanation import explain
-    from memo_compile.measure import measure_peak
     from memo_compile.options import Options
+    from memo_compile.report.explanation import explain
+    from memo_compile.runtime.memory_usage import measure_peak
     from memo_compile.runtime.ops import transfer_stats
     from memo_compile.schema import Plan
 

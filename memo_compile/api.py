@@ -56,7 +56,7 @@ def plan(
     Raises:
         MemoError: the model does not trace into one graph, or a mistake in the options.
     """
-    from memo_compile.offline import plan_offline
+    from memo_compile.trace.offline import plan_offline
 
     if isinstance(options, Mapping):  # anything else is refused with the backend's message
         options = {key: value for key, value in options.items() if key != "dump"}

@@ -10,9 +10,9 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import SizeUnknown
-from memo_compile.frames import note_graph_break, note_shapes
 from memo_compile.options import Options
-from memo_compile.verification import verified
+from memo_compile.runtime.verification import verified
+from memo_compile.trace.frames import note_graph_break, note_shapes
 from memo_compile.versions import check_torch
 
 Compiled = Callable[..., Any]
@@ -51,7 +51,7 @@ def memo_eager(
     Arguments and errors are those of `memo`; there is no arena, and every op allocates for itself.
     """
     parsed = _start(options, mode, inputs)
-    from memo_compile.interpreter import run_planned
+    from memo_compile.codegen.interpreter import run_planned
 
     if not parsed.verify:
         return run_planned(gm, list(inputs), parsed)

@@ -195,7 +195,7 @@ def _seconds(key: str, value: Any) -> float:
 
 def _hardware(key: str, value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
-        from memo_compile.hardware import resolve
+        from memo_compile.hardware.profiles import resolve
 
         if str(value) != "auto":
             resolve(str(value))

@@ -36,10 +36,10 @@ def memo_check(pytestconfig: pytest.Config) -> Callable[..., None]:
         hardware: str | None = None,
         tolerance: Sequence[str] = (),
     ) -> None:
-        from memo_compile.baseline import tolerances
-        from memo_compile.check import check
+        from memo_compile.regression.baseline import tolerances
+        from memo_compile.regression.check import check
         from memo_compile.report.changes import text
-        from memo_compile.targets import load_target
+        from memo_compile.trace.targets import load_target
 
         function = load_target(make) if isinstance(make, str) else make
         name = make if isinstance(make, str) else f"{make.__module__}:{make.__qualname__}"

@@ -9,7 +9,7 @@ from torch import nn
 
 import memo_compile
 from memo_compile.codegen import compiler
-from memo_compile.codegen.dry_run import dry_run
+from memo_compile.codegen.preview import dry_run
 from memo_compile.runtime.ops import engine, pool
 
 BACKENDS = ["memo_eager", "memo"]

@@ -118,7 +118,7 @@ def test_a_running_profiler_is_left_alone(info):
 
 
 def test_nothing_is_measured_without_info(monkeypatch):
-    monkeypatch.setattr("memo_compile.first_step.usage", None)
+    monkeypatch.setattr("memo_compile.runtime.first_step.usage", None)
     train({}, zoo.batch(1))
 
 
@@ -126,7 +126,7 @@ def test_nothing_is_measured_without_info(monkeypatch):
 def test_only_the_first_rank_speaks(rank, said, info, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    for name in ("memo_compile", "memo_compile.settle", "memo_compile.runtime.host"):
+    for name in ("memo_compile", "memo_compile.planning.fit_budget", "memo_compile.runtime.host"):
         info.clear()
         logs.logger(name).warning("heard")
         assert bool(info.records) is said

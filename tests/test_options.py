@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from memo_compile.compilation import BYTES_PER_TRAINABLE, auto_budget
 from memo_compile.errors import MOST_SHOWN, InvalidOption, ReserveTooLarge, UnknownOption
 from memo_compile.options import Options
+from memo_compile.trace.setting import BYTES_PER_TRAINABLE, auto_budget
 
 ENDLESS = 10**5000  # Python turns no more than 4300 digits into text, or back
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from memo_compile.errors import InvalidOption, MemoError
 
 if TYPE_CHECKING:
-    from memo_compile.hardware import DeviceProfile
+    from memo_compile.hardware.profiles import DeviceProfile
 
 HELP = "what memo finds on this machine, and what would stop it"
 LIBRARIES = ("torch", "triton", "networkx", "highspy", "numpy", "rich")
@@ -53,15 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
         _measure(device, Console(stderr=True))
     findings = list(examine(device))
     console.print(_table(findings))
-    from memo_compile.hardware import resolve
+    from memo_compile.hardware.profiles import resolve
 
     console.print(_profile(resolve("auto", device)))
     return int(any(f.stops for f in findings))
 
 
 def _measure(device: str, console: Any) -> None:
-    from memo_compile.hardware import save, stored_profile
-    from memo_compile.measuring import measure
+    from memo_compile.hardware.calibration import measure
+    from memo_compile.hardware.profiles import save, stored_profile
 
     with console.status("measuring") as status:
         profile = measure(device, lambda text: status.update(f"measuring {text}"))
@@ -132,7 +132,7 @@ def _devices(device: str) -> Iterator[Finding]:
 
 
 def _host_memory() -> Finding:
-    from memo_compile.hardware import free_host_memory, memory_limit
+    from memo_compile.hardware.profiles import free_host_memory, memory_limit
 
     free, limit = free_host_memory(), memory_limit()
     found = f"{free / 2**30:.1f} GiB free" + (f", limit of the cgroup {limit / 2**30:.1f} GiB" if limit else "")

@@ -15,8 +15,8 @@ from memo_compile.errors import InvalidOption
 from memo_compile.options import parse_bytes
 
 if TYPE_CHECKING:
-    from memo_compile.cost import KernelTimer
-    from memo_compile.forecast import Asked, Forecast, Home, Say
+    from memo_compile.forecast.forecast import Asked, Forecast, Home, Say
+    from memo_compile.passes.analysis.costs import KernelTimer
 
 WIDTH = 140  # columns where the output is no terminal
 STRATEGY = (
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, and print the table; 1 where nothing fits, and the table is of the plan that needs least."""
     from rich.console import Console
 
-    from memo_compile.forecast import TRACED, Asked
-    from memo_compile.parallel import layout
+    from memo_compile.forecast.forecast import TRACED, Asked
+    from memo_compile.forecast.parallel import layout
 
     if arguments.json is not None and (not arguments.json.absolute().parent.is_dir() or arguments.json.is_dir()):
         raise InvalidOption("--json", str(arguments.json), "a file in a folder that exists")
@@ -101,8 +101,8 @@ def _size(option: str, text: str | None) -> int | None:
 def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
     from torch._subclasses import FakeTensorMode
 
-    from memo_compile.forecast import forecast_model, forecast_preset
-    from memo_compile.targets import load_target, made_of_fakes
+    from memo_compile.forecast.forecast import forecast_model, forecast_preset
+    from memo_compile.trace.targets import load_target, made_of_fakes
 
     timer = _timer(asked.hardware) if arguments.measure_kernels else None
     if arguments.preset is not None:
@@ -116,8 +116,8 @@ def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
 def _timer(hardware: str) -> KernelTimer:
     import torch
 
-    from memo_compile.cost import KernelTimer
-    from memo_compile.hardware import resolve
+    from memo_compile.hardware.profiles import resolve
+    from memo_compile.passes.analysis.costs import KernelTimer
 
     profile = resolve(hardware)
     if profile.device == "cuda" and not torch.cuda.is_available():

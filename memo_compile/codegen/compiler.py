@@ -19,31 +19,37 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena import CHUNK, ArenaLayout, Link, handed_on, plan_arena
-from memo_compile.codegen.dry_run import dry_run
-from memo_compile.codegen.emitted import Body
-from memo_compile.codegen.fusion import wait_for_products
+from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, handed_on, plan_arena
+from memo_compile.codegen.donation import donating, nothing_donated
+from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
+from memo_compile.codegen.emitted.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.kernels import kernels_beside
-from memo_compile.codegen.landings import how_many_early, schedule_of
-from memo_compile.codegen.lost_dependencies import Waits, added_waits, restored
-from memo_compile.codegen.order import check_landings, check_order, emitted_steps, place_transfers, planned_steps
-from memo_compile.codegen.verifier import EmittedRegions, read_regions, verify_emitted
+from memo_compile.codegen.preview import dry_run
+from memo_compile.codegen.scheduler.fusion import wait_for_products
+from memo_compile.codegen.scheduler.lost_dependencies import Waits, added_waits, restored
+from memo_compile.codegen.scheduler.order import (
+    check_landings,
+    check_order,
+    emitted_steps,
+    place_transfers,
+    planned_steps,
+)
 from memo_compile.codegen.wrapper import arena_wrapper
-from memo_compile.compilation import Setting, limits_for, record, setting_for
-from memo_compile.donation import donating, nothing_donated
 from memo_compile.errors import BudgetTooSmall
-from memo_compile.first_step import FirstStep
 from memo_compile.logs import logger
 from memo_compile.options import Options
-from memo_compile.passes.graph import check_sizes, nbytes
-from memo_compile.passes.layers import META as LAYER
-from memo_compile.passes.partition import num_mutated_outputs
-from memo_compile.planner import Decided, Prepared, lease_input, lease_output, prepare
+from memo_compile.passes.analysis.layers import META as LAYER
+from memo_compile.passes.fx.facts import check_sizes, nbytes
+from memo_compile.passes.transforms.partition import num_mutated_outputs
+from memo_compile.planning.fit_budget import Settled, settle
+from memo_compile.planning.planner import Decided, Prepared, lease_input, lease_output, prepare
 from memo_compile.report.dumps import Dump
-from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
+from memo_compile.runtime.cross_call import Schedule
+from memo_compile.runtime.first_step import FirstStep
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
-from memo_compile.settle import Settled, settle
+from memo_compile.trace.setting import Setting, limits_for, record, setting_for
 
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.attention import are_apart, may_be_overwritten
-from memo_compile.passes.graph import storage_of
+from memo_compile.passes.fx.facts import storage_of
+from memo_compile.passes.transforms.attention import are_apart, may_be_overwritten
 
 
 @cache

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from memo_compile.codegen.emitted import Body, read_body
-from memo_compile.codegen.landings import landing_buffers, take_landing
+from memo_compile.codegen.emitted.body import Body, read_body
+from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.workspace import workspace_bytes
 from memo_compile.schema import ArenaBuffer, ArenaSegment

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memo_compile.collectives import all_gather, all_reduce, reduce_scatter
+from memo_compile.models.collectives import all_gather, all_reduce, reduce_scatter
 
 TOKENS = 1  # the dimension of (batch, tokens, width) that is shared out between the regions
 

@@ -87,7 +87,7 @@ class _Program:
     def __init__(self, core: Core, least: int, peak: int, tricks: Tricks, nodes: int | None) -> None:
         import highspy
 
-        from memo_compile.solver import quiet_highs
+        from memo_compile.placement.highs import quiet_highs
 
         self._core, self._peak, self._tricks = core, peak, tricks
         n = core.n

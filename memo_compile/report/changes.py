@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from memo_compile.baseline import METRICS, Change
+from memo_compile.regression.baseline import METRICS, Change
 
 UNITS = {"": 1.0, "MiB": 2.0**20, "MFLOP": 1e6, "ms": 1e-3}
 

@@ -32,10 +32,10 @@ from memo_compile import __version__
 from memo_compile.errors import NotReplayable
 from memo_compile.logs import logger
 from memo_compile.options import Options
-from memo_compile.passes.graph import nbytes, source_line
-from memo_compile.passes.lifetimes import lifetimes
-from memo_compile.passes.tokens import META
-from memo_compile.planner import Decided, Prepared
+from memo_compile.passes.analysis.liveness import lifetimes
+from memo_compile.passes.analysis.tokens import META
+from memo_compile.passes.fx.facts import nbytes, source_line
+from memo_compile.planning.planner import Decided, Prepared
 from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.measured import profiled
 from memo_compile.report.pass_log import Snapshot, as_files, pass_log, readable, snapshot
@@ -121,7 +121,7 @@ class Dump:
         return profiled(fn, self.folder / f"measured_{name}.trace.json")
 
     def emitted(self, arguments: Mapping[str, Any]) -> None:
-        """`emitted.json`: what the arena was laid out from, the arguments of `codegen.arena.plan_arena`."""
+        """`emitted.json`: what the arena was laid out from, the arguments of `codegen.arena.layout.plan_arena`."""
         if self.folder is not None:
             self._write("emitted.json", json.dumps({k: _plain(v) for k, v in arguments.items()}))
 

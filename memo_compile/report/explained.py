@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from memo_compile.explanation import Explanation, GraphExplained
+from memo_compile.report.explanation import Explanation, GraphExplained
 from memo_compile.report.units import human, short
 
 TEXT_WIDTH = 160

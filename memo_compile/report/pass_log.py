@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.graph import nbytes, op_name, source_line
-from memo_compile.passes.provenance import WHY
-from memo_compile.passes.tokens import META, TokenInfo
-from memo_compile.planner import Decided, Prepared, carry_out
+from memo_compile.passes.analysis.tokens import META, TokenInfo
+from memo_compile.passes.fx.facts import nbytes, op_name, source_line
+from memo_compile.passes.fx.provenance import WHY
+from memo_compile.planning.planner import Decided, Prepared, carry_out
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 import torch.fx as fx
 
 from memo_compile.logs import logger
-from memo_compile.passes.graph import is_view, nbytes, source_line, storage_of
-from memo_compile.passes.lifetimes import LiveRange, lifetimes, reaches_memory
-from memo_compile.passes.provenance import FOR
-from memo_compile.passes.slices import Homes
-from memo_compile.planner import Decided, Prepared
+from memo_compile.passes.analysis.liveness import LiveRange, lifetimes, reaches_memory
+from memo_compile.passes.fx.facts import is_view, nbytes, source_line, storage_of
+from memo_compile.passes.fx.provenance import FOR
+from memo_compile.passes.transforms.slices import Homes
+from memo_compile.planning.planner import Decided, Prepared
 
 SVG_SECONDS = 30.0  # that `dot` may take
 

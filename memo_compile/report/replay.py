@@ -20,10 +20,10 @@ import torch.fx as fx
 
 from memo_compile import __version__
 from memo_compile.errors import NotReplayable
-from memo_compile.hardware import from_fields
-from memo_compile.passes.slices import Homes
-from memo_compile.passes.tokens import META, fake_mode
-from memo_compile.planner import Decided, Limits, Prepared, carry_out, decide, prepare
+from memo_compile.hardware.profiles import from_fields
+from memo_compile.passes.analysis.tokens import META, fake_mode
+from memo_compile.passes.transforms.slices import Homes
+from memo_compile.planning.planner import Decided, Limits, Prepared, carry_out, decide, prepare
 from memo_compile.report.dumps import DUMP_VERSION
 from memo_compile.report.graph_io import graph_from_json
 from memo_compile.report.pass_log import readable
@@ -259,7 +259,7 @@ def _statements(text: str) -> list[str]:
 
 
 def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
-    from memo_compile.codegen.arena import Link, plan_arena
+    from memo_compile.codegen.arena.layout import Link, plan_arena
 
     arguments: dict[str, Any] = dict(raw)
     for name in ("forward", "backward"):
@@ -277,7 +277,7 @@ def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
 
 
 def _body(raw: Mapping[str, Any]) -> Any:
-    from memo_compile.codegen.emitted import Body, Storage
+    from memo_compile.codegen.emitted.body import Body, Storage
 
     storages = {name: Storage(**s) for name, s in raw["storages"].items()}
     strides = tuple(None if s is None else tuple(s) for s in raw["strides"])

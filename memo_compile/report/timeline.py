@@ -13,17 +13,17 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.emitted import Body
-from memo_compile.passes.graph import op_name, source_line, storage_of
-from memo_compile.passes.layers import META as LAYER
-from memo_compile.passes.lifetimes import lifetimes
-from memo_compile.passes.provenance import FOR, WHY
-from memo_compile.passes.slices import Homes
+from memo_compile.codegen.emitted.body import Body
+from memo_compile.passes.analysis.layers import META as LAYER
+from memo_compile.passes.analysis.liveness import lifetimes
+from memo_compile.passes.fx.facts import op_name, source_line, storage_of
+from memo_compile.passes.fx.provenance import FOR, WHY
+from memo_compile.passes.transforms.slices import Homes
 from memo_compile.placement import Buffer, place
-from memo_compile.planner import Decided, Prepared
-from memo_compile.residency import Residency
+from memo_compile.planning.planner import Decided, Prepared
+from memo_compile.planning.residency import Residency
+from memo_compile.planning.simulate import Simulation, simulate
 from memo_compile.schema import Plan
-from memo_compile.simulate import Simulation, simulate
 
 REPORT_VERSION = 1
 
@@ -55,7 +55,7 @@ def report_data(p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str,
     """All that the report of one graph shows.
 
     Args:
-        emitted: the arguments of `codegen.arena.plan_arena`, where Inductor emitted the graphs.
+        emitted: the arguments of `codegen.arena.layout.plan_arena`, where Inductor emitted the graphs.
     """
     strings = _Strings()
     facts = _Facts(p, decided.homes, strings)

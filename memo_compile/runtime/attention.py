@@ -1,6 +1,6 @@
 """A fused attention, a few heads at a time, whose results replace what they were made from.
 
-`memo_compile.passes.attention` says where that may be. Heads are independent in the kernels
+`memo_compile.passes.transforms.attention` says where that may be. Heads are independent in the kernels
 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp), so that the results are those of one call, bit by bit.
 """
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from memo_compile.errors import HostBudgetExceeded, HostMemoryUnavailable
-from memo_compile.hardware import free_host_memory
+from memo_compile.hardware.profiles import free_host_memory
 from memo_compile.logs import logger
 from memo_compile.runtime.numa import bind_to_node, node_of_device
 

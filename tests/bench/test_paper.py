@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("bench.paper", reason="the benchmarks lie beside the package, not in it")
 
 from bench.paper import GPUS, K, case, flops_of, head_seconds, row_of, seconds_of, stack_of
-from memo_compile.strategies import (
+from memo_compile.forecast.strategies import (
     full_recompute,
     full_swap,
     input_swap,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from memo_compile import measuring
 from memo_compile.cli import doctor, main
-from memo_compile.hardware import load, machine_name, resolve, stored_profile
+from memo_compile.hardware import calibration as measuring
+from memo_compile.hardware.profiles import load, machine_name, resolve, stored_profile
 
 
 def test_it_says_what_is_here(capsys):
@@ -27,7 +27,7 @@ def test_an_unsupported_torch_stops_it(monkeypatch):
 
 
 def test_little_memory_and_no_locking_are_told(monkeypatch):
-    monkeypatch.setattr("memo_compile.hardware.free_host_memory", lambda: 2**20)
+    monkeypatch.setattr("memo_compile.hardware.profiles.free_host_memory", lambda: 2**20)
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (8 * 2**20, 8 * 2**20))
     assert "little room" in doctor._host_memory().advice
     assert "ulimit" in doctor._locked_memory("cuda").advice

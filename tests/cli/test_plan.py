@@ -5,9 +5,9 @@ import json
 import pytest
 
 from memo_compile.cli import main
-from memo_compile.cost import KernelTimer
-from memo_compile.forecast import Asked, forecast_preset
-from memo_compile.parallel import layout
+from memo_compile.forecast.forecast import Asked, forecast_preset
+from memo_compile.forecast.parallel import layout
+from memo_compile.passes.analysis.costs import KernelTimer
 
 GPT = ["plan", "--preset", "gpt-7b", "--seq", "1048576", "--gpus", "8", "--tp", "8", "--hardware", "a800"]
 

@@ -3,7 +3,7 @@
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.provenance import because
+from memo_compile.passes.fx.provenance import because
 from memo_compile.report.pass_log import diff, snapshot
 
 

@@ -8,7 +8,7 @@ import torch
 
 import memo_compile
 from memo_compile.errors import HostBudgetExceeded
-from memo_compile.passes.slices import HOST_ALIGNMENT
+from memo_compile.passes.transforms.slices import HOST_ALIGNMENT
 from memo_compile.runtime import ops
 from memo_compile.runtime.host import HostPool
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runtime.simulated import Cuda
+from simulated import Cuda
 
 from memo_compile.runtime.streams import MOST_PIECES, StreamEngine, pieces
 

@@ -1,0 +1,1 @@
+"""Where every buffer of the emitted code lies."""

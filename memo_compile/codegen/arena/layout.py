@@ -1,0 +1,232 @@
+"""Decides where every buffer of a forward and its backward lies: segments, each one storage, and offsets within.
+
+Both graphs share one timeline: the forward's statements, then the backward's. A buffer that a user can hold after the
+call (an output, a gradient, also one written over a saved activation) is left to torch's allocator, and so is what
+kernels allocate themselves; both count.
+
+The timeline is cut into windows. Buffers that are born in window i and die in window j share segment (i, j), which is
+taken when the first of them is born and dropped after the last. With no cut there is one segment, held from the first
+statement to the last; each cut lets room go back earlier, so that gradients can be born in it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from memo_compile.codegen.arena.segments import Lives, choose_cuts, segment_of
+from memo_compile.codegen.emitted.body import Body, live_bytes
+from memo_compile.placement import Buffer, place_layers, verify
+from memo_compile.schema import ArenaBuffer, ArenaSegment
+
+ALIGNMENT = 64  # bytes: what torch's own CPU allocator gives, and enough for vector loads and for CUDA's TMA
+SMALLEST = 256  # bytes: alignment would cost a scalar more than it takes, so that torch's allocator keeps those
+# The C library serves blocks beyond 32 MiB by fresh mappings, every page of which faults in again at every step: a
+# sixth of a step of a small model. Below it, freed blocks are used again.
+CHUNK = 16 * 2**20
+NOTHING: Mapping[str, int] = MappingProxyType({})
+PORTIONS = 24  # kept activations go back in about so many portions: few enough for the allocator, many for the peak
+
+
+@dataclass(frozen=True)
+class Link:
+    """A forward output that the backward receives: `output` of the forward is `input` of the backward."""
+
+    output: int
+    input: str
+
+
+@dataclass(frozen=True)
+class ArenaLayout:
+    """Where everything lies. Names of backward buffers are prefixed `bw:`, those of forward buffers `fw:`.
+
+    `held` and `live` count the arena alone, step by step; `outside` what lies outside it; `peak` the worst sum.
+    """
+
+    segments: tuple[ArenaSegment, ...]
+    buffers: tuple[ArenaBuffer, ...]
+    forward_steps: int
+    held: tuple[int, ...]
+    live: tuple[int, ...]
+    outside: tuple[int, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held at once: segments, outputs, gradients, what kernels allocate."""
+        return max((h + o for h, o in zip(self.held, self.outside, strict=True)), default=0)
+
+    @property
+    def arena_bytes(self) -> int:
+        """The most bytes of segments held at once."""
+        return max(self.held, default=0)
+
+    @property
+    def lower_bound(self) -> int:
+        """The most bytes of placed buffers live at once: no placement holds less."""
+        return max(self.live, default=0)
+
+    @property
+    def coverage(self) -> float:
+        """Of the bytes live at the measured peak, the share that lies in the arena; gradients and outputs left out."""
+        if not self.held:
+            return 1.0
+        totals = [h + o for h, o in zip(self.held, self.outside, strict=True)]
+        at = totals.index(max(totals))
+        return self.live[at] / max(1, self.live[at] + self.kernels[at])
+
+    kernels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    steps: int
+    forward_steps: int
+    buffers: tuple[Buffer, ...]
+    outside: tuple[int, ...]
+    kernels: tuple[int, ...]
+    portion: int
+    alone: frozenset[str] = frozenset()
+
+
+def plan_arena(
+    forward: Body,
+    backward: Body,
+    links: Sequence[Link],
+    user_outputs: int,
+    *,
+    tangents: Mapping[str, int] = NOTHING,
+    chunk: int = CHUNK,
+    alone: frozenset[str] = frozenset(),
+    layer_of: Mapping[str, int] | None = None,
+    emitted: ArenaLayout | None = None,
+) -> ArenaLayout:
+    """Place the buffers of both bodies.
+
+    Args:
+        forward, backward: what was emitted.
+        links: which forward outputs are which backward inputs.
+        user_outputs: the first so many outputs of the forward go to the user.
+        tangents: bytes of the backward's inputs that come from autograd, by name: it lets go of them in the call.
+        chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
+        alone: names of backward buffers that get a segment of their own, so that a call before can take it.
+        layer_of: by name, the layer of buffers of layers that may repeat; those that do are placed once.
+        emitted: a layout that the forward's code stands by already; its offsets are kept for the forward's buffers.
+    """
+    timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=alone)
+    if emitted is not None:
+        return _lay_out(timeline, *_around(emitted, timeline, layer_of or {}))
+    return _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
+
+
+def _around(
+    emitted: ArenaLayout, timeline: _Timeline, layer_of: Mapping[str, int]
+) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
+    """The forward's buffers where its code has put them, the backward's placed anew in segments beside."""
+    lives = {b.name: b for b in timeline.buffers}
+    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.name.startswith("fw:")]
+    segments = []
+    for s in emitted.segments:
+        inside = [b for b in fixed if b.segment == s.name]
+        if inside:
+            segments.append(replace(s, end=max(b.end for b in inside)))
+    held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
+    beside = tuple(o + h for o, h in zip(timeline.outside, held, strict=True))
+    born = tuple(b for b in timeline.buffers if b.name.startswith("bw:"))
+    groups = _groups(replace(timeline, buffers=born, outside=beside))
+    more, buffers = _placed(groups, layer_of, len(emitted.segments))
+    return [*segments, *more], [*fixed, *buffers]
+
+
+def _timeline(
+    forward: Body, backward: Body, links: Sequence[Link], user_outputs: int, tangents: Mapping[str, int], chunk: int
+) -> _Timeline:
+    f, steps = forward.steps, forward.steps + backward.steps
+    returned = {s for s in backward.outputs if s is not None}
+    for_user = {s for s in forward.outputs[:user_outputs] if s is not None} | handed_on(forward, backward, links)
+    death: dict[str, int] = {}
+    for link in links:
+        storage = forward.outputs[link.output]
+        if storage is not None:
+            death[storage] = max(death.get(storage, 0), f + backward.storages[link.input].end)
+    inside: list[Buffer] = []
+    gone = [(f, f + max(1, _last_held(backward, name, size)), size) for name, size in tangents.items()]
+    kernels: list[tuple[int, int, int]] = []
+    for s in forward.storages.values():
+        end = steps if s.name in for_user else max(s.end, death.get(s.name, 0))
+        if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in for_user:
+            inside.append(Buffer(f"fw:{s.name}", s.bytes, s.start, end))
+        elif s.kind != "input":  # outputs, kernels' own, scalars
+            gone.append((s.start, end, s.bytes))
+            if s.kind == "kernel" and s.name not in for_user:
+                kernels.append((s.start, end, s.bytes))
+    for s in backward.storages.values():
+        end = backward.steps if s.name in returned else s.end
+        if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in returned:
+            inside.append(Buffer(f"bw:{s.name}", s.bytes, f + s.start, f + end))
+        elif s.kind != "input":
+            gone.append((f + s.start, f + end, s.bytes))
+            if s.kind == "kernel" and s.name not in returned:
+                kernels.append((f + s.start, f + end, s.bytes))
+    kept = sum(b.size for b in inside if b.start < f < b.end)
+    portion = min(chunk, max(kept // PORTIONS, SMALLEST))
+    outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
+    return _Timeline(steps, f, tuple(inside), outside, kernel_bytes, portion)
+
+
+def handed_on(forward: Body, backward: Body, links: Sequence[Link]) -> frozenset[str]:
+    """Forward storages that the backward returns, as they are or with a gradient written over: the user's too."""
+    returned = {link.output for link in links if link.input in backward.outputs}
+    return frozenset(s for s in (forward.outputs[i] for i in returned) if s is not None)
+
+
+def _last_held(backward: Body, tangent: str, size: int) -> int:
+    """The statement after which autograd lets go of a tangent; it holds a scalar, from which it starts, all along."""
+    return backward.storages[tangent].end if size >= SMALLEST and tangent in backward.storages else backward.steps
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _groups(timeline: _Timeline) -> list[list[Buffer]]:
+    """The buffers of each segment."""
+    whole = [replace(b, size=_aligned(b.size)) for b in timeline.buffers]
+    lives = Lives.of(whole, timeline.steps, timeline.forward_steps, timeline.portion, timeline.alone)
+    groups: dict[int, list[Buffer]] = defaultdict(list)
+    for b, segment in zip(
+        timeline.buffers, segment_of(lives, choose_cuts(lives, timeline.outside)).tolist(), strict=True
+    ):
+        groups[segment].append(b)
+    return [group for _, group in sorted(groups.items())]
+
+
+def _placed(
+    groups: Sequence[Sequence[Buffer]], layer_of: Mapping[str, int], first: int = 0
+) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
+    """Each group at offsets in a segment of its own, numbered from `first`."""
+    segments: list[ArenaSegment] = []
+    buffers: list[ArenaBuffer] = []
+    for index, group in enumerate(groups, first):
+        name = f"memo_arena_{index}"
+        placement = place_layers(group, layer_of, alignment=ALIGNMENT, time_limit=2.0)
+        verify(group, placement)
+        start, end = min(b.start for b in group), max(b.end for b in group)
+        segments.append(ArenaSegment(name, placement.peak, start, end))
+        buffers += [ArenaBuffer(b.name, name, placement.offsets[b.name], b.size, b.start, b.end) for b in group]
+    return segments, buffers
+
+
+def _lay_out(timeline: _Timeline, segments: Sequence[ArenaSegment], buffers: Sequence[ArenaBuffer]) -> ArenaLayout:
+    held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
+    live = live_bytes([(b.start, b.end, _aligned(b.size)) for b in timeline.buffers], timeline.steps)
+    return ArenaLayout(
+        tuple(segments),
+        tuple(buffers),
+        timeline.forward_steps,
+        tuple(held),
+        tuple(live),
+        timeline.outside,
+        timeline.kernels,
+    )

@@ -1,0 +1,1 @@
+"""Reading what Inductor emitted, and checking it."""

@@ -1,0 +1,111 @@
+"""Where slices land, read from the emitted backward: what a call before it needs to start them early.
+
+A landing place that has a storage of its own can be taken before its backward begins. In the emitted text its segment
+then comes from `memo::landing`, which hands over what is there already, and allocates it where nothing is.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from memo_compile.codegen.emitted.body import flatten
+from memo_compile.runtime.cross_call import Landing, Schedule
+
+_PREFETCH = "torch.ops.memo.prefetch_.default"
+_LANDING = "torch.ops.memo.landing.default"
+
+
+def _calls(lines: Sequence[str]) -> list[tuple[str | None, ast.Call]]:
+    """Target and call of each statement that is one."""
+    text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+    found: list[tuple[str | None, ast.Call]] = []
+    for statement in flatten(ast.parse(text).body):
+        if not isinstance(statement, (ast.Expr, ast.Assign)) or not isinstance(statement.value, ast.Call):
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        found.append((target.id if isinstance(target, ast.Name) else None, statement.value))
+    return found
+
+
+def _name(value: ast.expr) -> str | None:
+    if isinstance(value, ast.Call) and value.args:
+        value = value.args[0]
+    return value.id if isinstance(value, ast.Name) else None
+
+
+def landing_buffers(lines: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """For each buffer in which a slice lands: the name of the lease, and the slice's offset in it."""
+    found: dict[str, tuple[str, int]] = {}
+    for _, call in _calls(lines):
+        if ast.unparse(call.func) == _PREFETCH:
+            buffer, lease = _name(call.args[0]), _name(call.args[1])
+            if buffer is not None and lease is not None:
+                found[buffer] = (lease, ast.literal_eval(call.args[2]))
+    return found
+
+
+def take_landing(segment: str, size: int, lease: str, offset: int, make: str) -> str:
+    """The statement that takes a landing place; `make` is the allocation that it replaces, `empty_strided_DEVICE`."""
+    kind = make.rsplit("_", 1)[1]
+    where = f"torch.device('{kind}')" if kind == "cpu" else f"torch.device('{kind}', torch.{kind}.current_device())"
+    return f"{segment} = {_LANDING}({lease}, {offset}, {size}, {where})"
+
+
+def landing_size(call: ast.expr) -> int | None:
+    """The bytes that `take_landing`'s call asks for; None for any other expression."""
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == _LANDING:
+        return int(ast.literal_eval(call.args[2]))
+    return None
+
+
+def schedule_of(lines: Sequence[str]) -> Schedule:
+    """What an emitted backward prefetches, as if all of its landing places could be taken before it begins."""
+    taken: dict[str, int] = {}
+    views: dict[str, tuple[str, Any, Any, Any]] = {}
+    landings: list[Landing] = []
+    count = 0
+    for target, call in _calls(lines):
+        size = landing_size(call)
+        if size is not None and target is not None:
+            taken[target] = size
+        elif ast.unparse(call.func) == "alloc_from_pool" and target is not None:
+            segment, _, dtype, shape, stride = call.args
+            name = _name(segment)
+            assert name is not None
+            views[target] = (name, ast.unparse(dtype), ast.literal_eval(shape), ast.literal_eval(stride))
+        elif ast.unparse(call.func) == _PREFETCH:
+            count += 1
+            buffer = _name(call.args[0])
+            if buffer is not None and buffer in views and views[buffer][0] in taken:
+                segment_name, dtype_name, shape, stride = views[buffer]
+                start, place = 0, call.args[0]
+                if isinstance(place, ast.Call):  # reinterpret_tensor(buffer, shape, stride, start)
+                    shape, stride, start = (ast.literal_eval(a) for a in place.args[1:4])
+                dtype = getattr(torch, dtype_name.rsplit(".", 1)[1])
+                offset = ast.literal_eval(call.args[2])
+                landings.append(Landing(buffer, offset, taken[segment_name], dtype, tuple(shape), tuple(stride), start))
+    return Schedule(tuple(landings), count)
+
+
+def how_many_early(sizes: Sequence[tuple[int, int]], held: Sequence[int], forward_steps: int, cap: int) -> int:
+    """How many landing places may be taken before their backward begins, so that it still holds at most `cap` bytes.
+
+    Args:
+        sizes: (first step, bytes) of each landing place, in the order in which they are taken.
+        held: bytes held at each step of the timeline when they are taken where the code takes them.
+
+    >>> how_many_early([(2, 10), (3, 10)], [0, 30, 10, 20], 1, 40)
+    1
+    """
+    extra = [0] * len(held)
+    for number, (start, size) in enumerate(sizes):
+        for step in range(forward_steps, min(start, len(held))):
+            extra[step] += size
+        if max((h + e for h, e in zip(held, extra, strict=True)), default=0) > cap:
+            return number
+    return len(sizes)

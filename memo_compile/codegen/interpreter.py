@@ -1,0 +1,99 @@
+"""`memo_eager`: the planned graphs, run op by op by an FX interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.codegen.donation import nothing_donated
+from memo_compile.options import Options
+from memo_compile.passes.fx.facts import check_sizes, is_on_host
+from memo_compile.planning.fit_budget import settle
+from memo_compile.planning.planner import Decided, prepare
+from memo_compile.report.dumps import Dump
+from memo_compile.runtime.calls import backward_call, boxed, forward_call
+from memo_compile.runtime.first_step import FirstStep
+from memo_compile.trace.setting import Setting, limits_for, record, setting_for
+
+
+def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Trace forward and backward, plan them, and return a callable that runs both through autograd."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config
+
+    setting = setting_for(options, inputs)
+
+    def partition(
+        joint: fx.GraphModule,
+        joint_inputs: Any,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: list[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        decided = _plan(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, setting)
+        return decided.forward, decided.backward
+
+    first_step = FirstStep(setting.name)
+
+    def backward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        return first_step.backward(_interpreted(graph, example))
+
+    def forward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        nothing_donated()
+        return _interpreted(graph, example)
+
+    with config.patch(donated_buffer=False):
+        compiled: Any = aot_autograd(
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=_interpreted, partition_fn=partition
+        )(gm, inputs)
+    return first_step.forward(compiled)
+
+
+def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
+    check_sizes(joint)
+    dump = Dump.open(setting.options.dump, setting.name)
+    dump.joint(joint, num_outputs, static)
+    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
+    limits = limits_for(setting, p.unplanned_peak)
+    settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
+    decided = settled.decided
+    plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
+    record(plan)
+    dump.decided(p, decided, setting.options)
+    dump.plan(plan)
+    dump.report(p, decided, plan)
+    return replace(decided, plan=plan)
+
+
+class _Interpreter(fx.Interpreter):
+    """Drops a result that nobody reads: `fx.Interpreter` would hold it, and what it is a view of, to the end."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return result if n.users or n.op == "output" else None
+
+
+def _interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    """A boxed call: the interpreter owns its inputs, and drops each value behind its last reader."""
+    run = boxed(lambda args: _Interpreter(gm).boxed_run(args))
+    (output,) = gm.graph.find_nodes(op="output")
+    for i, result in enumerate(output.args[0]):
+        if isinstance(result, fx.Node) and is_on_host(result):
+            return forward_call(run, _device(gm), i, lambda: None)
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if is_on_host(node):
+            return backward_call(run, _device(gm), i)
+    return run
+
+
+def _device(gm: fx.GraphModule) -> torch.device:
+    """The device that slices leave or come back to."""
+    moving = (torch.ops.memo.offload.default, torch.ops.memo.prefetch_.default)
+    node = next(n for n in gm.graph.nodes if n.target in moving)
+    source: fx.Node = node.args[0]
+    return source.meta["val"].device

@@ -1,0 +1,85 @@
+"""Runs Inductor up to the finished body of a graph, and no further: no C++ or Triton is compiled, nothing is loaded.
+
+What comes back is the order and the storages that the real compilation of the same graph will emit, since it is the
+same code that makes them.
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx_inner`, and of `torch.fx._lazy_graph_module`
+`_make_graph_module` and `_use_lazy_graph_module`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.codegen.emitted.body import Body, Storage
+from memo_compile.codegen.wrapper import BodyCaptured, arena_wrapper
+
+
+def dry_run(
+    gm: fx.GraphModule,
+    *,
+    is_backward: bool,
+    user_visible: Sequence[int] = (),
+    static_inputs: Sequence[int] = (),
+    input_strides: dict[str, tuple[int, ...]] | None = None,
+    scalar: bool = False,
+) -> Body:
+    """The body that Inductor would emit for `gm`.
+
+    Args:
+        user_visible: indices of outputs whose strides the user sees, which Inductor then keeps.
+        static_inputs: indices of inputs at fixed addresses (parameters).
+        input_strides: strides of inputs that differ from those of the trace, by placeholder name.
+        scalar: write C++ kernels without their vectorized loops, in two thirds of the time. Which buffers a kernel
+            reads and writes does not depend on them, except that rarely two loops that share a local buffer are not
+            joined: the caller compares with what is emitted in the end.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.utils import BoxedBool
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    graph = copy.deepcopy(gm.graph)
+    with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written behind every pass
+        twin = _make_graph_module(gm, graph)
+    (output,) = graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(user_visible)
+    inputs = [_restrided(n, (input_strides or {}).get(n.name)) for n in graph.find_nodes(op="placeholder")]
+
+    def capture(body: Body) -> Any:
+        raise BodyCaptured(body)
+
+    with arena_wrapper(capture), config.patch({"cpp.simdlen": 1} if scalar else {}):
+        try:
+            compile_fx_inner(
+                twin,
+                inputs,
+                static_input_idxs=list(static_inputs),
+                cudagraphs=BoxedBool(False),
+                graph_id=None,
+                is_inference=False,
+                is_backward=is_backward,
+            )
+        except BodyCaptured as captured:
+            return captured.args[0]
+    return _without_calls(graph)  # Inductor emits nothing where nothing is computed
+
+
+def _without_calls(graph: fx.Graph) -> Body:
+    """The body of a graph that only hands on what it is given."""
+    (output,) = graph.find_nodes(op="output")
+    inputs = tuple(n.name for n in graph.find_nodes(op="placeholder"))
+    storages = {name: Storage(name, "input", 0, 0, 0) for name in inputs}
+    return Body(0, storages, tuple(getattr(n, "name", None) for n in output.args[0]), inputs)
+
+
+def _restrided(node: fx.Node, stride: tuple[int, ...] | None) -> Any:
+    value = node.meta["val"]
+    if stride is None or not isinstance(value, torch.Tensor) or tuple(value.stride()) == stride:
+        return value
+    return value.as_strided(value.shape, stride)

@@ -1,0 +1,1 @@
+"""Passes around Inductor's scheduler: the order of transfers, and what fusion loses."""

@@ -1,0 +1,1 @@
+"""`memo plan`: a step of a long model on many ranks, from one traced layer."""

@@ -1,0 +1,390 @@
+"""Answers, for a model on devices that need not be there: what would it hold, what goes where, how long is a step?
+
+One rank's graph is traced on fake tensors, its layers are repeated where the model has more than were traced, and the
+linear program decides. Nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch.fx as fx
+
+from memo_compile.errors import InvalidOption, ModelTooLarge
+from memo_compile.forecast.arena import OfflineArena, offline_arena
+from memo_compile.forecast.parallel import Layout, ModelState, model_state
+from memo_compile.forecast.repeat_layers import Long, lengthened
+from memo_compile.forecast.strategies import STRATEGIES as BASELINES
+from memo_compile.forecast.strategies import Stack, alone
+from memo_compile.hardware.profiles import DeviceProfile, resolve
+from memo_compile.passes.analysis.costs import Timer, account, is_attention
+from memo_compile.passes.analysis.liveness import reaches_memory
+from memo_compile.passes.fx.facts import is_view, nbytes, op_name, source_line, tensors
+from memo_compile.planning.anchors import anchor_sets, bottlenecks
+from memo_compile.planning.planner import Limits, Prepared, best_of
+from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
+
+MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
+TRACED = 4  # layers of a preset; the others are like the second
+LARGEST = 8  # tensors named in a report
+
+# Which homes are open: (offload, recompute).
+STRATEGIES: Mapping[str, tuple[bool, bool]] = {
+    "memo": (True, True),
+    "keep": (False, False),
+    "offload": (True, False),
+    "recompute": (False, True),
+}
+
+# What one could do instead (`forecast/strategies.py`), as it plays: "full-recompute" and the like.
+NAMED = tuple(name.replace(" ", "-") for name in BASELINES if name != "memo")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for. Bytes; `budget` is None for the device's memory, and caps activations and transients."""
+
+    name: str
+    tokens: int
+    layout: Layout
+    hardware: str
+    host_memory: int | None = None
+    budget: int | None = None
+    strategy: str = "memo"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Bytes of activations in each home; of a layer class, or of one tensor of its layers."""
+
+    label: str
+    layers: int
+    bytes: int
+    kept: int
+    offloaded: int
+    recomputed: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One of the largest values of the graph. `quadratic` where two of its dimensions count tokens."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    bytes: int
+    source: str
+    quadratic: bool
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The answer, for one rank. Bytes and seconds; `homes` by layer class, `tensors` by tensor in the largest class.
+
+    Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `peak` counts activations,
+    transients and outputs, within `budget`; model state lies beside it. `arena` holds the same, placed. `mfu` is of the
+    model's own FLOPs, attention counted causally, nothing recomputed; `prices` are the seconds that one more
+    GiB or GB/s would save.
+    """
+
+    asked: Asked
+    profile: str
+    fits: bool
+    layers: int
+    parameters: int
+    state: ModelState
+    budget: int
+    host_budget: int
+    peak: int
+    transients: int
+    saved: int
+    kept: int
+    offloaded: int
+    recomputed: int
+    step_seconds: float
+    compute_seconds: float
+    recompute_seconds: float
+    stall_seconds: float
+    flops: float
+    mfu: float
+    tokens_per_second: float
+    binding: str
+    prices: Mapping[str, float]
+    homes: tuple[Home, ...]
+    tensors: tuple[Home, ...]
+    largest: tuple[Tensor, ...]
+    seconds_by_op: Mapping[str, float]
+    arena: OfflineArena
+    planning_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def forecast_preset(
+    asked: Asked, *, traced: int = TRACED, say: Say = lambda _: None, timer: Timer | None = None
+) -> Forecast:
+    """What training the preset `asked.name` would take.
+
+    Args:
+        traced: layers to trace; the model's own number is planned.
+        say: told in a few words what is being done.
+        timer: seconds of kernels measured on a device (`KernelTimer`).
+
+    Raises:
+        InvalidOption: no such preset, strategy or hardware, or sizes that do not go together.
+        ModelTooLarge: the model's state alone does not fit.
+    """
+    from memo_compile.forecast.presets import build, preset
+
+    started = time.perf_counter()
+    _check(asked)
+    found = preset(asked.name)
+    traced = min(found.layers, max(TRACED, traced))
+    say(f"building {traced} of {found.layers} layers of {asked.name}")
+    rank = build(asked.name, asked.tokens, ranks=asked.layout.tp, layers=traced)
+    elements = sum(p.numel() for p in rank.model.parameters())
+    layer = sum(p.numel() for p in rank.model.blocks[0].parameters())
+    elements += layer * (found.layers - traced)
+    say(f"tracing {traced} layers at {asked.tokens:,} tokens")
+    p = _traced(rank.model, rank.args, rank.kwargs, asked.hardware, timer)
+    return _answer(asked, p, found.layers, elements, layer, started, say)
+
+
+def forecast_model(
+    asked: Asked,
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    say: Say = lambda _: None,
+    timer: Timer | None = None,
+) -> Forecast:
+    """What training a model of fake tensors would take, all its layers traced.
+
+    Raises:
+        MemoError: it cannot be traced into one graph, or its state alone does not fit.
+    """
+    started = time.perf_counter()
+    _check(asked)
+    elements = sum(p.numel() for p in getattr(model, "parameters", list)())
+    say(f"tracing {asked.name}: all its layers")
+    p = _traced(model, tuple(args), kwargs, asked.hardware, timer)
+    asked = replace(asked, tokens=p.tokens.tokens)
+    return _answer(asked, p, 0, elements, elements, started, say)
+
+
+def _check(asked: Asked) -> None:
+    if asked.strategy not in STRATEGIES and asked.strategy not in NAMED:
+        raise InvalidOption("--strategy", asked.strategy, f"one of {', '.join((*STRATEGIES, *NAMED))}")
+    resolve(asked.hardware)
+
+
+def _traced(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hardware: str, timer: Timer | None
+) -> Prepared:
+    from memo_compile.trace.offline import trace
+
+    return trace(model, args, kwargs, {"hardware": hardware}, timer=timer)[0]
+
+
+def _answer(
+    asked: Asked, p: Prepared, layers: int, elements: int, largest_layer: int, started: float, say: Say
+) -> Forecast:
+    profile, where = p.profile, asked.layout
+    state = model_state(elements, min(elements, largest_layer), where)
+    budget = asked.budget if asked.budget is not None else int(profile.memory * (1 - MARGIN)) - state.total
+    host = where.host_share(asked.host_memory if asked.host_memory is not None else profile.host_memory)
+    if budget <= 0:
+        raise ModelTooLarge(int(profile.memory * (1 - MARGIN)), state.total, _state_in_words(state))
+    offload, recompute = STRATEGIES.get(asked.strategy, (True, True))
+    limits = Limits(budget, host, offload=offload, recompute=recompute)
+    say("repeating layers")
+    long = lengthened(p, limits, layers)
+    say(f"deciding on {len(long.view.order)} activations")
+    problem, decision, fits = _homes_for(asked, p, long, limits)
+    say("placing")
+    arena = offline_arena(p, long, problem, decision.residency)
+    return _forecast(asked, p, long, problem, decision, fits, state, elements, arena, time.perf_counter() - started)
+
+
+def _homes_for(asked: Asked, p: Prepared, long: Long, limits: Limits) -> tuple[Problem, Decision, bool]:
+    """The linear program's answer, or how a named strategy plays."""
+    if asked.strategy in STRATEGIES:
+        return best_of(long.view, limits)
+    return alone(_stack(p, long), asked.strategy.replace("-", " "))
+
+
+def _stack(p: Prepared, long: Long) -> Stack:
+    """The same training step, as strategies see it: which activations are layers' inputs, which are of attention."""
+    view = long.view
+    nodes = {n.name: n for n in p.saved}
+    layer = {name: -1 if (at := long.layer[name]) is None else at for name in view.order}
+    inputs = {s for name in view.order if layer[name] >= 0 for s in view.needs[name] if layer[s] != layer[name]}
+    attention = {name for name in view.order if is_attention(_maker(nodes[long.template[name]]))}
+    sizes = {name: a.bytes for name, a in view.activations.items()}
+    anchors = anchor_sets(bottlenecks(view.order, view.needs, sizes), view.order)
+    problem = replace(view.problem, activations=tuple(view.activations[name] for name in view.order))
+    return Stack(problem, view.needs, layer, frozenset(inputs), frozenset(attention), tuple(anchors))
+
+
+def _forecast(
+    asked: Asked,
+    p: Prepared,
+    long: Long,
+    problem: Problem,
+    decision: Decision,
+    fits: bool,
+    state: ModelState,
+    elements: int,
+    arena: OfflineArena,
+    planning_seconds: float,
+) -> Forecast:
+    homes, tensors_of_class = _homes(p, long, problem, decision)
+    return Forecast(
+        asked=asked,
+        profile=p.profile.name,
+        fits=fits,
+        layers=len(long.classes),
+        parameters=elements * asked.layout.tp,
+        state=state,
+        budget=problem.budget or 0,
+        host_budget=problem.host_budget,
+        peak=max(decision.peak, max(memory_profile(problem, decision.residency))),
+        transients=max(problem.base_bytes),
+        saved=sum(h.bytes for h in homes),
+        kept=sum(h.kept for h in homes),
+        offloaded=sum(h.offloaded for h in homes),
+        recomputed=sum(h.recomputed for h in homes),
+        step_seconds=decision.seconds,
+        compute_seconds=sum(problem.seconds),
+        recompute_seconds=decision.recompute_seconds,
+        stall_seconds=decision.stall_seconds,
+        flops=long.flops,
+        mfu=long.flops / (decision.seconds * _peak_flops(p.profile, p)),
+        tokens_per_second=asked.tokens * asked.layout.replicas / decision.seconds,
+        binding=_binds(problem, decision),
+        prices=dict(decision.prices),
+        homes=homes,
+        tensors=tensors_of_class,
+        largest=_largest(p),
+        seconds_by_op={op: c.seconds for op, c in account(p.joint, p.costs).items() if c.seconds},
+        arena=arena,
+        planning_seconds=planning_seconds,
+    )
+
+
+def _binds(problem: Problem, decision: Decision) -> str:
+    """What limits the plan: what the program prices; where whole tensors leave it without prices, what is used up."""
+    if decision.binding != "nothing" or decision.recompute_seconds + decision.stall_seconds == 0:
+        return decision.binding
+    offloaded = sum(a.bytes * decision.residency[a.name].offloaded / a.tokens for a in problem.activations)
+    return "host memory" if offloaded > 0.99 * problem.host_budget else "device memory"
+
+
+def _op(node: fx.Node) -> str:
+    """The op that makes a value, tuples' items named after what makes the tuple."""
+    return op_name(_maker(node))
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The node that makes a value: of a tuple's item, what makes the tuple."""
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
+def _peak_flops(profile: DeviceProfile, p: Prepared) -> float:
+    """Peak FLOP/s in the type in which most of the graph's FLOPs are done."""
+    by_type: dict[str, int] = {}
+    for node in p.joint.graph.nodes:
+        if p.flops.get(node.name) and tensors(node):
+            name = str(tensors(node)[0].dtype).removeprefix("torch.")
+            by_type[name] = by_type.get(name, 0) + p.flops[node.name]
+    return profile.flops(max(by_type, key=lambda name: by_type[name], default="float32"))
+
+
+def _homes(p: Prepared, long: Long, problem: Problem, decision: Decision) -> tuple[tuple[Home, ...], tuple[Home, ...]]:
+    """By layer class, and by tensor in the class that holds most."""
+    nodes = {n.name: n for n in p.saved}
+    by_class: dict[int | None, list[Activation]] = {}
+    for a in problem.activations:
+        layer = long.layer[a.name]
+        by_class.setdefault(None if layer is None else long.classes[layer], []).append(a)
+    homes = [
+        _home(_class_label(long, cls), 0 if cls is None else long.classes.count(cls), members, decision)
+        for cls, members in sorted(by_class.items(), key=lambda item: (item[0] is None, item[0] or 0))
+    ]
+    in_layers = {cls: members for cls, members in by_class.items() if cls is not None}
+    if not in_layers:
+        return tuple(homes), ()
+    largest = max(in_layers, key=lambda cls: sum(a.bytes for a in in_layers[cls]))
+    by_tensor: dict[tuple[int, str], list[Activation]] = {}
+    for members in _by_layer(long, in_layers[largest]):
+        for i, a in enumerate(members):
+            by_tensor.setdefault((i, str(tuple(_shape(nodes[long.template[a.name]])))), []).append(a)
+    return tuple(homes), tuple(
+        _home(
+            f"{_op(nodes[long.template[members[0].name]])} {shape}",
+            len(members),
+            members,
+            decision,
+            source_line(nodes[long.template[members[0].name]]),
+        )
+        for (_, shape), members in by_tensor.items()
+    )
+
+
+def _by_layer(long: Long, members: Sequence[Activation]) -> list[list[Activation]]:
+    by_layer: dict[int, list[Activation]] = {}
+    for a in members:
+        by_layer.setdefault(long.layer[a.name] or 0, []).append(a)
+    return [by_layer[layer] for layer in sorted(by_layer)]
+
+
+def _class_label(long: Long, cls: int | None) -> str:
+    if cls is None:
+        return "outside the layers"
+    places = [i for i, c in enumerate(long.classes) if c == cls]
+    if len(places) == 1:
+        return f"layer {places[0]}"
+    contiguous = places[-1] - places[0] + 1 == len(places)
+    return f"layers {places[0]} to {places[-1]}" if contiguous else f"{len(places)} layers from {places[0]} on"
+
+
+def _home(label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = "") -> Home:
+    kept = offloaded = recomputed = 0
+    for a in members:
+        home = decision.residency[a.name]
+        kept += a.bytes * home.kept // a.tokens
+        offloaded += a.bytes * home.offloaded // a.tokens
+        recomputed += a.bytes * home.recomputed // a.tokens
+    return Home(label, layers, sum(a.bytes for a in members), kept, offloaded, recomputed, source)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(int(s) for s in node.meta["val"].shape)
+
+
+def _largest(p: Prepared) -> tuple[Tensor, ...]:
+    """The largest values of the graph as traced, one for each op and shape that a source line makes."""
+    found: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+    for node in (n for g in (p.forward, p.backward) for n in g.graph.nodes if n.op == "call_function"):
+        if not nbytes(node) or is_view(node) or (p.fused and not reaches_memory(node)):
+            continue
+        shape, source = _shape(node), source_line(node)
+        quadratic = p.tokens.tokens > 1 and sum(1 for s in shape if s >= p.tokens.tokens) > 1
+        found.setdefault(
+            (op_name(node), source, shape), Tensor(node.name, op_name(node), shape, nbytes(node), source, quadratic)
+        )
+    return tuple(sorted(found.values(), key=lambda t: (-t.bytes, not t.quadratic, t.name))[:LARGEST])
+
+
+def _state_in_words(state: ModelState) -> tuple[str, ...]:
+    return tuple(f"{name}: {size:,} bytes" for name, size in asdict(state).items() if size)

@@ -1,0 +1,1 @@
+"""Rates and memory of devices and hosts."""

@@ -1,0 +1,448 @@
+"""What a device can do: rates and sizes, built in for common accelerators, read from a file, or measured here.
+
+Rates are datasheet peaks; the efficiencies are the shares of them that kernels reach, by size. Each profile names its
+sources. `hardware/calibration.py` makes a profile of this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from memo_compile.errors import InvalidOption, shown
+from memo_compile.logs import logger
+
+log = logger(__name__)
+
+Efficiency = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """FLOP/s by dtype, bytes/s, bytes, seconds.
+
+    `device` is the type that torch gives it. `d2h` and `h2d` are the host link's rates each way for one device, and
+    `both_ways` the share of each that is left while both are busy, which plans need not know: a slice cannot come back
+    before what leaves ahead of it is out, so that the two copy at once for moments only. `link` is the rate at which a
+    device receives from its peers in one machine. Efficiencies of products and of fused attention are tables of (FLOPs
+    of one op, share of the peak), between whose entries `share_at` interpolates; the others are shares for large
+    transfers.
+    """
+
+    name: str
+    peak_flops: Mapping[str, float]
+    memory_bandwidth: float
+    d2h: float
+    h2d: float
+    memory: int
+    host_memory: int
+    launch_overhead: float
+    matmul_efficiency: Efficiency
+    attention_efficiency: Efficiency
+    attention_backward_efficiency: Efficiency
+    device: str = "cuda"
+    memory_efficiency: float = 0.9
+    both_ways: float = 1.0
+    link: float = 25e9
+    link_efficiency: float = 0.8
+    source: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def flops(self, dtype: str) -> float:
+        """Peak FLOP/s for a dtype; that of float32 where the profile does not name it."""
+        return self.peak_flops.get(dtype, self.peak_flops["float32"])
+
+
+def share_at(table: Sequence[Sequence[float]], size: float) -> float:
+    """The share at a size: straight between entries over the logarithm of the size, and level beyond the ends.
+
+    >>> share_at([(1e9, 0.2), (1e11, 0.6)], 1e10)
+    0.4
+    >>> share_at([(1e9, 0.2), (1e11, 0.6)], 1e15)
+    0.6
+    """
+    if size <= table[0][0]:
+        return table[0][1]
+    for (low, a), (high, b) in pairwise(table):
+        if size <= high:
+            return a + (b - a) * math.log(size / low) / math.log(high / low)
+    return table[-1][1]
+
+
+_GIB = 2**30
+
+_A100_FLOPS = {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "float64": 9.7e12}
+_H100_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float64": 34e12}
+
+
+def _rising_to(best: float, scale: float = 1.0) -> Efficiency:
+    """A table that ends at `best` for ops of a few hundred microseconds and more. Below that the device is not filled:
+    these shares are estimates, for want of a published table; `memo doctor --measure` replaces them."""
+    shares = ((1e8, 0.03), (1e9, 0.2), (1e10, 0.5), (1e11, 0.8), (1e12, 1.0))
+    return tuple((size * scale, share * best) for size, share in shares)
+
+
+_MAMF = "products: 'Maximum Achievable Matmul FLOPS' in Bekman, Machine Learning Engineering"
+_A100_EFFICIENCIES = (_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60, 0.3))
+_A100_SOURCES = (
+    f"{_MAMF}: 267.9 of 312 TFLOP/s; attention: FlashAttention-2 (arXiv 2307.08691), up to 73 % forward, 63 % backward"
+)
+# What `bench/gpu.py` traced in a step of 65 536 tokens on an H200 under its power limit, with torch 2.11: products of a
+# model 4 096 wide, and cuDNN's attention, which torch takes on this chip. Small ones from `memo doctor --measure`.
+_HOPPER_EFFICIENCIES = (_rising_to(0.75, 0.3), _rising_to(0.62, 2.0), _rising_to(0.52, 10.0))
+_ON_HOPPER = (
+    "products at 75 %, attention at 62 % forward and 52 % backward, as traced in training steps on an H200 "
+    "(bench/results/gpu.md)"
+)
+_FLASH2_ON_H100 = "attention: FlashAttention-2 reaches 35 to 40 % on an H100 (arXiv 2407.08608)"
+
+PROFILES: dict[str, DeviceProfile] = {
+    "a100-80gb": DeviceProfile(
+        "a100-80gb",
+        _A100_FLOPS,
+        2.039e12,
+        25e9,
+        25e9,
+        80 * _GIB,
+        256 * _GIB,
+        5e-6,
+        *_A100_EFFICIENCIES,
+        link=300e9,
+        source=f"NVIDIA A100 SXM datasheet, PCIe 4 x16, NVLink 600 GB/s; {_A100_SOURCES}",
+    ),
+    "a800-80gb": DeviceProfile(
+        "a800-80gb",
+        _A100_FLOPS,
+        2.039e12,
+        12.5e9,
+        12.5e9,
+        80 * _GIB,
+        256 * _GIB,
+        5e-6,
+        *_A100_EFFICIENCIES,
+        link=200e9,
+        source=f"NVIDIA A800 datasheet: an A100 with NVLink 400 GB/s; {_A100_SOURCES}",
+        notes=(
+            "the host link is shared by two devices, as on the machines of MEMO (arXiv 2407.12117): 12.5 GB/s each",
+        ),
+    ),
+    "h100-80gb": DeviceProfile(
+        "h100-80gb",
+        _H100_FLOPS,
+        3.35e12,
+        50e9,
+        50e9,
+        80 * _GIB,
+        256 * _GIB,
+        4e-6,
+        *_HOPPER_EFFICIENCIES,
+        link=450e9,
+        source=f"NVIDIA H100 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; the same chip as the H200: {_ON_HOPPER}",
+    ),
+    "h200": DeviceProfile(
+        "h200",
+        _H100_FLOPS,
+        4.8e12,
+        55e9,
+        55e9,
+        141 * 10**9,
+        128 * _GIB,
+        4e-6,
+        *_HOPPER_EFFICIENCIES,
+        both_ways=0.92,
+        link=450e9,
+        source=(
+            "NVIDIA H200 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; copies to the host at 55 GB/s each way and in "
+            f"device memory at 4.3 TB/s measured with torch 2.11; {_ON_HOPPER}"
+        ),
+    ),
+    "b200": DeviceProfile(
+        "b200",
+        {"bfloat16": 2250e12, "float16": 2250e12, "float32": 75e12, "float64": 37e12},
+        8e12,
+        50e9,
+        50e9,
+        180 * 10**9,
+        256 * _GIB,
+        4e-6,
+        _rising_to(0.776, 6.0),
+        _rising_to(0.35, 2.0),
+        _rising_to(0.30, 2.0),
+        link=900e9,
+        source=f"NVIDIA B200 datasheet, PCIe 5 x16, NVLink 1.8 TB/s; {_MAMF}: 1745 of 2250 TFLOP/s",
+        notes=("attention: assumed, by analogy with FlashAttention-2 on the H100",),
+    ),
+    "cpu": DeviceProfile(
+        "cpu",
+        {"float32": 1.0e11, "float64": 5.0e10, "bfloat16": 5.0e10, "float16": 2.5e10},
+        1.0e10,
+        4.0e9,
+        4.0e9,
+        16 * _GIB,
+        16 * _GIB,
+        2e-6,
+        ((1e4, 0.007), (1e5, 0.06), (1e6, 0.35), (1e7, 0.64), (1e8, 0.7)),
+        ((1e4, 0.004), (1e5, 0.04), (1e6, 0.2), (1e7, 0.36), (1e8, 0.4)),
+        ((1e4, 0.004), (1e5, 0.04), (1e6, 0.2), (1e7, 0.36), (1e8, 0.4)),
+        device="cpu",
+        memory_efficiency=1.0,
+        link=1e9,
+        link_efficiency=1.0,
+        source="two cores with AVX2 at 3 GHz: 16 float32 FMAs a cycle; memcpy rates as measured on such a machine",
+    ),
+}
+
+_ALIASES = {"a100": "a100-80gb", "a800": "a800-80gb", "h100": "h100-80gb"}
+
+
+def resolve(hardware: str, device: str = "cpu") -> DeviceProfile:
+    """The profile of a name, a JSON file, or "auto": the one measured on this machine, else by the device's name.
+
+    Raises:
+        InvalidOption: neither a built-in profile nor a readable file.
+    """
+    if hardware == "auto":
+        return measured_here(device) or built_in(device)
+    name = _ALIASES.get(hardware.lower(), hardware.lower())
+    if name in PROFILES:
+        return PROFILES[name]
+    path = Path(hardware)
+    there = False
+    with contextlib.suppress(OSError, ValueError):  # no name that a file could have
+        there = path.is_file()
+    if there:
+        return load(path)
+    raise InvalidOption("hardware", hardware, f'"auto", one of {", ".join(PROFILES)}, or a profile\'s JSON file')
+
+
+def built_in(device: str) -> DeviceProfile:
+    """The built-in profile that is nearest to this machine's device of a type."""
+    return PROFILES[_detect(device)]
+
+
+def measured_here(device: str) -> DeviceProfile | None:
+    """What `memo doctor --measure` stored for this type of device; None where there is none, or another machine's."""
+    stored = stored_profile(device)
+    if not stored.exists():
+        return None
+    profile = load(stored)
+    if profile.device == device and profile.name == machine_name(device):
+        return profile
+    log.warning("%s is of %s (%s), not of this machine: it is not used", stored, profile.name, profile.device)
+    return None
+
+
+def machine_name(device: str) -> str:
+    """What tells a device from others of its type: its model, and for a CPU the number of cores."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _detect(device: str) -> str:
+    if device != "cuda":
+        return "cpu"
+    import torch
+
+    name = torch.cuda.get_device_name().lower()
+    for key in ("h200", "b200", "h100", "a800", "a100"):
+        if key in name:
+            return _ALIASES.get(key, key)
+    log.warning("no built-in profile for %s: costs are those of an A100; run `memo doctor --measure`", name)
+    return "a100-80gb"
+
+
+def stored_profile(device: str) -> Path:
+    """Where `memo doctor --measure` keeps this machine's profile; MEMO_PROFILES names another folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memo_compile"
+    return Path(os.environ.get("MEMO_PROFILES", cache)) / f"profile-{device}.json"
+
+
+_TABLES = ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency")
+_ABOVE_ZERO = (
+    "memory_bandwidth",
+    "d2h",
+    "h2d",
+    "memory",
+    "host_memory",
+    "memory_efficiency",
+    "both_ways",
+    "link",
+    "link_efficiency",
+)
+
+
+def from_fields(raw: Mapping[str, Any]) -> DeviceProfile:
+    """A profile from the fields that `dataclasses.asdict` gives, be it by way of JSON.
+
+    Raises:
+        TypeError, ValueError: they are not those of a profile.
+    """
+    values = dict(raw)
+    for name in _TABLES:
+        values[name] = _table(name, values.get(name, ()))
+    values["notes"] = tuple(values.get("notes", ()))
+    profile = DeviceProfile(**values)
+    for name in _ABOVE_ZERO:
+        value = getattr(profile, name)
+        if not _is_above_zero(value):
+            raise ValueError(f"{name} = {shown(value)} must be a finite number above 0")
+    if profile.launch_overhead != 0 and not _is_above_zero(profile.launch_overhead):
+        raise ValueError(f"launch_overhead = {shown(profile.launch_overhead)} must be a finite number of at least 0")
+    flops = profile.peak_flops
+    if not isinstance(flops, Mapping) or "float32" not in flops or not all(map(_is_above_zero, flops.values())):
+        raise ValueError(f"peak_flops = {shown(flops)} must name float32, and each be a finite number above 0")
+    return profile
+
+
+def _table(name: str, raw: Iterable[tuple[Any, Any]]) -> Efficiency:
+    """An efficiency's entries; `share_at` takes logarithms of sizes, and of how far two are apart."""
+    allowed = f"{name} must be a list of (FLOPs, share), both finite and above 0, the FLOPs rising"
+    try:
+        table = tuple((float(size), float(share)) for size, share in raw)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{allowed} ({error})") from error
+    rising = all(low < high for (low, _), (high, _) in pairwise(table))
+    if not table or not rising or not all(_is_above_zero(number) for entry in table for number in entry):
+        raise ValueError(f"{allowed}, not {shown(table)}")
+    return table
+
+
+def _is_above_zero(value: object) -> bool:
+    """Whether it is a number above 0 that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def load(path: Path) -> DeviceProfile:
+    """Read a profile from JSON.
+
+    Raises:
+        InvalidOption: the file is no profile.
+    """
+    try:
+        return from_fields(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        known = ", ".join(f.name for f in fields(DeviceProfile))
+        raise InvalidOption("hardware", str(path), f"a JSON file with a profile's fields, {known} ({error})") from error
+
+
+def save(profile: DeviceProfile, path: Path) -> None:
+    """Write a profile as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(profile), indent=1), encoding="utf-8")
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process's cgroups allow; None where they set no limit."""
+    return min((group.allowed for group in cgroup_limits()), default=None)
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that this process may still take: what is free, capped by the limits of its cgroups."""
+    return min([_meminfo_available(), *(group.left for group in cgroup_limits())])
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_AVPHYS_PAGES"))
+
+
+@dataclass(frozen=True)
+class CgroupLimit:
+    """Bytes that a cgroup allows, and what is left of them."""
+
+    allowed: int
+    left: int
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a version of cgroups calls its files, and the page cache in its statistics."""
+
+    limit: str
+    used: str
+    cache: str
+
+
+_VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
+_NO_LIMIT = 2**60  # what version 1 writes for none is more
+
+
+def cgroup_limits(
+    mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[CgroupLimit]:
+    """The limits that hold for this process: that of its own cgroup, and of each group above it.
+
+    A container may be told its path on the host, of which it sees only its own group, as the root: what is not there
+    is passed over.
+    """
+    own = _own_groups(membership)
+    hierarchies = (
+        (mount, "", _VERSION_2),
+        (mount / "unified", "", _VERSION_2),
+        (mount / "memory", "memory", _VERSION_1),
+    )
+    found = []
+    for root, controller, files in hierarchies:
+        group = own.get(controller, PurePosixPath())
+        found += [_limit_of(root / above, files) for above in (group, *group.parents)]
+    return [limit for limit in found if limit is not None]
+
+
+def _own_groups(membership: Path) -> dict[str, PurePosixPath]:
+    """The process's group by controller, from the root of its hierarchy; version 2 names none, and is ""."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return {}
+    groups = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        groups.update(dict.fromkeys(controllers.split(","), PurePosixPath(path.lstrip("/"))))
+    return groups
+
+
+def _limit_of(group: Path, files: _Files) -> CgroupLimit | None:
+    """A group's limit; None where it sets none ("max"), or is not there."""
+    try:
+        allowed = int((group / files.limit).read_text())
+        used = int((group / files.used).read_text())
+        left = allowed - used + _stat(group / "memory.stat", files.cache)
+    except (OSError, ValueError):
+        return None
+    return CgroupLimit(allowed, max(0, left)) if allowed < _NO_LIMIT else None
+
+
+def _stat(path: Path, key: str) -> int:
+    """A line of a cgroup's statistics; here the page cache that the kernel gives up first."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next((int(value) for name, value in lines if name == key), 0)

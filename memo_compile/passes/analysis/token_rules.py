@@ -1,0 +1,497 @@
+"""What each op does to the token axis: one rule an op, and no rule means that slicing ends there.
+
+A rule is asked, for an op whose operands' axes are known: along which axis do rows of the output depend on the same
+rows of the operands, and what does it need of each operand for that? It follows from what the op computes, never from
+sizes that happen to be equal, so that a wrong seed can make slicing worse but never wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.passes.fx.facts import has_tag, is_random
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """Dimension `dim` of a value is the flattening of (outer, tokens, inner): token t is the rows [o, t, i]."""
+
+    dim: int
+    outer: int
+    tokens: int
+    inner: int
+
+    def at(self, dim: int) -> TokenAxis:
+        """The same axis at another dimension."""
+        return TokenAxis(dim, self.outer, self.tokens, self.inner)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A rule's answer. `needs[i]` is the axis along which the i-th input node must be sliced, None: needed whole.
+
+    `outputs` are the axes of the op's results, one for an op with one. `mixing` says that rows of the output depend on
+    other rows of the operands: the axis then only says how the result can be stored in slices.
+    """
+
+    outputs: tuple[TokenAxis | None, ...]
+    needs: tuple[TokenAxis | None, ...]
+    mixing: bool = False
+
+
+Axes = Mapping[fx.Node, TokenAxis]
+Rule = Callable[[fx.Node, Axes], Flow | None]
+
+
+def flow(node: fx.Node, axes: Axes) -> Flow | str:
+    """The flow of the token axis through `node`, or why it ends there."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return f"no rule for {target}"
+    if target is torch.ops.aten.view.dtype:  # of the same name as the view of another shape, and no such view
+        return f"no rule for {target}"
+    rule = RULES.get(target._schema.name)
+    if rule is None and is_elementwise(node):
+        rule = pointwise
+    if rule is None:
+        return f"no rule for {target}"
+    found = rule(node, axes)
+    return found if found is not None else f"{target} reads across the token axis"
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether every element of the result reads the elements of the operands at its own place, broadcast."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return has_tag(node, torch.Tag.pointwise) or name in _ELEMENTWISE
+
+
+_ELEMENTWISE = frozenset(
+    {
+        "prims::convert_element_type",
+        "aten::_to_copy",
+        "aten::clone",
+        "aten::where",
+        "aten::full_like",
+        "aten::detach",
+        "aten::alias",
+        "prims::fma",
+        "aten::expand",
+    }
+)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The static shape of a node's tensor."""
+    return tuple(int(s) for s in node.meta["val"].shape)
+
+
+def _tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _wrap(dim: int, rank: int) -> int:
+    return dim % rank if rank else 0
+
+
+def _need(operand: fx.Node, out_rank: int, axis: TokenAxis) -> TokenAxis | None:
+    """What a broadcasting op needs of an operand for rows of its output: the aligned dimension, or all of it."""
+    if not _tensor(operand):
+        return None
+    shape = shape_of(operand)
+    dim = axis.dim - (out_rank - len(shape))
+    if dim < 0 or shape[dim] == 1:
+        return None
+    return axis.at(dim)
+
+
+def pointwise(node: fx.Node, axes: Axes) -> Flow | None:
+    """Elementwise with broadcasting: row i of the output reads row i of each operand that has the dimension."""
+    if not _tensor(node):
+        return None
+    rank = len(shape_of(node))
+    for operand in node.all_input_nodes:
+        axis = axes.get(operand)
+        if axis is None:
+            continue
+        out = axis.at(axis.dim + rank - len(shape_of(operand)))
+        if out.dim >= 0 and shape_of(node)[out.dim] == axis.outer * axis.tokens * axis.inner:
+            return Flow((out,), needs_of_pointwise(node, out))
+    return None
+
+
+def needs_of_pointwise(node: fx.Node, out: TokenAxis) -> tuple[TokenAxis | None, ...]:
+    """What rows of an elementwise result need of each operand."""
+    rank = len(shape_of(node))
+    return tuple(_need(o, rank, out) for o in node.all_input_nodes)
+
+
+def _first(node: fx.Node, axes: Axes) -> tuple[fx.Node, TokenAxis] | None:
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source in axes:
+        return source, axes[source]
+    return None
+
+
+def _only(node: fx.Node, source: fx.Node, need: TokenAxis) -> tuple[TokenAxis | None, ...]:
+    return tuple(need if n is source else None for n in node.all_input_nodes)
+
+
+def through_view(shape: Sequence[int], axis: TokenAxis, out_shape: Sequence[int]) -> TokenAxis | None:
+    """The axis after a view from `shape` to `out_shape`; None where no dimension holds the token factor whole.
+
+    >>> through_view((3, 8, 4), TokenAxis(1, 1, 8, 1), (24, 4))
+    TokenAxis(dim=0, outer=3, tokens=8, inner=1)
+    >>> through_view((24, 4), TokenAxis(0, 3, 8, 1), (3, 2, 4, 4)) is None
+    True
+    """
+    before = math.prod(shape[: axis.dim]) * axis.outer
+    passed = 1
+    for dim, size in enumerate(out_shape):
+        if passed <= before and before % passed == 0 and size > 1:
+            outer = before // passed
+            if size % (outer * axis.tokens) == 0:
+                return TokenAxis(dim, outer, axis.tokens, size // (outer * axis.tokens))
+        passed *= size
+    return None
+
+
+def _view(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    out = through_view(shape_of(source), axis, shape_of(node))
+    return None if out is None else Flow((out,), _only(node, source, axis))
+
+
+def _permutation(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    rank = len(shape_of(source))
+    order = list(range(rank))
+    name = node.target._schema.name  # type: ignore[union-attr]
+    args: Any = node.args
+    if name == "aten::permute":
+        order = [_wrap(d, rank) for d in args[1]]
+    else:
+        a, b = (0, rank - 1) if name == "aten::t" else (_wrap(args[1], rank), _wrap(args[2], rank))
+        if name == "aten::t" and rank < 2:
+            a = b = 0
+        order[a], order[b] = order[b], order[a]
+    return Flow((axis.at(order.index(axis.dim)),), _only(node, source, axis))
+
+
+def _expand(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    return Flow((axis.at(axis.dim + len(shape_of(node)) - len(shape_of(source))),), _only(node, source, axis))
+
+
+def _unsqueeze(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    at = _wrap(args[1], len(shape_of(source)) + 1)
+    return Flow((axis.at(axis.dim + (at <= axis.dim)),), _only(node, source, axis))
+
+
+def _squeeze(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    out = through_view(shape_of(source), axis, shape_of(node))
+    return None if out is None else Flow((out,), _only(node, source, axis))
+
+
+def _along(position: int, default: int = 0) -> Rule:
+    """Ops that work along one dimension, given as argument `position`: another than the token's leaves rows alone."""
+
+    def rule(node: fx.Node, axes: Axes) -> Flow | None:
+        found = _first(node, axes)
+        if found is None:
+            return None
+        source, axis = found
+        args: Any = node.args
+        dim = _wrap(args[position] if len(args) > position else default, len(shape_of(source)))
+        if dim == axis.dim:
+            return None
+        count = len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else 1
+        return Flow((axis,) * count, _only(node, source, axis))
+
+    return rule
+
+
+def _slice(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    dim = _wrap(args[1] if len(args) > 1 else 0, len(shape_of(source)))
+    if dim == axis.dim and shape_of(node) != shape_of(source):
+        return _fresh(node, axis)
+    return Flow((axis,), _only(node, source, axis))
+
+
+def _fresh(node: fx.Node, axis: TokenAxis) -> Flow | None:
+    """Rows were dropped or added: what follows can be sliced along the new rows, this op itself runs whole."""
+    tokens = shape_of(node)[axis.dim]
+    if axis.outer != 1 or axis.inner != 1 or tokens < 2:
+        return None
+    return Flow((TokenAxis(axis.dim, 1, tokens, 1),), (None,) * len(node.all_input_nodes), mixing=True)
+
+
+def _select(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    dim = _wrap(args[1], len(shape_of(source)))
+    if dim == axis.dim:
+        return None
+    return Flow((axis.at(axis.dim - (dim < axis.dim)),), _only(node, source, axis))
+
+
+def _unbind(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    dim = _wrap(args[1] if len(args) > 1 else 0, len(shape_of(source)))
+    if dim == axis.dim:
+        return None
+    return Flow((axis.at(axis.dim - (dim < axis.dim)),) * len(node.meta["val"]), _only(node, source, axis))
+
+
+def _cat(node: fx.Node, axes: Axes) -> Flow | None:
+    args: Any = node.args
+    parts = [p for p in args[0] if isinstance(p, fx.Node)]
+    rank = len(shape_of(node))
+    dim = _wrap(args[1] if len(args) > 1 else 0, rank)
+    for part in parts:
+        axis = axes.get(part)
+        if axis is not None and axis.dim != dim:
+            fits = all(len(shape_of(p)) == rank and shape_of(p)[axis.dim] == shape_of(node)[axis.dim] for p in parts)
+            return Flow((axis,), (axis,) * len(node.all_input_nodes)) if fits else None
+        if axis is not None:
+            return _fresh(node, axis)
+    return None
+
+
+def _reduction(node: fx.Node, axes: Axes) -> Flow | None:
+    """sum, mean, amax, var_mean, …: rows survive where the token dimension is not reduced."""
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    rank = len(shape_of(source))
+    dims: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
+    if dims is None or dims == []:
+        return None
+    reduced = {_wrap(d, rank) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if axis.dim in reduced:
+        return None
+    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    outputs = []
+    for value in values:
+        kept = value.dim() == rank
+        outputs.append(axis if kept else axis.at(axis.dim - sum(1 for d in reduced if d < axis.dim)))
+    return Flow(tuple(outputs), _only(node, source, axis))
+
+
+def _mm(node: fx.Node, axes: Axes) -> Flow | None:
+    args: Any = node.args
+    left, right = args[-2], args[-1]
+    out_rank = len(shape_of(node))
+    batched = out_rank == 3
+    rows, columns = (1, 2) if batched else (0, 1)
+
+    def answer(out: TokenAxis, need_left: TokenAxis | None, need_right: TokenAxis | None) -> Flow:
+        needs: list[TokenAxis | None] = []
+        for operand in node.all_input_nodes:
+            wanted = [n for o, n in ((left, need_left), (right, need_right)) if o is operand]
+            if not wanted:
+                needs.append(_need(operand, out_rank, out))  # the bias of addmm broadcasts
+            else:
+                needs.append(wanted[0] if all(w == wanted[0] for w in wanted) else None)
+        return Flow((out,), tuple(needs))
+
+    if left is right:
+        return None
+    a, b = axes.get(left), axes.get(right)
+    if batched and ((a is not None and a.dim == 0) or (b is not None and b.dim == 0)):
+        axis = a if a is not None and a.dim == 0 else b
+        return None if axis is None else answer(axis, axis, axis)
+    if a is not None and a.dim == rows:
+        return answer(a, a, None)
+    if b is not None and b.dim == columns:
+        return answer(b, None, b)
+    return None
+
+
+def _layer_norm(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    if axis.dim >= len(shape_of(source)) - len(args[1]):
+        return None
+    return Flow((axis, axis, axis), _only(node, source, axis))
+
+
+def _embedding(node: fx.Node, axes: Axes) -> Flow | None:
+    args: Any = node.args
+    index = args[1]
+    if index not in axes:
+        return None
+    return Flow((axes[index],), _only(node, index, axes[index]))
+
+
+def _gather(node: fx.Node, axes: Axes) -> Flow | None:
+    args: Any = node.args
+    source, dim, index = args[0], args[1], args[2]
+    rank = len(shape_of(source))
+    for operand in (index, source):
+        axis = axes.get(operand)
+        same = axis is not None and shape_of(source)[axis.dim] == shape_of(index)[axis.dim]
+        if axis is not None and same and axis.dim != _wrap(dim, rank):
+            return Flow((axis,), tuple(axis if n in (source, index) else None for n in node.all_input_nodes))
+    return None
+
+
+def _pad(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    from_end = 2 * (len(shape_of(source)) - 1 - axis.dim)
+    if any(args[1][from_end : from_end + 2]):
+        return _fresh(node, axis)
+    return Flow((axis,), _only(node, source, axis))
+
+
+def _attention(node: fx.Node, axes: Axes) -> Flow | None:
+    """Fused attention over (batch, heads, sequence, head size): rows of the output follow those of the query.
+
+    Along the batch each row is alone. Along the sequence a row reads all keys: the axis tells how to store the result.
+    """
+    args: Any = node.args
+    query = args[0]
+    if query not in axes:
+        return None
+    axis = axes[query]
+    outputs = []
+    for value in node.meta["val"]:
+        fits = isinstance(value, torch.Tensor) and value.dim() > axis.dim
+        size = axis.outer * axis.tokens * axis.inner
+        outputs.append(axis if fits and int(value.shape[axis.dim]) == size else None)
+    if axis.dim == 0:
+        rank = len(shape_of(query))
+        needs = tuple(_need(n, rank, axis) for n in node.all_input_nodes)
+        return Flow(tuple(outputs), needs)
+    # What no data input reaches, the mask, can at least be stored by rows of the query.
+    stored = (None if n in axes else _need(n, len(shape_of(query)), axis) for n in node.all_input_nodes)
+    return Flow(tuple(outputs), tuple(stored), mixing=True)
+
+
+def _collective(node: fx.Node, axes: Axes) -> Flow | None:
+    """Gathering rows of all ranks, or sharing them out: dimension `dim` is the flattening of (ranks, rows of one)."""
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    args: Any = node.args
+    before, after = shape_of(source), shape_of(node)
+    dim = _wrap(args[1], len(before)) if before != after else axis.dim
+    if dim != axis.dim or before == after:
+        return Flow((axis,), _only(node, source, axis))
+    outer, left = divmod(axis.outer * after[dim], before[dim])
+    return (
+        None
+        if left or not outer
+        else Flow((TokenAxis(dim, outer, axis.tokens, axis.inner),), _only(node, source, axis))
+    )
+
+
+def _dropout(node: fx.Node, axes: Axes) -> Flow | None:
+    found = _first(node, axes)
+    if found is None:
+        return None
+    source, axis = found
+    return Flow((axis, axis), _only(node, source, axis))
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), _view),
+    **dict.fromkeys(("aten::t", "aten::transpose", "aten::permute"), _permutation),
+    "aten::expand": _expand,
+    "aten::unsqueeze": _unsqueeze,
+    **dict.fromkeys(("aten::squeeze",), _squeeze),
+    **dict.fromkeys(("aten::split", "aten::split_with_sizes"), _along(2)),
+    "aten::unbind": _unbind,
+    "aten::slice": _slice,
+    "aten::select": _select,
+    "aten::cat": _cat,
+    **dict.fromkeys(
+        ("aten::_softmax", "aten::_safe_softmax", "aten::_log_softmax", "aten::softmax", "aten::log_softmax"), _along(1)
+    ),
+    **dict.fromkeys(("aten::cumsum",), _along(1)),
+    **dict.fromkeys(
+        (
+            "aten::sum",
+            "aten::mean",
+            "aten::amax",
+            "aten::amin",
+            "aten::var_mean",
+            "aten::var",
+            "aten::logsumexp",
+            "aten::argmax",
+            "aten::any",
+        ),
+        _reduction,
+    ),
+    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"), _mm),
+    "aten::native_layer_norm": _layer_norm,
+    "aten::embedding": _embedding,
+    "aten::gather": _gather,
+    "aten::constant_pad_nd": _pad,
+    **dict.fromkeys(
+        (
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "aten::_scaled_dot_product_flash_attention",
+            "aten::_scaled_dot_product_efficient_attention",
+            "aten::_scaled_dot_product_cudnn_attention",
+        ),
+        _attention,
+    ),
+    "aten::native_dropout": _dropout,
+    **dict.fromkeys(("memo_collectives::all_gather", "memo_collectives::reduce_scatter"), _collective),
+    "memo_collectives::all_reduce": _collective,
+    # Ops with the pointwise look whose operands do not broadcast.
+    **dict.fromkeys(
+        ("aten::index", "aten::index_put", "aten::slice_backward", "aten::select_backward"), lambda n, a: None
+    ),
+}
+
+
+def sliceable(node: fx.Node, found: Flow) -> bool:
+    """Whether running the op on sliced operands gives a slice of its result."""
+    return not found.mixing and not is_random(node)

@@ -1,0 +1,292 @@
+"""Follows the token axis through a graph, and cuts values and ops into token slices along it.
+
+`annotate_tokens` writes `node.meta["memo_tokens"]`; `slice_value`, `sliced_copy` and `concat_tokens` act on it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.passes.analysis.token_rules import (
+    Axes,
+    Flow,
+    TokenAxis,
+    flow,
+    is_elementwise,
+    needs_of_pointwise,
+    shape_of,
+    sliceable,
+)
+from memo_compile.passes.fx.facts import is_pure, nbytes, op_name, source_line
+
+META = "memo_tokens"
+
+_VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::squeeze"})
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """The token axis of a node's value.
+
+    `operands` says, for each of `node.all_input_nodes`, along which axis it is sliced to compute a slice of this value
+    (None: it is needed whole). `sliceable`: rows can be computed so; else `reason` says why not. `mixing`: the op reads
+    across tokens, and the axis only says how the value is stored in slices.
+    """
+
+    axis: TokenAxis
+    operands: tuple[TokenAxis | None, ...]
+    sliceable: bool
+    mixing: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenStop:
+    """A node at which the axis ended."""
+
+    node: str
+    op: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """The chosen axis in words, its number of tokens (0: there is none), and where it ended."""
+
+    axis: str
+    tokens: int
+    stops: tuple[TokenStop, ...]
+
+
+def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenReport:
+    """Follow the token axis from the data inputs, and write `TokenInfo` to each node that it reaches.
+
+    The axis is the dimension of the data inputs along which most bytes can be cut off, down to one token: the sequence
+    at batch 1, the sequence or the batch otherwise. Of a few sequences, one by one is less than token by token.
+
+    Args:
+        gm: a joint or forward graph with static shapes.
+        inputs: placeholders that hold data (no parameters).
+    """
+    for node in gm.graph.nodes:
+        node.meta.pop(META, None)
+    best: tuple[float, int, int, dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
+    for dim, size in _candidates(inputs):
+        infos, stops = _follow(gm, _seed(inputs, dim, size))
+        score = sum(nbytes(n) for n, info in infos.items() if info.sliceable) * (1 - 1 / size)
+        if best is None or score > best[0]:
+            best = (score, dim, size, infos, stops)
+    if best is None:
+        return TokenReport("none: no data input has a dimension that counts tokens", 0, ())
+    _, dim, size, infos, stops = best
+    for node, info in infos.items():
+        node.meta[META] = info
+    return TokenReport(f"dimension {dim} of the data inputs ({size} tokens)", size, tuple(stops))
+
+
+def _candidates(inputs: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    found: dict[tuple[int, int], None] = {}
+    for node in inputs:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            for dim, size in enumerate(shape_of(node)[:2]):
+                if size > 1:
+                    found[dim, size] = None
+    return sorted(found, key=lambda c: (-c[0], -c[1]))
+
+
+def _seed(inputs: Sequence[fx.Node], dim: int, size: int) -> dict[fx.Node, TokenAxis]:
+    seeds = {}
+    for node in inputs:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            shape = shape_of(node)
+            if len(shape) > dim and shape[dim] == size:
+                seeds[node] = TokenAxis(dim, 1, size, 1)
+    return seeds
+
+
+def _follow(gm: fx.GraphModule, seeds: Axes) -> tuple[dict[fx.Node, TokenInfo], list[TokenStop]]:
+    axes: dict[fx.Node, TokenAxis] = dict(seeds)
+    results: dict[fx.Node, tuple[TokenAxis | None, ...]] = {}
+    infos: dict[fx.Node, TokenInfo] = {}
+    stops: list[TokenStop] = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node in axes:
+            infos[node] = TokenInfo(axes[node], (), False, False, "an input")
+        if node.op != "call_function":
+            continue
+        if node.target is operator.getitem:
+            _follow_item(node, axes, results, infos)
+            continue
+        if not any(a in axes or a in results for a in node.all_input_nodes):
+            continue
+        found = flow(node, axes)
+        if isinstance(found, str):
+            stops.append(TokenStop(node.name, op_name(node), source_line(node), found))
+            continue
+        _record(node, found, axes, results, infos)
+    _from_readers(gm, axes, infos)
+    return infos, stops
+
+
+def _record(
+    node: fx.Node,
+    found: Flow,
+    axes: dict[fx.Node, TokenAxis],
+    results: dict[fx.Node, tuple[TokenAxis | None, ...]],
+    infos: dict[fx.Node, TokenInfo],
+) -> None:
+    can = sliceable(node, found)
+    reason = "" if can else f"{op_name(node)} {'mixes tokens' if found.mixing else 'draws random numbers'}"
+    axis = next((a for a in found.outputs if a is not None), None)
+    if axis is None:
+        return
+    infos[node] = TokenInfo(axis, found.needs, can, found.mixing, reason)
+    if isinstance(node.meta["val"], torch.Tensor):
+        axes[node] = axis
+    else:
+        results[node] = found.outputs
+
+
+def _follow_item(
+    node: fx.Node,
+    axes: dict[fx.Node, TokenAxis],
+    results: dict[fx.Node, tuple[TokenAxis | None, ...]],
+    infos: dict[fx.Node, TokenInfo],
+) -> None:
+    parent, index = node.args
+    if not isinstance(parent, fx.Node) or parent not in results or not isinstance(index, int):
+        return
+    axis = results[parent][index] if index < len(results[parent]) else None
+    if axis is None:
+        return
+    of = infos[parent]
+    axes[node] = axis
+    infos[node] = TokenInfo(axis, (of.axis,), of.sliceable, of.mixing, of.reason)
+
+
+def _from_readers(gm: fx.GraphModule, axes: Mapping[fx.Node, TokenAxis], infos: dict[fx.Node, TokenInfo]) -> None:
+    """Values that no data input reaches (masks, tables of positions) but whose rows a reader wants.
+
+    Elementwise ones are followed up; others are at least stored in slices.
+    """
+    for node in reversed(gm.graph.nodes):
+        info = infos.get(node)
+        if info is None:
+            continue
+        for operand, need in zip(node.all_input_nodes, info.operands, strict=True):
+            known = operand in infos or operand in axes or operand.op == "placeholder"
+            if need is None or known or not isinstance(operand.meta.get("val"), torch.Tensor):
+                continue
+            if is_elementwise(operand) and is_pure(operand):
+                infos[operand] = TokenInfo(need, needs_of_pointwise(operand, need), True, False, "")
+            else:
+                reason = f"{op_name(operand)} is made from no data input: its rows are not computed alone"
+                infos[operand] = TokenInfo(need, (None,) * len(operand.all_input_nodes), False, False, reason)
+
+
+def slice_value(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
+    """Insert nodes that compute token rows [lo, hi) of a value."""
+    shape = shape_of(node)
+    rows = slice_view(graph, node, axis, lo, hi)
+    if axis.outer == 1:
+        return rows
+    folded = list(shape)
+    folded[axis.dim] = axis.outer * (hi - lo) * axis.inner
+    return call(graph, torch.ops.aten.reshape.default, (rows, folded))
+
+
+def slice_view(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
+    """Insert nodes that view token rows [lo, hi) of a dense value where they lie: nothing is copied.
+
+    Where the axis has an outer factor the rows are no view of the value's own rank; the result has two dimensions more.
+    """
+    shape = shape_of(node)
+    if axis.outer == 1:
+        return call(graph, torch.ops.aten.slice.Tensor, (node, axis.dim, lo * axis.inner, hi * axis.inner))
+    unfolded = [*shape[: axis.dim], axis.outer, axis.tokens, axis.inner, *shape[axis.dim + 1 :]]
+    wide = call(graph, torch.ops.aten.reshape.default, (node, unfolded))
+    return call(graph, torch.ops.aten.slice.Tensor, (wide, axis.dim + 1, lo, hi))
+
+
+def concat_tokens(graph: fx.Graph, parts: Sequence[fx.Node], axis: TokenAxis) -> fx.Node:
+    """Insert nodes that join token slices, in order, into the whole value."""
+    if axis.outer == 1:
+        return call(graph, torch.ops.aten.cat.default, (list(parts), axis.dim))
+    wide = []
+    for part in parts:
+        shape = shape_of(part)
+        rows = shape[axis.dim] // (axis.outer * axis.inner)
+        unfolded = [*shape[: axis.dim], axis.outer, rows, axis.inner, *shape[axis.dim + 1 :]]
+        wide.append(call(graph, torch.ops.aten.reshape.default, (part, unfolded)))
+    whole = call(graph, torch.ops.aten.cat.default, (wide, axis.dim + 1))
+    folded = list(shape_of(parts[0]))
+    folded[axis.dim] = axis.outer * axis.tokens * axis.inner
+    return call(graph, torch.ops.aten.reshape.default, (whole, folded))
+
+
+def sliced_copy(
+    graph: fx.Graph, node: fx.Node, info: TokenInfo, args: Mapping[fx.Node, fx.Node], lo: int, hi: int
+) -> fx.Node:
+    """Insert a copy of `node` that computes token rows [lo, hi) from `args`, its operands sliced or whole."""
+    rows = info.axis.outer * (hi - lo) * info.axis.inner
+    target: Any = node.target
+    new_args: Any = fx.node.map_arg(node.args, lambda n: args[n])
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    if name in _VIEWS:
+        sizes = list(shape_of(node))
+        sizes[info.axis.dim] = rows
+        target, new_args = torch.ops.aten.reshape.default, (new_args[0], sizes)
+    elif name == "aten::expand":
+        sizes = list(shape_of(node))
+        sizes[info.axis.dim] = rows
+        new_args = (new_args[0], sizes)
+    elif name == "aten::slice" and shape_of(node) == shape_of(node.all_input_nodes[0]):
+        return new_args[0]
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: args[n])
+    copy = call(graph, target, new_args, kwargs)
+    for key in ("stack_trace", "nn_module_stack", "original_aten", "from_node", "seq_nr"):
+        if key in node.meta:
+            copy.meta[key] = node.meta[key]
+    return copy
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """Insert a call and compute its fake value."""
+    kwargs = kwargs or {}
+    node = graph.call_function(target, args, kwargs)
+    values: Any = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with fake_mode(graph), torch.no_grad():
+        node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The fake tensor mode that a graph was traced with."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    raise AssertionError("a graph without fake tensors")
+
+
+__all__ = [
+    "META",
+    "TokenAxis",
+    "TokenInfo",
+    "TokenReport",
+    "TokenStop",
+    "annotate_tokens",
+    "call",
+    "concat_tokens",
+    "fake_mode",
+    "slice_value",
+    "slice_view",
+    "sliced_copy",
+]

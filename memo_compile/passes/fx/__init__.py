@@ -1,0 +1,1 @@
+"""What the passes share about FX graphs: facts about a node, builders, provenance."""

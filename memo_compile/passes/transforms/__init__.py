@@ -1,0 +1,1 @@
+"""Passes that act on what was annotated and decided."""

@@ -1,0 +1,278 @@
+"""Splits a joint graph into a forward and a backward, for a chosen set of saved activations.
+
+The private parts of torch's partitioner that memo uses are named in `_torch_partitioner`, and nowhere else.
+Tried with torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.errors import DrawnTwice
+from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.facts import (
+    is_cheap,
+    is_pure,
+    is_random,
+    is_reduction,
+    is_seed,
+    is_view,
+    nbytes,
+    storage_of,
+)
+from memo_compile.passes.fx.provenance import because
+
+NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
+SMALL_STATISTIC = 8  # a reduction is kept beside its argument if it is so many times smaller than the result
+
+
+@dataclass(frozen=True)
+class Split:
+    """A forward and a backward graph. `saved` names the forward values that the backward receives, in order."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[str, ...]
+    num_forward_outputs: int
+
+
+def _torch_partitioner() -> Any:
+    from torch._functorch import partitioners
+
+    return partitioners
+
+
+def split_min_cut(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, static_inputs: list[int] | None) -> Split:
+    """torch's own split: what `inductor` would run. The joint graph loses its dead and duplicate nodes on the way."""
+    forward, backward = _torch_partitioner().min_cut_rematerialization_partition(
+        joint,
+        inputs,
+        compiler="inductor",
+        num_fwd_outputs=num_fwd_outputs,
+        static_lifetime_input_indices=static_inputs,
+    )
+    return Split(forward, backward, _saved_names(forward, num_fwd_outputs), num_fwd_outputs)
+
+
+def split_saving(joint: fx.GraphModule, saved: Collection[fx.Node], num_fwd_outputs: int) -> Split:
+    """Split so that the backward receives `saved` and what it reads of the inputs, and computes what else it needs.
+
+    The order of the backward is left as extracted (recomputation first): `order_backward` comes after the slices.
+    """
+    partitioners = _torch_partitioner()
+    # What the backward does not read of these, torch leaves out again.
+    wanted = set(saved) | readable_inputs(joint)
+    values = [n for n in joint.graph.nodes if n in wanted]
+    symbols = [n for n in values if partitioners.is_sym_node(n)]
+    values = [n for n in values if not partitioners.is_sym_node(n)]
+    forward, backward = partitioners._extract_fwd_bwd_modules(
+        joint, values, saved_sym_nodes=symbols, num_fwd_outputs=num_fwd_outputs
+    )
+    _check_drawn_once(forward, backward)
+    return Split(forward, backward, _saved_names(forward, num_fwd_outputs), num_fwd_outputs)
+
+
+def _check_drawn_once(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+    """A second draw of the forward's random numbers would give other numbers, and wrong gradients."""
+    drawn = {n.name for n in forward.graph.nodes if n.op == "call_function" and is_random(n)}
+    again = [n.name for n in backward.graph.nodes if n.op == "call_function" and n.name in drawn]
+    if again:
+        raise DrawnTwice(again)
+
+
+def order_backward(backward: fx.GraphModule) -> fx.GraphModule:
+    """Put each recomputation directly before the first gradient that needs it, as autograd's engine would."""
+    partitioners = _torch_partitioner()
+    ordered: fx.GraphModule = partitioners.raise_getitems(partitioners.reordering_to_mimic_autograd_engine(backward))
+    return ordered
+
+
+def saved_in(joint: fx.GraphModule, split: Split) -> list[fx.Node] | None:
+    """The nodes of the joint graph that a split saves; None where it saves something that the joint graph lacks.
+
+    In the user's own checkpoints torch rewrites ops that may draw random numbers, attention without dropout among them.
+    The forward then saves states of the generator, too, under names that may belong to something else in the joint
+    graph: these are left out.
+    """
+    theirs = {n.name: n for n in split.forward.graph.nodes}
+    mine = {n.name: n for n in joint.graph.nodes}
+    saved = [n for n in split.saved if not _is_generator_state(theirs[n])]
+    return [mine[n] for n in saved] if all(_stands_for(theirs[n], mine.get(n)) for n in saved) else None
+
+
+def keep_overwritten(joint: fx.GraphModule, saved: Collection[fx.Node]) -> bool:
+    """Put a copy in the place of each input that is saved and that the graph itself overwrites; whether there was one.
+
+    torch's split saves such an input itself, and the backward would read what the forward has written to it (a buffer
+    that is used and then updated).
+    """
+    graph, readable = joint.graph, readable_inputs(joint)
+    inputs = {storage_of(n) for n in saved} - readable
+    overwritten = [n for n in graph.find_nodes(op="placeholder") if n in inputs]
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in overwritten:
+        _keep(joint, node, node, first)
+    joint.recompile()
+    return bool(overwritten)
+
+
+_STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
+
+
+def _keep(joint: fx.GraphModule, node: fx.Node, as_it_was: fx.Node, first: fx.Node) -> None:
+    """Let the readers of `node` read a copy of `as_it_was`, made before `first`.
+
+    A view by strides and an offset is of the input's own memory, and a copy is laid out otherwise: so that view is taken
+    of the input, and copied itself. What writes through one makes the input's new value, and reads the input.
+    """
+    for view in [u for u in node.users if u.target is torch.ops.aten.as_strided.default and u is not as_it_was]:
+        with joint.graph.inserting_before(first):
+            earlier = call(joint.graph, view.target, (as_it_was, *view.args[1:]), dict(view.kwargs))
+        _keep(joint, view, earlier, first)
+    readers = [u for u in node.users if u.op != "output" and u.target not in _STRIDED and not _writes_to(u, node)]
+    if not readers:
+        return
+    with because(joint, f"{node.name} as it was, for the backward"), joint.graph.inserting_before(first):
+        kept = call(joint.graph, torch.ops.memo.keep.default, (as_it_was,))
+    for user in readers:
+        user.replace_input_with(node, kept)
+
+
+def _writes_to(user: fx.Node, node: fx.Node) -> bool:
+    return bool(getattr(getattr(user.target, "_schema", None), "is_mutable", False)) and user.args[:1] == (node,)
+
+
+def _is_generator_state(node: fx.Node) -> bool:
+    made = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return str(made.target) == "run_and_save_rng_state" and node.args[1:] == (0,)
+
+
+def _stands_for(node: fx.Node, of: fx.Node | None) -> bool:
+    sources = [n.name for n in node.all_input_nodes]
+    return of is not None and node.target == of.target and sources == [n.name for n in of.all_input_nodes]
+
+
+def _saved_names(forward: fx.GraphModule, num_fwd_outputs: int) -> tuple[str, ...]:
+    (output,) = forward.graph.find_nodes(op="output")
+    return tuple(n.name for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node))
+
+
+def recompute_chain(value: fx.Node, available: Collection[fx.Node]) -> list[fx.Node] | None:
+    """The nodes that must run again, in graph order and `value` last, to make `value` from what is available.
+
+    Returns None where the chain meets a node that must not run twice: random numbers, collectives, mutations.
+    """
+    chain: dict[fx.Node, None] = {}
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if node in chain or (node in available and node is not value):
+            continue
+        if not is_pure(node):
+            return None
+        chain[node] = None
+        stack.extend(node.all_input_nodes)
+    position = {n: i for i, n in enumerate(value.graph.nodes)}
+    return sorted(chain, key=position.__getitem__)
+
+
+def readable_inputs(joint: fx.GraphModule) -> set[fx.Node]:
+    """The inputs that hold in the backward what they held in the forward: no tangents, nothing that is mutated."""
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    described = {d.mutated_input for d in _output_descriptors(joint) if hasattr(d, "mutated_input")}
+    mutated = {n for n in placeholders if n.meta.get("desc") in described}
+    for node in joint.graph.nodes:
+        if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            mutated.update(a for a in node.all_input_nodes[:1] if a.op == "placeholder")
+    return {n for n in placeholders if "tangents" not in str(n.target)} - mutated
+
+
+def num_mutated_outputs(gm: fx.GraphModule) -> int:
+    """How many leading outputs are not the user's, but new values of inputs that AOTAutograd copies back."""
+    return sum(1 for d in _output_descriptors(gm) if hasattr(d, "mutated_input"))
+
+
+def _output_descriptors(gm: fx.GraphModule) -> list[Any]:
+    """AOTAutograd's description of each output; private: `output.meta["desc"]`, `InputMutationAOTOutput`."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return [d for d in output.meta.get("desc", ()) if d is not None]
+
+
+def canonical_saved(joint: fx.GraphModule, saved: Collection[fx.Node]) -> list[fx.Node]:
+    """What min-cut saved, made small and alike in every layer.
+
+    A view, expand or cast gives way to its smallest ancestor, a normalized value to what it was made from and its small
+    statistics; a value that cheap ops make from inputs and from other saved values is not saved at all. Seeds of random
+    numbers are saved, so that a draw can be made again. The result is in graph order, and still gives the backward all
+    that it needs.
+    """
+    inputs = readable_inputs(joint)
+    chosen = {n for value in saved for n in _origin(value, inputs)}
+    chosen |= {n for n in _ancestors(chosen) if is_seed(n)}
+    position = {n: i for i, n in enumerate(joint.graph.nodes)}
+    # Latest first: a later value is made from earlier ones, and dropping it cannot take away what they need.
+    for node in sorted(chosen - inputs, key=position.__getitem__, reverse=True):
+        chain = recompute_chain(node, (chosen - {node}) | inputs)
+        if chain is not None and all(is_cheap(n) for n in chain):
+            chosen.discard(node)
+    return sorted(chosen, key=position.__getitem__)
+
+
+def _ancestors(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _origin(value: fx.Node, inputs: Collection[fx.Node]) -> list[fx.Node]:
+    """The smallest single value that cheap ops make `value` from, the oldest among equals; and small reductions of it.
+
+    A view holds its whole storage, so that the storage itself is saved in its place: once, however many views. The way
+    up is through single values (views, casts), and through norms: elementwise ops on a value and reductions of it.
+    """
+    storage = storage_of(value)
+    start = storage if storage.op == "call_function" or storage in inputs else value
+    best, statistics, reduced = start, list[fx.Node](), list[fx.Node]()
+    position = {n: i for i, n in enumerate(start.graph.nodes)}
+    frontier, copies_only = {start}, True
+    for _ in range(NORM_OPS):
+        node = max(frontier, key=position.__getitem__)
+        if not (is_cheap(node) or _is_statistic(node)):
+            break
+        frontier.remove(node)
+        frontier.update(a for a in node.all_input_nodes if len(node.all_input_nodes) == 1 or a not in inputs)
+        if _is_statistic(node) and nbytes(node):
+            reduced.append(node)
+        copies_only = copies_only and (is_view(node) or _is_copy(node))
+        if not frontier or any(n.op == "placeholder" and n not in inputs for n in frontier):
+            break
+        (parent, *others) = frontier
+        if others or not nbytes(parent):
+            continue
+        if nbytes(parent) < nbytes(best) or (nbytes(parent) == nbytes(best) and (copies_only or reduced)):
+            best, statistics = parent, [n for n in reduced if nbytes(n) * SMALL_STATISTIC <= nbytes(start)]
+            copies_only = True
+    return [best, *statistics]
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """A reduction that may run twice, or one of its results."""
+    if node.target is operator.getitem:
+        return is_reduction(node.all_input_nodes[0])
+    return is_reduction(node) and is_pure(node)
+
+
+def _is_copy(node: fx.Node) -> bool:
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return name in {"prims::convert_element_type", "aten::_to_copy", "aten::clone"}

@@ -1,0 +1,413 @@
+"""Acts on a plan: gives every saved activation its homes, token slice by token slice.
+
+In the forward, the offloaded rows of a value start their way to the host as soon as they are final, and the kept rows
+are all that is saved. In the backward the value is put together again from its parts: rows that were kept, rows that
+are prefetched, rows that are computed again from sliced operands. A value that is recomputed whole needs no slices: it
+is not saved, and the split computes it again (`partition.split_saving`).
+
+Rows lie in the order offloaded, recomputed, kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.passes.analysis.tokens import (
+    TokenAxis,
+    TokenInfo,
+    call,
+    concat_tokens,
+    fake_mode,
+    slice_value,
+    slice_view,
+    sliced_copy,
+)
+from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
+from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.transforms.partition import Split, order_backward, readable_inputs, recompute_chain
+from memo_compile.placement import Buffer, place
+
+HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Token rows [0, offloaded) go to the host, [offloaded, offloaded + recomputed) are made again, the rest is kept.
+
+    `axis` is None for a value with one home.
+    """
+
+    tokens: int
+    kept: int
+    offloaded: int
+    recomputed: int
+    axis: TokenAxis | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows have the same home."""
+        return self.tokens in (self.kept, self.offloaded, self.recomputed)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One slice that goes to the host and back: its bytes in the host lease, and the saved value it is part of."""
+
+    value: str
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The two graphs with homes in place, transfers in the order in which they start."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[str, ...]
+    transfers: tuple[Transfer, ...]
+    host_bytes: int
+
+
+UNCHECKED = "saved_tensor_with_no_vc_check"
+
+
+def fetch(lease: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Marks, in a backward not yet ordered, a slice that comes back from the host. `schedule` replaces it by transfers.
+
+    Raises:
+        AssertionError: always; a graph that still holds the mark was not scheduled.
+    """
+    raise AssertionError("a fetch mark was run: the backward was not scheduled")
+
+
+def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes], host_budget: int = -1) -> Sliced:
+    """Rewrite both graphs of `split` so that each saved value in `homes` has its homes.
+
+    `split.backward` must be unordered, as `split_saving` leaves it; the result's backward is ordered, its fetches still
+    marks. Values not in `homes` are kept whole.
+    """
+    split = _with_sources(joint, split, homes)
+    transfers, host_bytes = _layout(split, homes)
+    offsets = {t.value: t.offset for t in transfers}
+    saved = _rewrite_forward(split, homes, offsets, host_bytes, host_budget)
+    _rewrite_backward(joint, split, homes, offsets, host_bytes)
+    saved = _unchecked_last(split, saved)
+    backward = order_backward(split.backward)
+    split.forward.recompile()
+    backward.recompile()
+    return Sliced(split.forward, backward, saved, transfers, host_bytes)
+
+
+def _unchecked_last(split: Split, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """Tensors that a user's autograd function keeps by itself come last: AOTAutograd takes the last ones for these, and
+    checks that the others are as they were (`saved_tensor_with_no_vc_check`, torch/_functorch/partitioners.py).
+    """
+    (output,) = split.forward.graph.find_nodes(op="output")
+    results, handed_on = output.args[0][: split.num_forward_outputs], output.args[0][split.num_forward_outputs :]
+    order = sorted(range(len(handed_on)), key=lambda i: UNCHECKED in handed_on[i].meta)
+    if order == list(range(len(order))):
+        return saved
+    tangent = _first_tangent(split.backward.graph)
+    received = split.backward.graph.find_nodes(op="placeholder")[: len(order)]
+    output.args = ((*results, *(handed_on[i] for i in order)),)
+    for i in order:
+        tangent.prepend(received[i])
+    return tuple(saved[i] for i in order)
+
+
+def _with_sources(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes]) -> Split:
+    """Hand on the inputs that only recomputed slices read; they are the user's, and cost nothing to save."""
+    present = {n.name for n in split.backward.graph.nodes}
+    originals = {n.name: n for n in joint.graph.nodes}
+    inputs = readable_inputs(joint)
+    wanted: dict[str, None] = {}
+    for name, plan in homes.items():
+        if plan.recomputed and name in split.saved:
+            chain = _chain(joint, originals[name], present)
+            wanted.update((a.name, None) for n in chain for a in n.all_input_nodes if a in inputs)
+    extra = [n for n in wanted if n not in present]
+    if not extra:
+        return split
+    sources = {n.name: n for n in split.forward.graph.find_nodes(op="placeholder")}
+    (output,) = split.forward.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *(sources[name] for name in extra)),)
+    graph = split.backward.graph
+    with graph.inserting_before(_first_tangent(graph)):
+        for name in extra:
+            placeholder = graph.placeholder(name)
+            placeholder.meta.update(sources[name].meta)
+    return replace(split, saved=(*split.saved, *extra))
+
+
+def _first_tangent(graph: fx.Graph) -> fx.Node:
+    """Where the saved values of a backward end."""
+    return next(n for n in graph.nodes if n.op != "placeholder" or "tangents" in str(n.target))
+
+
+def _chain(joint: fx.GraphModule, value: fx.Node, present: Collection[str]) -> list[fx.Node]:
+    """What makes `value` again, from what the backward holds and from the inputs."""
+    available = {n for n in joint.graph.nodes if n.name in present and n is not value}
+    chain = recompute_chain(value, available | readable_inputs(joint))
+    assert chain is not None, f"{value.name} was given to recomputation but cannot be made again"
+    return chain
+
+
+def _layout(split: Split, homes: Mapping[str, Homes]) -> tuple[tuple[Transfer, ...], int]:
+    """Host offsets, and the bytes of the lease.
+
+    A slice lies on the host from its offload in the forward to its prefetch in the backward. So all of them are there
+    at the border of the two, none can lie where another has lain, and their sum is the least that there can be.
+    """
+    nodes = list(split.forward.graph.nodes)
+    slices: list[Buffer] = []
+    for step, node in enumerate(nodes):
+        plan = homes.get(node.name)
+        if plan is not None and plan.offloaded and node.name in split.saved:
+            value: torch.Tensor = node.meta["val"]
+            size = value.numel() * value.element_size() * plan.offloaded // plan.tokens
+            slices.append(Buffer(node.name, size, step, len(nodes) + 1))
+    placement = place(slices, alignment=HOST_ALIGNMENT)
+    return tuple(Transfer(s.name, placement.offsets[s.name], s.size) for s in slices), placement.peak
+
+
+def _rewrite_forward(
+    split: Split, homes: Mapping[str, Homes], offsets: Mapping[str, int], host_bytes: int, host_budget: int
+) -> tuple[str, ...]:
+    graph = split.forward.graph
+    (output,) = graph.find_nodes(op="output")
+    outputs: list[Any] = list(output.args[0])
+    kept: list[fx.Node] = []
+    lease: fx.Node | None = None
+    if offsets:
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first), because(split.forward, "the host memory of this call's offloads"):
+            lease = call(graph, torch.ops.memo.host_lease.default, (host_bytes, host_budget))
+    for value in outputs[split.num_forward_outputs :]:
+        plan = homes.get(value.name)
+        if plan is None or plan.kept == plan.tokens:
+            kept.append(value)
+            continue
+        if plan.offloaded:
+            assert lease is not None
+            with because(split.forward, f"{_rows(value.name, plan, 0, plan.offloaded)} go to the host", value.name):
+                _offload(graph, value, plan, lease, offsets[value.name])
+        if plan.kept:
+            why = f"{_rows(value.name, plan, plan.tokens - plan.kept, plan.tokens)} stay on the device, alone"
+            with graph.inserting_before(_after(_last_use(value, value))), because(split.forward, why, value.name):
+                rows = _physical_rows(graph, value, plan, plan.tokens - plan.kept, plan.tokens)
+                copy = call(graph, torch.ops.memo.keep.default, (rows,))
+                copy.meta["memo_part_of"] = value.name
+                copy.meta.update({key: value.meta[key] for key in (UNCHECKED,) if key in value.meta})
+                kept.append(copy)
+    saved = [*kept, *([lease] if lease is not None else [])]
+    output.args = (tuple(outputs[: split.num_forward_outputs]) + tuple(saved),)
+    if "desc" in output.meta:
+        output.meta["desc"] = _descriptions(output.meta["desc"], split.num_forward_outputs, len(saved))
+    output.meta.pop("output_stack_traces", None)
+    return tuple(n.name for n in saved)
+
+
+def _rows(name: str, plan: Homes, lo: int, hi: int) -> str:
+    return name if plan.tokens == 1 else f"rows [{lo}, {hi}) of {plan.tokens} of {name}"
+
+
+def _descriptions(old: list[Any], forward_outputs: int, saved: int) -> list[Any]:
+    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+
+    return list(old[:forward_outputs]) + [SavedForBackwardsAOTOutput(i) for i in range(saved)]
+
+
+def _offload(graph: fx.Graph, value: fx.Node, plan: Homes, lease: fx.Node, offset: int) -> None:
+    """Start the copy where the value is final; `schedule_waits` moves the wait to where the copy has ended."""
+    with graph.inserting_before(_after(value)):
+        rows = _offloaded_rows(graph, value, plan)
+        start = call(graph, torch.ops.memo.offload.default, (rows, lease, offset))
+    with graph.inserting_before(_after(_last_use(value, start))):
+        call(graph, torch.ops.memo.offload_wait.default, (rows, lease, offset))
+
+
+def _after(node: fx.Node) -> fx.Node:
+    """The place after a node, and after the tuple items or placeholders that must stand together."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+
+def _last_use(value: fx.Node, start: fx.Node) -> fx.Node:
+    """The last node from `start` on that reads the value's storage."""
+    last, seen = start, False
+    for node in value.graph.nodes:
+        seen = seen or node is start
+        if (
+            seen
+            and node.op == "call_function"
+            and any(storage_of(a) is storage_of(value) for a in node.all_input_nodes)
+        ):
+            last = node
+    return last
+
+
+def _rewrite_backward(
+    joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes], offsets: Mapping[str, int], host_bytes: int
+) -> None:
+    graph = split.backward.graph
+    originals = {n.name: n for n in joint.graph.nodes}
+    order = {n.name: i for i, n in enumerate(joint.graph.nodes)}
+    # By name only what the split made: nodes inserted below take fresh names that the joint graph may know too.
+    present = {n.name: n for n in graph.nodes if n.op != "output"}
+    place = {n: order[n.name] for n in present.values() if n.name in order and n.op != "placeholder"}
+    lease: fx.Node | None = None
+    if offsets:
+        with graph.inserting_before(_first_tangent(graph)):
+            lease = graph.placeholder(HOST_LEASE)
+            with fake_mode(graph):
+                lease.meta["val"] = torch.empty(host_bytes, dtype=torch.uint8, device="cpu")
+    for name in split.saved:  # in the forward's order: a value's operands are put together before it
+        plan = homes.get(name)
+        if plan is None or plan.kept == plan.tokens:
+            continue
+        held = present[name]
+        value: torch.Tensor = held.meta["val"]
+        before = _first_after(graph, place, order[name])
+        back, again = plan.offloaded, plan.offloaded + plan.recomputed
+        with graph.inserting_before(before), because(split.backward, f"{name} is put together again", name):
+            parts: list[fx.Node] = []
+            if plan.offloaded:
+                assert lease is not None
+                with because(split.backward, f"{_rows(name, plan, 0, back)} come back from the host"):
+                    parts.append(_fetched(graph, lease, offsets[name], value, plan))
+            if plan.recomputed:
+                with because(split.backward, f"{_rows(name, plan, back, again)} are computed again"):
+                    parts.append(_recomputed(joint, graph, originals[name], present, plan))
+            if plan.kept:
+                with because(split.backward, f"{_rows(name, plan, again, plan.tokens)} were kept"):
+                    parts.append(_kept_rows(graph, held, plan))
+            whole = parts[0] if len(parts) == 1 else concat_tokens(graph, parts, _physical_axis(value, plan))
+            whole = _logical(graph, whole, value)
+        held.replace_all_uses_with(whole, delete_user_cb=lambda user, w=whole: user is not w)
+        graph.erase_node(held)
+        present[name] = whole
+
+
+def _fetched(graph: fx.Graph, lease: fx.Node, offset: int, value: torch.Tensor, plan: Homes) -> fx.Node:
+    shape = _slice_shape(value, plan, plan.offloaded)
+    node = graph.call_function(fetch, (lease, offset, shape, value.dtype))
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+    return node
+
+
+def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Homes) -> fx.Node:
+    """A placeholder for the kept rows, in the place of the one for the whole value."""
+    value: torch.Tensor = held.meta["val"]
+    with graph.inserting_before(held):
+        rows = graph.placeholder(f"{held.name}_kept")
+    with fake_mode(graph):
+        rows.meta["val"] = torch.empty(_slice_shape(value, plan, plan.kept), dtype=value.dtype, device=value.device)
+    return rows
+
+
+def _recomputed(
+    joint: fx.GraphModule, graph: fx.Graph, value: fx.Node, present: Mapping[str, fx.Node], plan: Homes
+) -> fx.Node:
+    """Rows of `value` made again from what the backward holds, in physical order."""
+    assert plan.axis is not None
+    chain = _chain(joint, value, present)
+    lo, hi = plan.offloaded, plan.offloaded + plan.recomputed
+    rows = _sliced_chain(graph, value, chain, present, lo, hi)
+    return _permuted(graph, rows, _physical_order(value.meta["val"]))
+
+
+def _sliced_chain(
+    graph: fx.Graph, value: fx.Node, chain: Sequence[fx.Node], present: Mapping[str, fx.Node], lo: int, hi: int
+) -> fx.Node:
+    in_chain = frozenset(chain)
+    sliced: dict[fx.Node, fx.Node] = {}
+    whole: dict[fx.Node, fx.Node] = {}
+
+    def make_whole(node: fx.Node) -> fx.Node:
+        if node not in in_chain:
+            return present[node.name]
+        if node not in whole:
+            whole[node] = graph.node_copy(node, make_whole)
+        return whole[node]
+
+    def make_rows(node: fx.Node, axis: TokenAxis) -> fx.Node:
+        info: TokenInfo | None = node.meta.get("memo_tokens")
+        # An item of a tuple that the backward holds whole is cut itself: a tuple cannot be.
+        held = node not in in_chain or (node.target is operator.getitem and node.args[0] not in in_chain)
+        if held or info is None or not info.sliceable or info.axis != axis:
+            return slice_value(graph, make_whole(node), axis, lo, hi)
+        if node not in sliced:
+            arguments = {
+                a: make_whole(a) if need is None else make_rows(a, need)
+                for a, need in zip(node.all_input_nodes, info.operands, strict=True)
+            }
+            sliced[node] = sliced_copy(graph, node, info, arguments, lo, hi)
+        return sliced[node]
+
+    return make_rows(value, value.meta["memo_tokens"].axis)
+
+
+# Physical order: slices are cut and joined along memory, so that a whole value has the strides that its readers expect.
+
+
+def _physical_order(value: torch.Tensor) -> tuple[int, ...]:
+    strides = value.stride()
+    return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
+
+
+def _physical_axis(value: torch.Tensor, plan: Homes) -> TokenAxis:
+    assert plan.axis is not None
+    place = _physical_order(value).index(plan.axis.dim)
+    return TokenAxis(place, plan.axis.outer, plan.axis.tokens, plan.axis.inner)
+
+
+def _slice_shape(value: torch.Tensor, plan: Homes, rows: int) -> tuple[int, ...]:
+    shape = [int(value.shape[d]) for d in _physical_order(value)]
+    if rows != plan.tokens:
+        axis = _physical_axis(value, plan)
+        shape[axis.dim] = axis.outer * rows * axis.inner
+    return tuple(shape)
+
+
+def _physical_rows(graph: fx.Graph, value: fx.Node, plan: Homes, lo: int, hi: int) -> fx.Node:
+    physical = _permuted(graph, value, _physical_order(value.meta["val"]))
+    if hi - lo == plan.tokens:
+        return physical
+    return slice_value(graph, physical, _physical_axis(value.meta["val"], plan), lo, hi)
+
+
+def _offloaded_rows(graph: fx.Graph, value: fx.Node, plan: Homes) -> fx.Node:
+    """The rows that leave, where they lie: row-major they are what `_fetched` asks for, whatever their rank."""
+    physical = _permuted(graph, value, _physical_order(value.meta["val"]))
+    if plan.offloaded == plan.tokens:
+        return physical
+    return slice_view(graph, physical, _physical_axis(value.meta["val"], plan), 0, plan.offloaded)
+
+
+def _logical(graph: fx.Graph, node: fx.Node, value: torch.Tensor) -> fx.Node:
+    order = _physical_order(value)
+    return _permuted(graph, node, tuple(order.index(d) for d in range(len(order))))
+
+
+def _permuted(graph: fx.Graph, node: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    if order == tuple(range(len(order))):
+        return node
+    return call(graph, torch.ops.aten.permute.default, (node, list(order)))
+
+
+def _first_after(graph: fx.Graph, place: Mapping[fx.Node, int], position: int) -> fx.Node:
+    """The first node that the joint graph has behind `position`: what is put before it stands in a valid order."""
+    for node in graph.nodes:
+        if node.op == "output" or place.get(node, -1) > position:
+            return node
+    raise AssertionError("a graph without output")

@@ -1,0 +1,1 @@
+"""From an annotated joint graph to a plan: which activation is kept, offloaded or recomputed."""

@@ -1,0 +1,1 @@
+"""`memo check`: memory and time against a committed baseline."""

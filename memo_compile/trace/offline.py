@@ -1,0 +1,204 @@
+"""Plans a training step without running it: Dynamo and AOTAutograd trace it on fake tensors, and then it stops.
+
+Private torch APIs, tried with torch 2.11 to 2.15: `torch._inductor.fx_passes.replace_random`, of `torch._guards`
+`detect_fake_mode`, and of `torch._subclasses.fake_tensor` `unset_fake_temporarily`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch.fx as fx
+
+from memo_compile.errors import NothingToPlan, memo_error
+from memo_compile.options import Options
+from memo_compile.passes.analysis.costs import Timer
+from memo_compile.passes.fx.facts import check_sizes
+from memo_compile.planning.fit_budget import settle
+from memo_compile.planning.planner import Decided, Prepared, prepare
+from memo_compile.schema import Plan
+from memo_compile.trace.setting import Setting, limits_for, setting_for
+from memo_compile.versions import check_torch
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensorMode
+
+
+class _Traced(BaseException):
+    """Ends the tracing once the joint graph is there. Not an `Exception`: nothing wraps it."""
+
+
+def plan_offline(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> Plan:
+    """See `memo_compile.plan`."""
+    p, setting = trace(model, args, kwargs, options)
+    limits = limits_for(setting, p.unplanned_peak)
+    settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo")
+    return replace(settled.decided.plan, budget=limits.budget, rounds=settled.rounds)
+
+
+def trace(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    *,
+    timer: Timer | None = None,
+) -> tuple[Prepared, Setting]:
+    """Trace a training step of `model(*args, **kwargs)` into one joint graph, and find out all that no plan changes.
+
+    `timer` measures kernels on a device, as `graph_costs` takes it.
+
+    Raises:
+        MemoError: the model does not trace into one graph, needs no gradient, or a mistake in the options.
+    """
+    import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+    from torch._inductor.decomposition import select_decomp_table
+
+    from memo_compile.runtime.ops import register
+
+    check_torch()
+    parsed = Options.parse(options)
+    register()
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        setting = setting_for(parsed, inputs)
+
+        def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **rest: Any) -> Any:
+            static = rest.get("static_lifetime_input_indices")
+            _draw_from_seeds(joint)
+            measured = _with_real_tensors(timer)
+            check_sizes(joint)
+            p = prepare(joint, joint_inputs, num_fwd_outputs, static, setting.profile, fused=True, timer=measured)
+            raise _Traced(p, setting)
+
+        def inference(graph: fx.GraphModule, _: Any) -> Any:
+            raise NothingToPlan("the model needs no gradient: nothing is saved, and there is nothing to plan.")
+
+        decompositions = select_decomp_table()
+        return aot_autograd(fw_compiler=inference, partition_fn=partition, decompositions=decompositions)(gm, inputs)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    try:
+        compiled(*args, **kwargs)
+    except Unsupported as error:
+        raise NothingToPlan(f"the model does not trace into one graph: {error}") from error
+    except BackendCompilerFailed as error:
+        mistake = memo_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
+    except _Traced as traced:
+        found: tuple[Prepared, Setting] = traced.args
+        return found
+    raise NothingToPlan("the model traced into no graph that needs gradients.")
+
+
+def _with_real_tensors(timer: Timer | None) -> Timer | None:
+    """The same timer, for use while tensors are fake."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    def timed(node: fx.Node) -> float | None:
+        with unset_fake_temporarily():
+            return timer(node) if timer is not None else None
+
+    return timed if timer is not None else None
+
+
+def _draw_from_seeds(joint: fx.GraphModule) -> None:
+    """What Inductor does before it partitions: from a seed, a dropout's mask can be made again."""
+    from torch._guards import detect_fake_mode
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+    from torch._inductor.virtualized import V
+
+    mode: Any = detect_fake_mode([n.meta.get("val") for n in joint.graph.find_nodes(op="placeholder")])
+    with V.set_fake_mode(mode):
+        replace_random_passes(joint)
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """One graph of a step: its plan, placed as Inductor would emit it, and the bytes that its transfers move."""
+
+    plan: Plan
+    bytes_out: int
+    bytes_in: int
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """All graphs of a training step, in order, and the reasons why Dynamo broke between them."""
+
+    graphs: tuple[PlannedGraph, ...]
+    breaks: tuple[str, ...]
+
+
+def plan_step(
+    mode: FakeTensorMode,
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+) -> PlannedStep:
+    """Plan every graph of one forward of `model` and its backward, with arenas from dry runs of Inductor.
+
+    Args:
+        mode: what the model and its inputs were made in. Each graph is run in it, so that the forward reaches the next.
+        model, args, kwargs: fake tensors throughout: nothing is allocated.
+
+    Raises:
+        MemoError: no graph needs gradients, a budget that cannot be kept, or a mistake in the options.
+    """
+    import torch
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._dynamo.utils import counters
+
+    from memo_compile.codegen.compiler import look
+    from memo_compile.runtime.ops import register
+
+    check_torch()
+    parsed = Options.parse(options)
+    register()
+    graphs: list[PlannedGraph] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        looked = look(gm, inputs, parsed)
+        if looked is not None:
+            graphs.append(PlannedGraph(looked.plan, *_moved(looked.decided)))
+
+        def forward(*values: Any) -> Any:
+            with mode:
+                return gm(*values)
+
+        return forward
+
+    torch._dynamo.reset()
+    broken = counters["graph_break"].copy()
+    try:
+        torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+    except BackendCompilerFailed as error:
+        mistake = memo_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
+    finally:
+        torch._dynamo.reset()
+    if not graphs:
+        raise NothingToPlan("the model traced into no graph that needs gradients.")
+    now = counters["graph_break"]
+    return PlannedStep(tuple(graphs), tuple(why for why in now for _ in range(now[why] - broken[why])))
+
+
+def _moved(decided: Decided) -> tuple[int, int]:
+    """Bytes that the graphs copy to the host, and back."""
+
+    def total(graph: fx.GraphModule, op: str) -> int:
+        values = [n.args[0].meta["val"] for n in graph.graph.nodes if str(n.target) == op]
+        return sum(v.numel() * v.element_size() for v in values)
+
+    return total(decided.forward, "memo.offload.default"), total(decided.backward, "memo.prefetch_.default")

@@ -1,0 +1,97 @@
+"""The verifier reads emitted code, and rejects what would overwrite a value that is still needed."""
+
+import pytest
+import torch
+import zoo
+
+from memo_compile.codegen import compiler
+from memo_compile.codegen.emitted.verifier import read_regions, verify_emitted
+from memo_compile.errors import PlacementOverlap
+
+FORWARD = """
+memo_arena_0 = empty_strided_cpu((128, ), (1, ), torch.uint8)
+buf0 = alloc_from_pool(memo_arena_0, 0, torch.float32, (16, ), (1, ))
+kernel(primals_1, buf0)
+buf1 = alloc_from_pool(memo_arena_0, {offset}, torch.float32, (16, ), (1, ))
+kernel(buf0, buf1)
+del buf0
+"""
+BACKWARD = """
+memo_arena_1 = empty_strided_cpu((64, ), (1, ), torch.uint8)
+buf2 = alloc_from_pool(memo_arena_1, 0, torch.float32, (16, ), (1, ))
+kernel(buf1, buf2)
+"""
+
+
+def forward(offset=64):
+    return read_regions(FORWARD.format(offset=offset).splitlines(), ["buf1"], ["primals_1"])
+
+
+def test_regions_that_share_no_bytes_pass():
+    verify_emitted(forward(), read_regions(BACKWARD.splitlines(), ["grad"], ["buf1", "grad"]), [(0, "buf1")])
+
+
+@pytest.mark.parametrize("returned", ["buf1", "buf2", "buf3"])
+def test_a_gradient_in_the_arena_is_rejected(returned):
+    """Also one that is written over what the forward has saved."""
+    text = BACKWARD + "buf3 = buf1; del buf1  # reuse\nkernel(buf2, buf3)"
+    with pytest.raises(PlacementOverlap, match="returned to the user"):
+        verify_emitted(forward(), read_regions(text.splitlines(), [returned], ["buf1"]), [(0, "buf1")])
+
+
+def test_an_output_in_the_arena_is_rejected():
+    with pytest.raises(PlacementOverlap, match="returned to the user"):
+        verify_emitted(forward(), read_regions(BACKWARD.splitlines(), [], ["saved"]), [])
+
+
+@pytest.mark.parametrize("offset", [0, 32, 63])
+def test_an_overlap_is_rejected(offset):
+    with pytest.raises(PlacementOverlap, match=r"buf1.*buf0"):
+        verify_emitted(forward(offset))
+
+
+def test_a_region_beyond_its_segment_is_rejected():
+    with pytest.raises(PlacementOverlap, match="has 128"):
+        verify_emitted(forward(96))
+
+
+def test_an_alias_keeps_its_region_alive():
+    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", "buf3 = reinterpret_tensor(buf0, (4, 4), (4, 1), 0)")
+    with pytest.raises(PlacementOverlap):
+        verify_emitted(read_regions((text + "\nkernel(buf3)").splitlines(), ["buf1"], ["primals_1"]))
+
+
+@pytest.mark.parametrize(
+    "view", ["torch.ops.aten.view_as_complex.default(buf0)", "torch.ops.aten.split.Tensor(split_size=8, self=buf0)"]
+)
+def test_a_view_that_a_kernels_call_makes_keeps_its_region_alive(view):
+    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", f"buf3 = {view}\nbuf4 = buf3")
+    with pytest.raises(PlacementOverlap):
+        verify_emitted(read_regions((text + "\nkernel(buf4)").splitlines(), ["buf1"], ["primals_1"]))
+
+
+def test_a_result_of_its_own_does_not():
+    sort = "buf3 = torch.ops.aten.sort.default(buf0)"
+    text = FORWARD.format(offset=0).replace("buf1 = alloc", f"{sort}\nbuf1 = alloc").replace("(buf0, buf1)", "(buf1)")
+    verify_emitted(read_regions((text + "\nkernel(buf3)").splitlines(), ["buf1"], ["primals_1"]))
+
+
+def test_bytes_may_be_used_again_once_their_owner_is_dead():
+    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", "kernel(primals_1, buf1)")
+    verify_emitted(read_regions(text.splitlines(), ["buf1"], ["primals_1"]))
+
+
+def test_a_sabotaged_plan_does_not_compile(monkeypatch):
+    """Every offset of the layout set to 0: the emitted code itself gives it away."""
+    from dataclasses import replace
+
+    whole = compiler.plan_arena
+
+    def sabotaged(*args, **kwargs):
+        layout = whole(*args, **kwargs)
+        return replace(layout, buffers=tuple(replace(b, offset=0) for b in layout.buffers))
+
+    monkeypatch.setattr(compiler, "plan_arena", sabotaged)
+    model, x = zoo.make("llama"), zoo.batch(1)
+    with pytest.raises(Exception, match=r"while .* still lies"):
+        zoo.gradients(model, torch.compile(model, backend="memo"), x)

@@ -1,0 +1,80 @@
+"""What a dry run says is what is emitted; where it is not, what is emitted counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.fx as fx
+import zoo
+
+import memo_compile
+from memo_compile.codegen import compiler
+from memo_compile.codegen.preview import dry_run
+from memo_compile.passes.analysis.tokens import call
+from memo_compile.runtime.ops import register
+
+register()
+ROWS, KEPT, WIDTH = 64, 16, 32
+
+
+def graph_that_keeps(keep):
+    """`x + 1`, of which only the last rows are returned."""
+    from torch._subclasses import FakeTensorMode
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    with FakeTensorMode():
+        x.meta["val"] = torch.empty(ROWS, WIDTH)
+    value = call(graph, torch.ops.aten.add.Tensor, (x, 1))
+    rows = call(graph, torch.ops.aten.slice.Tensor, (value, 0, ROWS - KEPT, ROWS))
+    graph.output((call(graph, keep, (rows,)),))
+    return fx.GraphModule({}, graph)
+
+
+def test_rows_that_stay_do_not_hold_the_rows_that_left():
+    body = dry_run(graph_that_keeps(torch.ops.memo.keep.default), is_backward=False)
+    assert body.storages[body.outputs[0]].bytes == KEPT * WIDTH * 4
+
+
+def test_a_clone_would_hold_them():
+    """The reason for `memo::keep`. When this fails, torch no longer drops such a clone, and one op less is needed."""
+    body = dry_run(graph_that_keeps(torch.ops.aten.clone.default), is_backward=False)
+    assert body.storages[body.outputs[0]].bytes == ROWS * WIDTH * 4
+
+
+def deceived(monkeypatch, *, backward, whenever):
+    """Dry runs of one of the graphs that see half of each buffer, where `whenever` says so."""
+
+    def looked(gm, *, is_backward, scalar, **kwargs):
+        body = dry_run(gm, is_backward=is_backward, scalar=scalar, **kwargs)
+        if is_backward != backward or not whenever(scalar):
+            return body
+        halved = {n: replace(s, bytes=s.bytes // 2) for n, s in body.storages.items() if s.kind == "allocated"}
+        return replace(body, storages={**body.storages, **halved})
+
+    monkeypatch.setattr(compiler, "dry_run", looked)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_graph_that_differs_from_its_dry_run_is_placed_as_it_is_emitted(backward, monkeypatch):
+    model, x = zoo.make("llama"), zoo.batch(1)
+    expected = zoo.gradients(model, model, x)
+    deceived(monkeypatch, backward=backward, whenever=lambda scalar: True)
+    got = zoo.gradients(model, torch.compile(model, backend="memo"), x)
+    zoo.assert_close(got[1], expected[1])
+    model.zero_grad(set_to_none=True)
+
+
+def test_a_budget_holds_for_what_is_emitted(monkeypatch):
+    model, x = zoo.make("llama"), zoo.batch(1)
+    expected = zoo.gradients(model, model, x)
+    attempts = []
+    deceived(monkeypatch, backward=True, whenever=lambda scalar: attempts.append(scalar) or scalar)
+    fn = torch.compile(model, backend="memo", options={"memory_budget": 0.8})
+    got = zoo.gradients(model, fn, x)
+    zoo.assert_close(got[1], expected[1])
+    model.zero_grad(set_to_none=True)
+    plan = memo_compile.plans()[-1]
+    assert memo_compile.measure_peak(lambda: fn(x, labels=x).backward()) <= plan.budget
+    assert attempts[0]
+    assert not attempts[-1]

@@ -1,0 +1,71 @@
+"""The closed loop between a plan and what it is found to hold."""
+
+from dataclasses import replace
+
+import pytest
+import zoo
+
+from memo_compile.errors import BudgetTooSmall
+from memo_compile.planning.fit_budget import ROUNDS, settle
+from memo_compile.trace.offline import trace
+from memo_compile.trace.setting import limits_for
+
+
+@pytest.fixture(scope="module")
+def traced():
+    model, x = zoo.one_layer_llama(), zoo.batch(1)
+    p, setting = trace(model, (x,), {"labels": x}, {"hardware": "h100", "memory_budget": "min"})
+    return p, limits_for(setting, p.unplanned_peak)
+
+
+def settled(p, limits, peak_of):
+    """What is settled on where `peak_of` says what a plan holds, with the plans it was asked about."""
+    asked = []
+
+    def evaluate(decided):
+        asked.append(decided)
+        return peak_of(decided), None
+
+    return settle(p, limits, evaluate, name="model", backend="memo"), asked
+
+
+def test_the_least_plan_is_taken_where_it_holds_less(traced):
+    p, limits = traced
+    found, asked = settled(p, limits, lambda d: p.unplanned_peak // 2)
+    assert found.decided.homes
+    assert len(asked) == 1
+
+
+def test_the_unplanned_graph_is_the_least_where_no_plan_holds_less(traced):
+    """Offloading a small model gains less than what a compiler no longer fuses."""
+    p, limits = traced
+    found, asked = settled(p, limits, lambda d: p.unplanned_peak - bool(not d.homes))
+    assert not found.decided.homes
+    assert found.peak == p.unplanned_peak - 1
+    assert len(asked) == 2
+
+
+def test_a_missed_budget_is_aimed_at_again_lower(traced):
+    p, limits = traced
+    budget = int(0.8 * p.unplanned_peak)
+    targets = []
+
+    def excess(decided):
+        targets.append(decided.limits.budget)
+        return budget + 1000 * (len(targets) < ROUNDS)
+
+    found, _ = settled(p, replace(limits, budget=budget, objective="time"), excess)
+    assert found.rounds == ROUNDS
+    assert budget > targets[0] > targets[1] + 1000
+
+
+def test_a_budget_that_no_plan_keeps_is_refused_with_what_was_found(traced):
+    p, limits = traced
+    with pytest.raises(BudgetTooSmall) as caught:
+        settled(
+            p,
+            replace(limits, budget=p.unplanned_peak // 2, objective="time"),
+            lambda d: p.unplanned_peak + bool(d.homes),
+        )
+    assert caught.value.least == p.unplanned_peak  # of the unplanned graph, which has no homes
+    assert any("llama.py" in line for line in caught.value.obstacles)

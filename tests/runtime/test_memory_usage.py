@@ -1,0 +1,43 @@
+"""Bytes at torch's allocator, above what was held before."""
+
+import torch
+
+from memo_compile.runtime.memory_usage import Usage, measure_peak, usage
+
+KIB = 1 << 10
+
+
+def block(kib):
+    return torch.empty(kib * KIB, dtype=torch.uint8)
+
+
+def test_the_peak_is_the_most_that_was_held_at_once():
+    def run():
+        first = block(64)
+        second = block(32)
+        del first
+        third = block(16)
+        return second, third
+
+    assert measure_peak(run) == 96 * KIB
+
+
+def test_what_was_held_before_does_not_count_and_what_stays_does():
+    held = [block(64)]
+    assert measure_peak(lambda: held.append(block(8))) == 8 * KIB
+    assert measure_peak(held.clear) == 0
+
+
+def test_arguments_are_passed_on():
+    assert measure_peak(torch.ones, KIB, dtype=torch.float64) == 8 * KIB
+
+
+def test_usage_gives_the_result_the_peak_and_what_is_held_in_the_end():
+    result, used = usage(lambda kib: [block(kib), block(kib), block(kib)][:2], 4)
+    assert len(result) == 2
+    assert used == Usage(peak=12 * KIB, held=8 * KIB)
+
+
+def test_a_running_profiler_is_left_alone():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert usage(block, 4)[1] is None

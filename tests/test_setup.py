@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -103,3 +104,16 @@ def test_a_compat_run_that_failed_or_never_was_is_told(xml, passed, failed, tmp_
         path.write_text(xml)
     found = row("2.11.0", path)
     assert (found["passed"], found["failed"]) == (passed, failed)
+
+
+def test_lint_and_types_read_every_directory():
+    """No part of the package or of its tests is left out: a pattern would also match folders of that name within."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert not {"exclude", "extend-exclude"} & (tools["ruff"].keys() | tools["ruff"]["lint"].keys())
+    assert not {"exclude", "ignore_errors"} & tools["mypy"].keys()
+    assert all(o.keys() == {"module", "ignore_missing_imports"} for o in tools["mypy"]["overrides"])
+    pytest.importorskip("ruff")
+    files = [sys.executable, "-m", "ruff", "check", "--show-files", "--no-cache", str(ROOT)]
+    read = {Path(p) for p in subprocess.run(files, capture_output=True, text=True, check=True).stdout.splitlines()}
+    for folder in ("memo_compile", "tests", "bench", "examples"):
+        assert set((ROOT / folder).rglob("*.py")) <= read

@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, storage_of, tensors

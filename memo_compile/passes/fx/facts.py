@@ -23,8 +23,8 @@ HOST_LEASE = "memo_host_lease"  # the placeholder through which a backward recei
 # Ops that make no new storage although their schema does not say so.
 _VIEW_LIKE = frozenset({"aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::lift_fresh_copy"})
 
-# Whose ops may run twice, as their schemas and tags tell. A collective has effects on other ranks, and an op of somebody
-# else's may draw random numbers or count its calls.
+# Whose ops may run twice, as their schemas and tags tell. A collective has effects on other ranks, and an op of
+# somebody else's may draw random numbers or count its calls.
 _KNOWN_NAMESPACES = frozenset({"aten", "prims", "inductor", "memo", "memo_collectives"})
 
 

@@ -1,8 +1,8 @@
 """Keeps matrix products where the plan has them.
 
-Inductor fuses `add(mm(a, b), c)` into `addmm(c, a, b)` at the place of the sum (torch/_inductor/fx_passes/post_grad.py).
-Where `c` comes much later, `a` and `b` are held until then: with a tied embedding the logits' gradient, which is the
-largest tensor of many models, would live through the whole backward.
+Inductor fuses `add(mm(a, b), c)` into `addmm(c, a, b)` at the place of the sum
+(torch/_inductor/fx_passes/post_grad.py). Where `c` comes much later, `a` and `b` are held until then: with a tied
+embedding the logits' gradient, which is the largest tensor of many models, would live through the whole backward.
 """
 
 from __future__ import annotations

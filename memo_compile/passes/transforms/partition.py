@@ -128,8 +128,8 @@ _STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter
 def _keep(joint: fx.GraphModule, node: fx.Node, as_it_was: fx.Node, first: fx.Node) -> None:
     """Let the readers of `node` read a copy of `as_it_was`, made before `first`.
 
-    A view by strides and an offset is of the input's own memory, and a copy is laid out otherwise: so that view is taken
-    of the input, and copied itself. What writes through one makes the input's new value, and reads the input.
+    A view by strides and an offset is of the input's own memory, and a copy is laid out otherwise: so that view is
+    taken of the input, and copied itself. What writes through one makes the input's new value, and reads the input.
     """
     for view in [u for u in node.users if u.target is torch.ops.aten.as_strided.default and u is not as_it_was]:
         with joint.graph.inserting_before(first):

@@ -1,7 +1,7 @@
 """Puts transfers where they belong in the order: waits as late, prefetches as early as the links need.
 
-`slices` leaves each offload where its slice is final, its wait behind the last reader, and each slice that comes back as
-a mark where it is first needed. Here the marks become a landing place, the start of its prefetch and a wait, and the
+`slices` leaves each offload where its slice is final, its wait behind the last reader, and each slice that comes back
+as a mark where it is first needed. Here the marks become a landing place, the start of its prefetch and a wait, and the
 waits of offloads move to where the copy has ended. A slice lands where it is read: nothing copies it again.
 
 Costs are estimates, and a copy may have to wait for its thread or its stream. So what memory has room for anyway begins

@@ -1,6 +1,7 @@
 """Layers are found from the graph alone: what repeats, where it begins, and which gradients belong to it."""
 
 from collections import Counter
+from itertools import pairwise
 
 import graphs
 import pytest
@@ -49,7 +50,7 @@ class UNet(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, 8, 16, 32)
-        self.down = nn.ModuleList(self.twice(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(self.twice(a, b) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in ((8, 16), (16, 32)))
         self.join = nn.ModuleList(self.twice(2 * a, a) for a in (8, 16))
         self.last = nn.Conv2d(8, 1, 1)
@@ -187,6 +188,6 @@ def test_a_hundred_and_sixty_layers_are_found():
             x = x + (x.tanh() @ w).sin().relu() * 2
         return x.sum()
 
-    gm, report = forward_only(deep, torch.ones(4, 8), torch.ones(8, 8))
+    _, report = forward_only(deep, torch.ones(4, 8), torch.ones(8, 8))
     assert report.classes == (0,) * 160
     assert report.stacks() == [range(160)]

@@ -62,7 +62,7 @@ def test_a_wait_stands_where_its_copy_has_ended(mode, seconds, products_before_w
 
 
 def backward_of(mode, parts, works=3):
-    """`works` products of a second each, then one value is read that is joined from `parts` rows of a fetch and others."""
+    """`works` products of a second each, then one value is read, joined from `parts` rows of a fetch and others."""
     graph = fx.Graph()
     g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 256))
     kept = placeholder(graph, "kept", tensor(mode, 2, 8))
@@ -183,7 +183,7 @@ def test_prefetches_that_start_together_start_in_the_order_in_which_they_are_nee
 
 
 def played(gm, seconds, rate):
-    """Seconds that a clock stands still at waits, and that copies take, each way one after another at `rate` bytes/s."""
+    """Seconds that a clock stands still at waits, and that copies take, one by one each way at `rate` bytes/s."""
     clock = free = waited = copied = 0.0
     ends = {}
     for node in gm.graph.nodes:

@@ -25,6 +25,7 @@ from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
 from memo_compile.codegen.emitted.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.kernels import kernels_beside
+from memo_compile.codegen.mutations import readers_before_writers
 from memo_compile.codegen.preview import dry_run
 from memo_compile.codegen.scheduler.fusion import wait_for_products
 from memo_compile.codegen.scheduler.lost_dependencies import Waits, added_waits, restored
@@ -58,7 +59,7 @@ log = logger(__name__)
 
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
-    with _collection_paused(), kernels_beside():
+    with _collection_paused(), kernels_beside(), readers_before_writers():
         return _compiled(gm, inputs, options)
 
 
@@ -103,7 +104,7 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked 
     def stop(*_: Any, **__: Any) -> Any:
         raise _Planned
 
-    with contextlib.suppress(_Planned), _collection_paused():
+    with contextlib.suppress(_Planned), _collection_paused(), readers_before_writers():
         _through_inductor(run, stop, gm, inputs)
     if run.plan is None or run.prepared is None or run.decided is None or run.evidence is None:
         return None

@@ -1,17 +1,19 @@
 """How Inductor lowers memo's ops that are no extern kernels of their own name.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.lowering.register_lowering` and `clone`; of
-`torch._inductor.ir` `ExternKernel.realize_input` and `copy_input`, `FallbackKernel.create`, `as_storage_and_layout`;
-`V.graph.env` and `V.graph.current_node`.
+`torch._inductor.ir` `ExternKernel.realize_input` and `copy_input`, `FallbackKernel.create`, `as_storage_and_layout`,
+values' `get_read_names`; `V.graph.env`, `V.graph.current_node` and `V.graph.name_to_buffer`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.utils._pytree as pytree
 
 from memo_compile.passes.fx.facts import storage_of
 from memo_compile.passes.transforms.attention import are_apart, may_be_overwritten
@@ -45,7 +47,8 @@ def _in_memory(box: Any) -> Any:
 def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any]:
     """Write over the buffers of the first `over` arguments, and return these as the results.
 
-    Passes of Inductor may have joined one of them with another value since memo looked: that one is copied first.
+    One that something still reads is copied first: passes of Inductor may have joined it with another value since memo
+    looked, and a value that the graph has made of it before may not be computed yet.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V
@@ -63,7 +66,7 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
             for name, other in zip(names, tensors, strict=True)
         )
         alone = apart and not joined and may_be_overwritten(node, tensors[i])
-        alone = alone and names[i] not in graph.graph_inputs and not _is_read_later(node, names[i], graph.env)
+        alone = alone and _is_its_own(names[i], graph) and not _is_read_later(node, names[i], graph.env)
         boxes.append(ir.TensorBox(value if alone else ir.ExternKernel.copy_input(args[i])))
     storages = {_storage(box).get_name(): ir.TensorBox(_storage(box)) for box in boxes}
     ir.FallbackKernel.create(kernel, list(storages.values()), *boxes, *args[over:], **keywords)
@@ -76,16 +79,31 @@ def _storage(value: Any) -> Any:
     return ir.as_storage_and_layout(value, freeze=False)[0]
 
 
-def _is_read_later(node: fx.Node, name: str, env: dict[fx.Node, Any]) -> bool:
-    """Whether a value of the graph that shares the buffer, though it may be no view of it, has readers to come.
+def _is_its_own(name: str, graph: Any) -> bool:
+    """Whether a buffer is no input, no view of another, and has no views that are buffers themselves."""
+    buffer = graph.name_to_buffer.get(name)
+    if buffer is None or name in graph.graph_inputs or buffer.get_inputs_that_alias_output():
+        return False
+    return not any(name in other.get_inputs_that_alias_output() for other in graph.name_to_buffer.values())
 
-    Inductor lowers some ops to nothing, so that two values of a graph are one buffer.
+
+def _is_read_later(node: fx.Node, name: str, env: dict[fx.Node, Any]) -> bool:
+    """Whether a value with readers to come lies in the buffer, or is to be computed from it.
+
+    Inductor lowers some ops to nothing, so that two values of a graph are one buffer, and elementwise ones to formulas,
+    which read where their own readers do.
     """
+    waiting = [value for other, value in env.items() if any(user > node for user in other.users)]
+    return any(name in _touched(leaf) for leaf in pytree.tree_leaves(waiting))
+
+
+def _touched(value: Any) -> Collection[str]:
+    """Names of the buffers that reading a lowered value reads."""
     from torch._inductor import ir
 
-    for other, value in env.items():
-        waiting = any(user > node for user in other.users)
-        realized = waiting and isinstance(value, ir.TensorBox) and ir.is_storage_and_layout(value)
-        if realized and _storage(value).get_name() == name:
-            return True
-    return False
+    if not isinstance(value, (ir.TensorBox, ir.StorageBox, ir.BaseView, ir.Buffer)):
+        return ()
+    if ir.is_storage_and_layout(value):
+        return (_storage(value).get_name(),)
+    names: Collection[str] = value.get_read_names()
+    return names

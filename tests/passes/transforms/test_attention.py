@@ -151,13 +151,13 @@ def test_no_thread_is_left_without_a_head(monkeypatch):
     assert heads_of_piece(1, 2, 4) == 2
 
 
-def compiled(fn, tensors):
-    """What Inductor makes of `fn`, rewritten first as memo rewrites a backward."""
+def compiled(fn, tensors, target=BACKWARD_ONTO):
+    """What Inductor makes of `fn`, rewritten first as memo rewrites it."""
     from torch._inductor.compile_fx import compile_fx_inner
 
     register_lowerings()
     gm = traced(fn, tensors)
-    assert rewritten(gm)
+    assert rewritten(gm, target)
     values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     return compile_fx_inner(gm, values)
 
@@ -195,6 +195,34 @@ def test_an_op_that_inductor_lowers_to_nothing_is_not_taken_for_a_copy():
     expected = casts(*tensors)
     found = compiled(casts, tensors)(list(tensors))
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_is_computed_from_an_operand_later_is_computed_from_the_operand():
+    """Inductor computes an elementwise value where that is read, which may be behind the attention."""
+
+    def early(g, q, k, v, out, sums, eye):
+        q, k, v = q @ eye, k @ eye, v @ eye
+        values = q.sin(), k.cos(), v.tanh()
+        made = BACKWARD(g, q, k, v, out, sums, 0.0, True)
+        return [a * b for a, b in zip(made, values, strict=True)]
+
+    tensors = (*given(4), torch.eye(8, dtype=torch.float64))
+    expected = early(*tensors)
+    found = compiled(early, tensors)(list(tensors))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_is_computed_from_the_queries_later_is_not_computed_from_the_output():
+    def early(q, k, v, eye):
+        q = q @ eye
+        value = q.sin()
+        return (KERNEL(q, k, v, 0.0, True)[0] + value,)
+
+    _, *qkv, _, _ = given(4)
+    tensors = (*qkv, torch.eye(8, dtype=torch.float64))
+    (expected,) = early(*tensors)
+    (found,) = compiled(early, tensors, ONTO)(list(tensors))
+    assert torch.allclose(found, expected, rtol=1e-12)
 
 
 def test_a_value_may_be_overwritten_where_it_is_read_last():

@@ -1,0 +1,58 @@
+"""Values that were made of a buffer before an op writes to it are computed before it does.
+
+Inductor lowers elementwise ops to formulas, which are computed where they are read. It computes those that read a
+buffer when an op that mutates it is lowered, but puts them behind that op (torch/_inductor/ir.py, `FallbackKernel`:
+the op is registered first, then come its `MutationOutput`s): they read what the op has written.
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.ir.FallbackKernel.create`, values'
+`realize` and `get_name`, and `V.graph.mark_buffer_mutated`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+
+@contextlib.contextmanager
+def readers_before_writers() -> Iterator[None]:
+    """Within, whatever was made of a buffer is computed before an op that mutates it."""
+    from torch._inductor import ir
+
+    kernel: Any = ir.FallbackKernel
+    original = kernel.__dict__["create"]
+
+    def create(cls: Any, op: Any, *args: Any, **keywords: Any) -> Any:
+        for value in _mutated(op, args, keywords):
+            _compute_readers(value)
+        return original.__get__(None, cls)(op, *args, **keywords)
+
+    kernel.create = classmethod(create)
+    try:
+        yield
+    finally:
+        kernel.create = original
+
+
+def _mutated(op: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+    """The lowered values that an op writes to, by its schema."""
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
+        return []
+    arguments = op._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, args, strict=False)} | keywords
+    written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return pytree.tree_leaves(written)
+
+
+def _compute_readers(value: Any) -> None:
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    if isinstance(value, (ir.TensorBox, ir.StorageBox, ir.BaseView, ir.Buffer)):
+        graph: Any = V.graph
+        value.realize()
+        graph.mark_buffer_mutated(value.get_name())

@@ -1,6 +1,7 @@
 """The autograd contract: what a training loop may do with a compiled model."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -453,10 +454,14 @@ def test_attention_inside_a_checkpoint_is_planned(backend):
 
 def test_a_budget_of_what_only_torch_can_split_is_refused_with_the_reason():
     layer = nn.Linear(32, 32)
+    policy = torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
+    contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, lambda *_, **__: policy)
+
+    def part(x):
+        return nn.functional.dropout(layer(x), 0.3)
 
     def run(x):
-        y = torch.utils.checkpoint.checkpoint(lambda x: nn.functional.dropout(layer(x), 0.3), x, use_reentrant=False)
-        return y.square().mean()
+        return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False, context_fn=contexts).square().mean()
 
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"(?s)cannot be kept.*torch\.utils\.checkpoint"):
         torch.compile(run, backend="memo_eager", options={"memory_budget": 0.2})(torch.randn(1024, 32)).backward()

@@ -42,7 +42,7 @@ from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.fx.facts import check_sizes, nbytes
-from memo_compile.passes.transforms.partition import num_mutated_outputs
+from memo_compile.passes.transforms.partition import num_mutated_outputs, received
 from memo_compile.planning.fit_budget import Settled, settle
 from memo_compile.planning.planner import Decided, Prepared, lease_input, lease_output, prepare
 from memo_compile.report.dumps import Dump
@@ -423,18 +423,19 @@ _NO_PLAN = Plan("", "memo", None, 0, 0, 0, 0.0, 0, 0, 0, "", 0.0, "", "", ())
 
 
 def _links(decided: Decided, num_forward_outputs: int) -> tuple[Link, ...]:
-    """Which forward output is which backward input: saved values come first among the backward's inputs."""
-    placeholders = [n.name for n in decided.backward.graph.find_nodes(op="placeholder")]
-    return tuple(Link(num_forward_outputs + i, placeholders[i]) for i in range(len(decided.saved)))
+    """Which forward output is which backward input: saved values come first among these."""
+    inputs = received(decided.backward, len(decided.saved))
+    return tuple(Link(num_forward_outputs + i, node.name) for i, node in enumerate(inputs))
 
 
 def _donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> list[int]:
     """Backward inputs into whose bytes the backward may write once it has read them: memo's own, and no one else's."""
     for_user = set(forward.outputs[:num_forward_outputs])
     storages = forward.outputs[num_forward_outputs : num_forward_outputs + len(decided.saved)]
+    positions = {n.name: i for i, n in enumerate(decided.backward.graph.find_nodes(op="placeholder"))}
     return [
-        i
-        for i, name in enumerate(storages)
+        positions[node.name]
+        for node, name in zip(received(decided.backward, len(storages)), storages, strict=True)
         if name is not None
         and forward.storages[name].kind == "allocated"
         and name not in for_user

@@ -36,21 +36,22 @@ from memo_compile.passes.fx.facts import (
     source_line,
     storage_of,
 )
+from memo_compile.passes.fx.user_checkpoints import NO_POLICIES, Policies, drop_suggestions, policies_of
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.masks import share_masks
 from memo_compile.passes.transforms.matmuls import keep_early_products
 from memo_compile.passes.transforms.partition import (
+    UNCHECKED,
     Split,
     canonical_saved,
-    keep_overwritten,
     order_backward,
     readable_inputs,
     recompute_chain,
     saved_in,
-    split_min_cut,
+    split_as_torch,
     split_saving,
 )
-from memo_compile.passes.transforms.slices import UNCHECKED, Homes, Sliced, apply_homes
+from memo_compile.passes.transforms.slices import Homes, Sliced, apply_homes
 from memo_compile.passes.transforms.sums import add_as_they_come
 from memo_compile.passes.transforms.transfers import schedule_offloads, schedule_prefetches
 from memo_compile.planning import residency
@@ -63,8 +64,8 @@ HOST_ROUNDS = 3  # in which plans that miss the host budget by a few slices aim 
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 PATIENCE = 2  # sets of anchors for which the solver may run out of time before any has an answer
 DRAWN_AGAIN = (
-    "random numbers are drawn inside torch.utils.checkpoint, and only torch's own split makes the same again "
-    '(with backend="memo", dropout outside of attention is made again from seeds, and planned)'
+    "by a policy of torch.utils.checkpoint random numbers must be drawn again (MUST_RECOMPUTE), and only torch's own "
+    "split draws the same; leave them out of the policy (PREFER_RECOMPUTE), and they are planned"
 )
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
 
@@ -88,7 +89,7 @@ class Prepared:
 
     `forward` and `backward` are the split that saves `saved`, the canonical saved activations. `chains[name]` is what
     runs to make one again from the others, None where it must not run twice. `plannable` is False where only torch's
-    own split is right.
+    own split is right. `policies` are those of the user's own checkpoints.
     """
 
     joint: fx.GraphModule
@@ -108,6 +109,7 @@ class Prepared:
     unplanned_peak: int
     forward_flops: int
     plannable: bool
+    policies: Policies = NO_POLICIES
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,17 @@ def prepare(
         fused: whether a fusing compiler runs the graphs.
         timer: seconds of nodes that were measured on a device, as `graph_costs` takes them.
     """
-    unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
-    if keep_overwritten(joint, saved_in(joint, unplanned) or ()):
-        unplanned = split_min_cut(joint, inputs, num_forward_outputs, static_inputs)
-    theirs = saved_in(joint, unplanned)
+    policies = policies_of(joint)
+    unplanned = start = split_as_torch(joint, inputs, num_forward_outputs, static_inputs)
+    if policies.suggested:  # the user's checkpoints say what may be recomputed; memo asks what would be saved without
+        drop_suggestions(joint, policies)
+        start = split_as_torch(joint, inputs, num_forward_outputs, static_inputs)
+    theirs = saved_in(joint, start)
     if fused:
         joint = add_as_they_come(joint)
     tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
     layers = annotate_layers(joint)
-    saved, split = _own_split(joint, theirs, unplanned)
+    saved, split = _own_split(joint, theirs, unplanned, policies)
     plannable = split is not unplanned
     if not plannable:
         log.warning("nothing is planned: %s", DRAWN_AGAIN)
@@ -197,14 +201,17 @@ def prepare(
         graph_peak(unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused),
         sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
         plannable=plannable,
+        policies=policies,
     )
 
 
-def _own_split(joint: fx.GraphModule, saved: list[fx.Node] | None, unplanned: Split) -> tuple[list[fx.Node], Split]:
+def _own_split(
+    joint: fx.GraphModule, saved: list[fx.Node] | None, unplanned: Split, policies: Policies
+) -> tuple[list[fx.Node], Split]:
     """What is saved, canonical, and the split that saves it; nothing and torch's own where only that is right."""
     if saved is None:
         return [], unplanned
-    saved = canonical_saved(joint, saved)
+    saved = canonical_saved(joint, saved, policies)
     try:
         return saved, split_saving(joint, saved, unplanned.num_forward_outputs)
     except DrawnTwice:  # in the user's own checkpoints, where torch's split keeps the generator's states
@@ -287,7 +294,8 @@ def view_of(p: Prepared, limits: Limits) -> View:
         info: TokenInfo | None = node.meta.get(META)
         axis = info.axis if info is not None and info.axis.tokens > 1 else None
         axes[name] = axis
-        chain = p.chains[name] if limits.recompute else None
+        must_leave = bool(limits.offload) and name in p.policies.offloaded
+        chain = p.chains[name] if limits.recompute and not must_leave else None
         activations[name] = residency.Activation(
             name=name,
             bytes=nbytes(node),
@@ -298,6 +306,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
             last_backward=steps + max(back.ranges[name].end - 1, 0) if name in back.ranges else steps,
             recompute_seconds=None if chain is None else sum(p.seconds.get(n.name, 0.0) for n in chain),
             can_offload=bool(limits.offload),
+            can_stay=not must_leave,
             recompute_whole=axis is not None and not _remade_by_rows(info, chain),
         )
     problem = residency.Problem(
@@ -333,7 +342,8 @@ def _movable(p: Prepared, results: set[fx.Node]) -> dict[str, fx.Node]:
         n.name: n
         for n in p.saved
         if n.op != "placeholder"
-        and nbytes(n) >= SMALL
+        and (nbytes(n) >= SMALL or n.name in p.policies.offloaded)
+        and n.name not in p.policies.saved
         and storage_of(n) is n
         and storages.count(n) == 1
         and n.name not in result_names
@@ -516,7 +526,8 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     everything = limits.offload == "all"
     if not p.plannable:
         return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *_in_the_way(p)))
-    if not everything and limits.objective == "time" and (limits.budget is None or limits.budget >= p.unplanned_peak):
+    roomy = limits.budget is None or limits.budget >= p.unplanned_peak
+    if not everything and limits.objective == "time" and roomy and not p.policies.offloaded:
         return _unplanned(p, limits, name, backend, started)
     choice = _within_host(p, limits)
     problem, decision, homes, ahead, sliced = choice.problem, choice.decision, choice.homes, choice.ahead, choice.sliced
@@ -637,12 +648,18 @@ def _activation_plans(p: Prepared, homes: Mapping[str, Homes], limits: Limits) -
             plans.append(_activation_plan(node, home, _reason(p, node, home, limits)))
             continue
         small = nbytes(node) < SMALL
+        if node.name in p.policies.saved:
+            reason = "kept: a policy of the user's checkpoints says so"
+            plans.append(_activation_plan(node, Homes(1, 1, 0, 0, None), reason))
+            continue
         reason = f"kept: below {SMALL} bytes" if small else "kept: its storage is an output's or another value's"
         plans.append(_activation_plan(node, Homes(1, 1, 0, 0, None), reason))
     return tuple(plans)
 
 
 def _reason(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> str:
+    if node.name in p.policies.offloaded:
+        return "offloaded: a policy of the user's checkpoints says so"
     if home.axis is None:
         return "whole: no token axis reaches it"
     if p.chains[node.name] is None and limits.recompute:

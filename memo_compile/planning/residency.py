@@ -52,7 +52,7 @@ class Activation:
 
     `first_backward` is the first step that needs it, be it for a gradient or to recompute another activation.
     `recompute_seconds` is None where it must not be made again; with `recompute_whole` it is made again whole or not
-    at all, while its rows may be kept and offloaded in slices.
+    at all, while its rows may be kept and offloaded in slices. With `can_stay` false none of it is kept.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Activation:
     recompute_seconds: float | None
     can_offload: bool = True
     recompute_whole: bool = False
+    can_stay: bool = True
 
 
 @dataclass(frozen=True)
@@ -467,7 +468,7 @@ def _bounds(
             lower[columns] = np.array([home.kept, home.offloaded, home.recomputed]) / a.tokens
             upper[columns] = lower[columns]
             continue
-        upper[columns] = [1.0, float(a.can_offload), float(a.recompute_seconds is not None)]
+        upper[columns] = [float(a.can_stay), float(a.can_offload), float(a.recompute_seconds is not None)]
         if a.tokens == 1:
             integral[columns] = True
         elif a.recompute_whole:

@@ -27,8 +27,11 @@ from memo_compile.passes.fx.facts import (
     storage_of,
 )
 from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.user_checkpoints import NO_POLICIES, Policies
 
 NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
+UNCHECKED = "saved_tensor_with_no_vc_check"  # torch's mark of what an autograd function keeps by itself
+SYMBOL = 3  # of the kinds of saved values, the last
 SMALL_STATISTIC = 8  # a reduction is kept beside its argument if it is so many times smaller than the result
 
 
@@ -58,6 +61,14 @@ def split_min_cut(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, stat
         static_lifetime_input_indices=static_inputs,
     )
     return Split(forward, backward, _saved_names(forward, num_fwd_outputs), num_fwd_outputs)
+
+
+def split_as_torch(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, static_inputs: list[int] | None) -> Split:
+    """`split_min_cut`, with copies in the joint graph of what is saved and overwritten by then."""
+    split = split_min_cut(joint, inputs, num_fwd_outputs, static_inputs)
+    if not keep_overwritten(joint, saved_in(joint, split) or ()):
+        return split
+    return split_min_cut(joint, inputs, num_fwd_outputs, static_inputs)
 
 
 def split_saving(joint: fx.GraphModule, saved: Collection[fx.Node], num_fwd_outputs: int) -> Split:
@@ -158,6 +169,29 @@ def _stands_for(node: fx.Node, of: fx.Node | None) -> bool:
     return of is not None and node.target == of.target and sources == [n.name for n in of.all_input_nodes]
 
 
+def saved_kind(node: fx.Node) -> int:
+    """Where AOTAutograd wants a saved value: tensors that it checks, tensors that it does not, opaque objects, symbols.
+
+    It takes the values of each kind by their number, counted from the end (`tensors_saved_for_backwards_slice` and its
+    like, torch/_functorch/_aot_autograd/schemas.py). Torch 2.11 knows no unchecked tensors, and the order is the same.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+        return SYMBOL
+    if isinstance(value, torch.Tensor):
+        return int(UNCHECKED in node.meta)
+    return 2
+
+
+def received(backward: fx.GraphModule, saved: int) -> list[fx.Node]:
+    """The inputs of a backward through which it gets its `saved` values, in the order in which the forward gives them.
+
+    AOTAutograd passes symbols first, and takes them last.
+    """
+    placeholders = backward.graph.find_nodes(op="placeholder")[:saved]
+    return sorted(placeholders, key=lambda n: saved_kind(n) == SYMBOL)
+
+
 def _saved_names(forward: fx.GraphModule, num_fwd_outputs: int) -> tuple[str, ...]:
     (output,) = forward.graph.find_nodes(op="output")
     return tuple(n.name for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node))
@@ -204,20 +238,24 @@ def _output_descriptors(gm: fx.GraphModule) -> list[Any]:
     return [d for d in output.meta.get("desc", ()) if d is not None]
 
 
-def canonical_saved(joint: fx.GraphModule, saved: Collection[fx.Node]) -> list[fx.Node]:
+def canonical_saved(
+    joint: fx.GraphModule, saved: Collection[fx.Node], policies: Policies = NO_POLICIES
+) -> list[fx.Node]:
     """What min-cut saved, made small and alike in every layer.
 
     A view, expand or cast gives way to its smallest ancestor, a normalized value to what it was made from and its small
     statistics; a value that cheap ops make from inputs and from other saved values is not saved at all. Seeds of random
-    numbers are saved, so that a draw can be made again. The result is in graph order, and still gives the backward all
-    that it needs.
+    numbers are saved, so that a draw can be made again. What the user's own checkpoints must save stays as it is, and
+    what they must recompute is never saved. The result is in graph order, and still gives the backward all that it needs.
     """
     inputs = readable_inputs(joint)
-    chosen = {n for value in saved for n in _origin(value, inputs)}
+    fixed = {value for value in saved if value.name in policies.as_they_are}
+    banned = {n for n in joint.graph.nodes if n.name in policies.recomputed}
+    chosen = fixed | {n for value in set(saved) - fixed for n in _origin(value, inputs, banned)}
     chosen |= {n for n in _ancestors(chosen) if is_seed(n)}
     position = {n: i for i, n in enumerate(joint.graph.nodes)}
     # Latest first: a later value is made from earlier ones, and dropping it cannot take away what they need.
-    for node in sorted(chosen - inputs, key=position.__getitem__, reverse=True):
+    for node in sorted(chosen - inputs - fixed, key=position.__getitem__, reverse=True):
         chain = recompute_chain(node, (chosen - {node}) | inputs)
         if chain is not None and all(is_cheap(n) for n in chain):
             chosen.discard(node)
@@ -235,14 +273,15 @@ def _ancestors(nodes: Collection[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _origin(value: fx.Node, inputs: Collection[fx.Node]) -> list[fx.Node]:
+def _origin(value: fx.Node, inputs: Collection[fx.Node], banned: Collection[fx.Node]) -> list[fx.Node]:
     """The smallest single value that cheap ops make `value` from, the oldest among equals; and small reductions of it.
 
     A view holds its whole storage, so that the storage itself is saved in its place: once, however many views. The way
     up is through single values (views, casts), and through norms: elementwise ops on a value and reductions of it.
+    Nothing of `banned` is saved in its place.
     """
     storage = storage_of(value)
-    start = storage if storage.op == "call_function" or storage in inputs else value
+    start = storage if (storage.op == "call_function" or storage in inputs) and storage not in banned else value
     best, statistics, reduced = start, list[fx.Node](), list[fx.Node]()
     position = {n: i for i, n in enumerate(start.graph.nodes)}
     frontier, copies_only = {start}, True
@@ -258,7 +297,7 @@ def _origin(value: fx.Node, inputs: Collection[fx.Node]) -> list[fx.Node]:
         if not frontier or any(n.op == "placeholder" and n not in inputs for n in frontier):
             break
         (parent, *others) = frontier
-        if others or not nbytes(parent):
+        if others or not nbytes(parent) or parent in banned:
             continue
         if nbytes(parent) < nbytes(best) or (nbytes(parent) == nbytes(best) and (copies_only or reduced)):
             best, statistics = parent, [n for n in reduced if nbytes(n) * SMALL_STATISTIC <= nbytes(start)]

@@ -30,7 +30,16 @@ from memo_compile.passes.analysis.tokens import (
 )
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
 from memo_compile.passes.fx.provenance import because
-from memo_compile.passes.transforms.partition import Split, order_backward, readable_inputs, recompute_chain
+from memo_compile.passes.transforms.partition import (
+    SYMBOL,
+    UNCHECKED,
+    Split,
+    order_backward,
+    readable_inputs,
+    received,
+    recompute_chain,
+    saved_kind,
+)
 from memo_compile.placement import Buffer, place
 
 HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
@@ -75,9 +84,6 @@ class Sliced:
     host_bytes: int
 
 
-UNCHECKED = "saved_tensor_with_no_vc_check"
-
-
 def fetch(lease: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Marks, in a backward not yet ordered, a slice that comes back from the host. `schedule` replaces it by transfers.
 
@@ -98,27 +104,25 @@ def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes],
     offsets = {t.value: t.offset for t in transfers}
     saved = _rewrite_forward(split, homes, offsets, host_bytes, host_budget)
     _rewrite_backward(joint, split, homes, offsets, host_bytes)
-    saved = _unchecked_last(split, saved)
+    saved = _in_torchs_order(split, saved)
     backward = order_backward(split.backward)
     split.forward.recompile()
     backward.recompile()
     return Sliced(split.forward, backward, saved, transfers, host_bytes)
 
 
-def _unchecked_last(split: Split, saved: tuple[str, ...]) -> tuple[str, ...]:
-    """Tensors that a user's autograd function keeps by itself come last: AOTAutograd takes the last ones for these, and
-    checks that the others are as they were (`saved_tensor_with_no_vc_check`, torch/_functorch/partitioners.py).
-    """
+def _in_torchs_order(split: Split, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """Put what the forward hands on in the order of its kinds, that AOTAutograd tells them apart by (`saved_kind`)."""
     (output,) = split.forward.graph.find_nodes(op="output")
     results, handed_on = output.args[0][: split.num_forward_outputs], output.args[0][split.num_forward_outputs :]
-    order = sorted(range(len(handed_on)), key=lambda i: UNCHECKED in handed_on[i].meta)
-    if order == list(range(len(order))):
-        return saved
-    tangent = _first_tangent(split.backward.graph)
-    received = split.backward.graph.find_nodes(op="placeholder")[: len(order)]
+    kinds = [saved_kind(n) for n in handed_on]
+    symbols_last = sorted(range(len(kinds)), key=lambda i: kinds[i] == SYMBOL)
+    inputs = dict(zip(symbols_last, received(split.backward, len(kinds)), strict=True))
+    order = sorted(range(len(kinds)), key=lambda i: kinds[i])
     output.args = ((*results, *(handed_on[i] for i in order)),)
-    for i in order:
-        tangent.prepend(received[i])
+    tangent = _first_tangent(split.backward.graph)
+    for i in sorted(order, key=lambda i: kinds[i] != SYMBOL):
+        tangent.prepend(inputs[i])
     return tuple(saved[i] for i in order)
 
 

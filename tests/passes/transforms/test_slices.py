@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from memo_compile.passes.transforms.slices import UNCHECKED
+from memo_compile.passes.transforms.partition import UNCHECKED, Split, received
+from memo_compile.passes.transforms.slices import _in_torchs_order
 from memo_compile.planning.planner import decide
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for
@@ -49,3 +50,32 @@ def test_what_an_autograd_function_keeps_by_itself_comes_last():
     assert [n.name for n, m in zip(received, handed_on, strict=True) if m.op == "placeholder"] == [
         n.name for n in handed_on if n.op == "placeholder"
     ]
+
+
+class Opaque:
+    """Stands for an object that is no tensor: a DeviceMesh, a generator."""
+
+
+def test_values_of_all_kinds_are_handed_on_in_torchs_order():
+    """Among the saved values lie an object and a number, and what is offloaded adds more behind them."""
+
+    def graph(inputs, results):
+        made = torch.fx.Graph()
+        nodes = {name: made.placeholder(name) for name in inputs}
+        for name, node in nodes.items():
+            node.meta["val"] = {"mesh": Opaque(), "size": 3}.get(name, torch.empty(2))
+            node.meta.update({UNCHECKED: True} if name == "kept_by_self" else {})
+        made.output(tuple(nodes[name] for name in results))
+        return torch.fx.GraphModule(torch.nn.Module(), made)
+
+    given = ["kept_by_self", "mesh", "x", "size", "y"]
+    forward = graph(given, ["x", *given])
+    backward = graph(["size", "kept_by_self", "mesh", "x", "y", "tangents_1"], ["tangents_1"])
+    split = Split(forward, backward, tuple(given), 1)
+    in_order = _in_torchs_order(split, split.saved)
+    (output,) = forward.graph.find_nodes(op="output")
+    assert [n.name for n in output.args[0]] == ["x", "x", "y", "kept_by_self", "mesh", "size"]
+    assert in_order == ("x", "y", "kept_by_self", "mesh", "size")
+    names = [n.name for n in backward.graph.find_nodes(op="placeholder")]
+    assert names == ["size", "x", "y", "kept_by_self", "mesh", "tangents_1"]
+    assert [n.name for n in received(backward, 5)] == list(in_order)

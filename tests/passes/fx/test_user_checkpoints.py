@@ -35,8 +35,7 @@ def of_products(policy):
     """A checkpoint whose policy is `policy` for products, and a suggestion for all else."""
 
     def choose(ctx, op, *args, **kwargs):
-        chosen = policy if op == torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
-        return chosen
+        return policy if op == torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, choose)
     return lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=contexts)

@@ -132,6 +132,17 @@ class HostMemoryUnavailable(MemoError):
         )
 
 
+class LeaseOfAnotherProcess(MemoError):
+    """A forked child was asked for the backward of a forward that its parent ran."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(
+            f"{nbytes:,} bytes of host memory were leased before this process was forked, and what is in them stayed "
+            "with its parent. Run forward and backward of a step in one process: drop what the parent's forward left, "
+            "and run it again here."
+        )
+
+
 class ArenaDoesNotFit(MemoError):
     """The device has less room than when the plan was made."""
 

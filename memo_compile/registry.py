@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from functools import cache
@@ -55,3 +56,11 @@ class Registry:
 def registry() -> Registry:
     """The process's registry."""
     return Registry()
+
+
+def _lock_anew() -> None:
+    """In a forked child: a thread that is not there may hold the lock. What is known here is true of the child, too."""
+    registry().lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_lock_anew)

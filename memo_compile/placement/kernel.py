@@ -147,6 +147,9 @@ def _loading() -> Future[Kernel | None]:
     return found
 
 
+os.register_at_fork(after_in_child=_loading.cache_clear)  # the thread that loads is not there
+
+
 def _load() -> Kernel | None:
     compiler = find_compiler()
     if compiler is None:

@@ -19,6 +19,7 @@ No tensor data is written. What a person reads goes into torch's structured trac
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -156,6 +157,9 @@ def _own_folder(root: str, name: str) -> Path:
         except FileExistsError:
             number += 1
             folder = Path(root) / f"{name}_{number}"
+
+
+os.register_at_fork(after_in_child=_own_folder.cache_clear)  # what the parent has written is not the child's
 
 
 def _rank() -> str:

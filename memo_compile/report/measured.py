@@ -24,7 +24,7 @@ def profiled(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         import torch
 
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.is_initialized()
         capturing = cuda and torch.cuda.is_current_stream_capturing()
         if next(calls) != 1 or capturing or torch._C._autograd._profiler_enabled():
             return fn(*args)

@@ -12,7 +12,7 @@ import torch
 from memo_compile.errors import ArenaDoesNotFit
 from memo_compile.runtime.cross_call import Schedule
 from memo_compile.runtime.engine import Span
-from memo_compile.runtime.ops import ahead, engine
+from memo_compile.runtime.ops import ahead, engine, settle
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -44,6 +44,7 @@ def backward_call(compiled: Boxed, device: torch.device, lease_at: int) -> Boxed
     def run(args: list[Any]) -> Any:
         begin = time.perf_counter()
         lease = args[lease_at]
+        settle()
         with _nothing_left(device):
             ahead(device).begins(lease)
             outputs = compiled(args)

@@ -52,6 +52,7 @@ class _Call:
     schedule: Schedule
     left: int
     began: bool = False
+    starting: bool = False
     computation: int = 0
     started: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ class Ahead:
 
     def __init__(self, engine: Engine, device: torch.device, borrow: Callable[[int], torch.Tensor | None]) -> None:
         self._engine, self._device, self._borrow = engine, device, borrow
-        # Reentrant: a lease may be collected, and so forgotten, while this thread is inside.
+        # Reentrant: a user's destructor may call while this thread is inside.
         self._lock = threading.RLock()
         self._calls: dict[int, _Call] = {}
         self._serial = 0
@@ -125,18 +126,31 @@ class Ahead:
         with self._lock:
             before = [c for c in self._calls.values() if c.serial < call.serial and c.thread == call.thread]
             previous = max(before, key=lambda c: c.serial, default=None)
-            if previous is None or previous.began or previous.started:
+            if previous is None or previous.began or previous.started or previous.starting:
                 return
             lease = self._borrow(previous.lease)
             if lease is None:
                 return
+            previous.starting = True
             previous.computation = self._engine.computation()
-        for landing in previous.schedule.early:
-            try:
-                base = torch.empty(landing.nbytes, dtype=torch.uint8, device=self._device)
-            except RuntimeError:  # no room now: its own backward will start it
-                log.debug("no room to prefetch ahead: %d bytes", landing.nbytes)
-                return
-            dst = base.view(landing.dtype).as_strided(landing.shape, landing.stride, landing.start)
-            previous.started[landing.offset] = base
-            self._engine.prefetch(dst, lease, landing.offset)
+        try:
+            for landing in previous.schedule.early:
+                if not self._start(previous, landing, lease):
+                    return
+        finally:
+            previous.starting = False
+
+    def _start(self, call: _Call, landing: Landing, lease: torch.Tensor) -> bool:
+        """Whether a slice is on its way for a backward that has not begun."""
+        base = self._engine.spare(landing.nbytes, self._device)
+        if base is None:  # no room now: its own backward will start it
+            log.debug("no room to prefetch ahead: %d bytes", landing.nbytes)
+            return False
+        dst = base.view(landing.dtype).as_strided(landing.shape, landing.stride, landing.start)
+        self._engine.prefetch(dst, lease, landing.offset)
+        with self._lock:
+            if not call.began:
+                call.started[landing.offset] = base
+                return True
+        self._engine.discard(dst, lease, landing.offset)  # begun meanwhile, and started in a place of its own
+        return False

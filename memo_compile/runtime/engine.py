@@ -101,7 +101,7 @@ class Engine(ABC):
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = recorder or Recorder()
-        # Reentrant: a lease may be collected, and so forgotten, while this thread is inside.
+        # Reentrant: a user's destructor may call while this thread is inside.
         self._lock = threading.RLock()
         self._pending: dict[tuple[str, int, int, int], Copy] = {}
         self._offloaded: dict[tuple[int, int], Copy] = {}
@@ -112,10 +112,7 @@ class Engine(ABC):
     def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy `src` to the lease's bytes from `offset` on, once `src` has been produced."""
         self._await_producer()
-        copy = self._describe("D2H", src, lease, offset)
-        started = self._begin(copy, src, host_view(lease, offset, src), self._readers_of_block(copy))
-        with self._lock:
-            self._offloaded[copy.lease, offset] = started
+        self._begin(self._describe("D2H", src, lease, offset), src, host_view(lease, offset, src))
 
     def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may write where `src` lies."""
@@ -124,10 +121,7 @@ class Engine(ABC):
     def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy the lease's bytes to `dst`, once the computation has passed the last reader of that place."""
         self._await_readers()
-        copy = self._describe("H2D", dst, lease, offset)
-        started = self._begin(copy, host_view(lease, offset, dst), dst, self._offload_of(copy))
-        with self._lock:
-            self._last_read[copy.lease] = started
+        self._begin(self._describe("H2D", dst, lease, offset), host_view(lease, offset, dst), dst)
 
     def prefetch_wait(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may read `dst`."""
@@ -139,6 +133,19 @@ class Engine(ABC):
         """Whether a prefetch of just this was started and not yet waited for."""
         with self._lock:
             return self._describe("H2D", dst, lease, offset).key in self._pending
+
+    def discard(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+        """Wait for a prefetch that nobody will ask for, and forget it: `dst` may go."""
+        with self._lock:
+            copy = self._pending.get(self._describe("H2D", dst, lease, offset).key)
+        self._drop([copy] if copy is not None else [])
+
+    def spare(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
+        """A storage for what could wait, None where there is no room without an effort."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except RuntimeError:
+            return None
 
     @property
     def pending(self) -> int:
@@ -218,6 +225,10 @@ class Engine(ABC):
         """Start a copy, behind `after`. What comes back keeps both sides alive until it has ended."""
 
     @abstractmethod
+    def _finish(self, kind: str) -> None:
+        """The host waits until all that was queued this way has ended, well or not. Raises nothing."""
+
+    @abstractmethod
     def _order(self, copy: Copy) -> None:
         """Put the computation behind a copy.
 
@@ -239,18 +250,32 @@ class Engine(ABC):
         nbytes = device.numel() * device.element_size()
         return Copy(kind, lease.data_ptr(), offset, device.data_ptr(), nbytes, threading.get_ident())
 
-    def _begin(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+    def _begin(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor) -> None:
         with self._lock:
             stale = self._pending.get(copy.key)
         if stale is not None:
             self._drop([stale])
-        with self._lock:
-            started = self._launch(copy, src, dst, after)
-            self._pending[copy.key] = started
+        try:
+            # One step for other threads: who sees a copy can wait for it, and the last read is the last.
+            with self._lock:
+                started = self._launch(copy, src, dst, self._before(copy))
+                self._pending[copy.key] = started
+                self._remember(started)
+        except BaseException:  # failed or interrupted half-way: what was queued of it still copies
+            self._finish(copy.kind)
+            raise
         self.recorder.started(copy.kind, copy.nbytes)
         now = time.perf_counter()
         self.recorder.span(Span(f"start {copy.kind}", copy.lease, copy.offset, copy.nbytes, now, now))
-        return started
+
+    def _before(self, copy: Copy) -> Copy | None:
+        return self._readers_of_block(copy) if copy.kind == "D2H" else self._offload_of(copy)
+
+    def _remember(self, started: Copy) -> None:
+        if started.kind == "D2H":
+            self._offloaded[started.lease, started.offset] = started
+        else:
+            self._last_read[started.lease] = started
 
     def _end(self, named: Copy) -> None:
         with self._lock:

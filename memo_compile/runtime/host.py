@@ -1,40 +1,38 @@
-"""The host arena: exact-size blocks outside torch's allocator, leased to one call and used again by the next.
+"""The host arena: blocks outside torch's allocator, leased to one call and used again by the next.
 
 A lease is a uint8 tensor over a block. It is free when the last reference to its storage is gone, whether a backward
-ran or not; the block then waits for the next call of the same size. Blocks are anonymous mappings, so that their bytes
-are exact, on the GPU's own NUMA node where there are several, and registered for DMA where there is a GPU.
+ran or not; the block then waits for the next call that it fits. What is collected may be so at any moment, in any
+thread, with any lock held: it leaves a note, and the next call does what there is to do.
+
+A block serves any request of at least half its size, so that lengths that vary share blocks, and all of them together
+hold at most twice what one of each would need. A request that none serves gets a block of its size, and as many idle
+bytes that are too small for it go back to the system.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from memo_compile.errors import HostBudgetExceeded, HostMemoryUnavailable
+from memo_compile.errors import HostBudgetExceeded, HostMemoryUnavailable, LeaseOfAnotherProcess
 from memo_compile.hardware.profiles import free_host_memory
 from memo_compile.logs import logger
-from memo_compile.runtime.numa import bind_to_node, node_of_device
+from memo_compile.runtime.blocks import Block, map_block, unlock
 
 log = logger(__name__)
 
 NO_LIMIT = -1  # a budget that limits nothing
+WASTE = 2  # a block serves requests down to its size divided by this
+ROUND = 1000  # leases: what was not used in so many goes back to the system
+CPU = torch.device("cpu")
 
-
-@dataclass(frozen=True)
-class Block:
-    """One mapping of `nbytes` bytes; `pinned` tells whether it is registered for DMA."""
-
-    memory: mmap.mmap
-    nbytes: int
-    pinned: bool
+View = np.ndarray[Any, Any]
 
 
 def _nothing(address: int) -> None:
@@ -45,50 +43,51 @@ class HostPool:
     """Leases blocks, keeps idle ones, and counts both. Safe to use from several threads.
 
     `on_return` is called with the address of a lease that is gone, `before_free` with that of a block that is about to
-    go back to the system.
+    go back to the system; neither with a lock held.
     """
 
     def __init__(
         self, on_return: Callable[[int], None] = _nothing, before_free: Callable[[int], None] = _nothing
     ) -> None:
-        # Reentrant: a lease may be collected, and so given back, while this thread is inside.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # reentrant: a user's destructor may call, while this thread is inside
         self._on_return, self._before_free = on_return, before_free
-        self._idle: dict[int, list[Block]] = defaultdict(list)
-        self._views: dict[int, weakref.ref[np.ndarray[Any, Any]]] = {}
-        self._captured: list[np.ndarray[Any, Any]] = []
-        self._held = 0
-        self._leased = 0
-        self._generation = 0
+        self._idle: list[tuple[Block, int]] = []  # and the serial of its last lease, oldest first
+        self._returned: deque[tuple[Block, int]] = deque()  # and the generation in which it was leased: the notes
+        self._leaving: deque[Block] = deque()
+        self._views: dict[int, weakref.ref[View]] = {}
+        self._foreign: dict[int, weakref.ref[View]] = {}
+        self._captured: list[View] = []
+        self._held = self._leased = self._serial = self._generation = 0
         self._warned = False
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all blocks, idle ones included."""
+        self.settle()
         return self._held
 
     @property
     def leased_bytes(self) -> int:
         """Bytes of blocks that some call still holds."""
+        self.settle()
         return self._leased
 
-    def lease(self, nbytes: int, budget: int = NO_LIMIT) -> torch.Tensor:
-        """A uint8 tensor of `nbytes` bytes in host memory.
+    def lease(self, nbytes: int, budget: int = NO_LIMIT, device: torch.device = CPU) -> torch.Tensor:
+        """A uint8 tensor of `nbytes` bytes in host memory, page-locked where `device` is a GPU.
 
         Raises:
             HostBudgetExceeded: all blocks together would exceed `budget` bytes.
             HostMemoryUnavailable: the system has not so much.
         """
+        self.settle()
         with self._lock:
-            block = self._idle[nbytes].pop() if self._idle[nbytes] else self._grow(nbytes, budget)
-            self._leased += nbytes
-            generation = self._generation
-            view = np.frombuffer(block.memory, dtype=np.uint8, count=nbytes)
-            self._views[_address(block.memory)] = weakref.ref(view)
-        weakref.finalize(view, self._give_back, block, generation).atexit = False
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._captured.append(view)  # the graph's replays use this block for as long as they run
-        return torch.from_numpy(view)
+            self._serial += 1
+            self._age()
+            block = self._take(self._fitting(nbytes, device.type, WASTE * nbytes))
+        self._release()
+        if block is None:
+            block = self._grow(nbytes, budget, device)
+        return self._hand_over(block, nbytes)
 
     def borrow(self, address: int) -> torch.Tensor | None:
         """The lease at an address, None where nothing refers to one any more."""
@@ -97,74 +96,163 @@ class HostPool:
         view = reference() if reference is not None else None
         return torch.from_numpy(view) if view is not None else None
 
-    def _grow(self, nbytes: int, budget: int) -> Block:
-        if budget != NO_LIMIT and self._held + nbytes > budget:
-            self.drop_idle()
-            if self._held + nbytes > budget:
-                raise HostBudgetExceeded(nbytes, self._held, budget)
-        if nbytes > free_host_memory():
-            self.drop_idle()
+    def settle(self) -> None:
+        """Take back what was collected since the last call."""
+        while self._returned:
+            try:
+                block, generation = self._returned.popleft()
+            except IndexError:  # another thread took it
+                break
+            try:
+                self._on_return(block.address)
+            finally:
+                self._take_back(block, generation)
+        self._release()
+
+    def drop_idle(self) -> None:
+        """Return the idle blocks to the system."""
+        self.settle()
+        with self._lock:
+            self._leave(self._idle)
+        self._release()
+
+    def reset(self) -> None:
+        """Return the idle blocks to the system, and those that are leased as soon as they are given back.
+
+        What a CUDA graph has captured stays: its replays use the block, and nobody says when it is gone.
+        """
+        with self._lock:
+            self._generation += 1
+        self.drop_idle()
+
+    # What a forked child must not touch.
+
+    def disown(self, parents: HostPool) -> None:
+        """In a forked child: leases of its parent's pool hold nothing here. No lock of the parent's is asked for."""
+        self._foreign = {**parents._foreign, **parents._views}
+
+    def check_own(self, lease: torch.Tensor) -> None:
+        """Refuse a lease whose bytes stayed in another process.
+
+        Raises:
+            LeaseOfAnotherProcess: its forward ran before this process was forked.
+        """
+        if self._foreign:
+            reference = self._foreign.get(lease.data_ptr())
+            if reference is not None and reference() is not None:  # else the address is another's by now
+                raise LeaseOfAnotherProcess(lease.numel())
+
+    # How blocks come and go. What is below `_grow` and `_hand_over` is called with the lock held.
+
+    def _grow(self, nbytes: int, budget: int, device: torch.device) -> Block:
+        """A block where no idle one fits: a larger one where there is no room, else a new one for smaller ones."""
+        try:
+            with self._lock:
+                larger = self._take(self._fitting(nbytes, device.type)) if self._short(nbytes, budget) > 0 else None
+                if larger is not None:
+                    return larger
+                self._trade(nbytes, device.type)
+                self._make_room(nbytes, budget)
+                self._held += nbytes
+        finally:
+            self._release()
+        try:
+            return self._mapped(nbytes, device)
+        except BaseException:
+            with self._lock:
+                self._held -= nbytes
+            raise
+
+    def _mapped(self, nbytes: int, device: torch.device) -> Block:
+        """Without the lock: page-locking takes seconds."""
         available = free_host_memory()
         if nbytes > available:
             raise HostMemoryUnavailable(nbytes, available)
         try:
-            memory = mmap.mmap(-1, max(nbytes, 1))
+            block = map_block(nbytes, device)
         except (OSError, ValueError, OverflowError) as error:
             raise HostMemoryUnavailable(nbytes, available) from error
-        bind_to_node(_address(memory), nbytes, node_of_device())
-        pinned = self._page_lock(memory, nbytes)
-        self._held += nbytes
-        return Block(memory, nbytes, pinned)
+        self._warn_once(block)
+        return block
 
-    def _page_lock(self, memory: mmap.mmap, nbytes: int) -> bool:
-        """Register a block for DMA where there is a GPU; pageable, with one warning, where that is refused."""
-        if not torch.cuda.is_available() or not nbytes:
-            return False
-        cudart: Any = torch.cuda.cudart()
-        error = int(cudart.cudaHostRegister(_address(memory), nbytes, 0))
-        if error and not self._warned:
+    def _hand_over(self, block: Block, nbytes: int) -> torch.Tensor:
+        view = np.frombuffer(block.memory, dtype=np.uint8, count=nbytes)
+        with self._lock:
+            self._leased += block.nbytes
+            self._views[block.address] = weakref.ref(view)
+            # A finalizer takes no lock and calls nobody: appending is one step.
+            weakref.finalize(view, self._returned.append, (block, self._generation)).atexit = False
+            if block.kind == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._captured.append(view)
+        return torch.from_numpy(view)
+
+    def _take_back(self, block: Block, generation: int) -> None:
+        with self._lock:
+            self._views.pop(block.address, None)
+            self._leased -= block.nbytes
+            self._idle.append((block, self._serial))
+            if generation != self._generation:
+                self._leave([self._idle[-1]])
+
+    def _fitting(self, nbytes: int, kind: str, most: int | None = None) -> Block | None:
+        """The smallest idle block of at least `nbytes` bytes, and at most `most`; of its like the last one used."""
+        blocks = (b for b, _ in reversed(self._idle) if b.kind == kind and b.nbytes >= nbytes)
+        best = min(blocks, key=lambda b: b.nbytes, default=None)
+        return best if best is not None and (most is None or best.nbytes <= most) else None
+
+    def _take(self, block: Block | None) -> Block | None:
+        self._idle = [entry for entry in self._idle if entry[0] is not block]
+        return block
+
+    def _short(self, nbytes: int, budget: int) -> int:
+        """Bytes by which a new block would be too much."""
+        over = self._held + nbytes - budget if budget != NO_LIMIT else 0
+        return max(over, nbytes - free_host_memory())
+
+    def _trade(self, nbytes: int, kind: str) -> None:
+        """Give back idle blocks that were too small, up to the bytes that the new one takes."""
+        left = nbytes
+        for entry in sorted(self._idle, key=lambda e: -e[0].nbytes):
+            if entry[0].kind == kind and entry[0].nbytes < nbytes and entry[0].nbytes <= left:
+                left -= entry[0].nbytes
+                self._leave([entry])
+
+    def _make_room(self, nbytes: int, budget: int) -> None:
+        """Give back idle blocks, those first that were used longest ago, until `nbytes` more are allowed."""
+        freed, free = 0, free_host_memory()
+        for entry in list(self._idle):
+            over = budget != NO_LIMIT and self._held + nbytes > budget
+            if over or nbytes > free + freed:
+                freed += entry[0].nbytes
+                self._leave([entry])
+        if budget != NO_LIMIT and self._held + nbytes > budget:
+            raise HostBudgetExceeded(nbytes, self._held, budget)
+
+    def _age(self) -> None:
+        if self._serial % ROUND == 0:
+            self._leave([entry for entry in self._idle if entry[1] <= self._serial - ROUND])
+
+    def _leave(self, entries: Iterable[tuple[Block, int]]) -> None:
+        for block, _ in list(entries):
+            self._held -= block.nbytes
+            self._leaving.append(block)
+            self._take(block)
+
+    def _release(self) -> None:
+        """Without the lock: give blocks that leave to the system, when no copy touches them any more."""
+        while self._leaving:
+            try:
+                block = self._leaving.popleft()
+            except IndexError:  # another thread took it
+                return
+            self._before_free(block.address)
+            unlock(block)
+
+    def _warn_once(self, block: Block) -> None:
+        if block.refused and not self._warned:
             self._warned = True
             log.warning(
                 "host memory of %d bytes could not be page-locked (CUDA error %d): copies will be slower and will not "
                 "overlap. Raise the locked-memory limit (ulimit -l), or lower host_budget.",
-                nbytes,
-                error,
+                *(block.nbytes, block.refused),
             )
-        return not error
-
-    def _give_back(self, block: Block, generation: int) -> None:
-        address = _address(block.memory)
-        self._on_return(address)
-        with self._lock:
-            self._views.pop(address, None)
-            self._leased -= block.nbytes
-            if generation == self._generation:
-                self._idle[block.nbytes].append(block)
-            else:
-                self._free(block)
-
-    def drop_idle(self) -> None:
-        """Return the idle blocks to the system."""
-        with self._lock:
-            for blocks in self._idle.values():
-                for block in blocks:
-                    self._free(block)
-            self._idle.clear()
-
-    def reset(self) -> None:
-        """Return the idle blocks to the system, and those that are leased as soon as they are given back."""
-        with self._lock:
-            self._generation += 1
-            self._captured.clear()
-            self.drop_idle()
-
-    def _free(self, block: Block) -> None:
-        self._before_free(_address(block.memory))
-        self._held -= block.nbytes
-        if block.pinned:
-            torch.cuda.cudart().cudaHostUnregister(_address(block.memory))
-        # The mapping itself goes with its last reference: a view that is just being collected may still export it.
-
-
-def _address(memory: mmap.mmap) -> int:
-    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)

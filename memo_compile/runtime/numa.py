@@ -12,6 +12,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _SYSTEM = Path("/sys")
 _MBIND = {"x86_64": 237, "aarch64": 235}  # syscall numbers, arch/x86/entry/syscalls and asm-generic/unistd.h
 _MPOL_PREFERRED = 1
@@ -50,13 +52,10 @@ def node_of_bus(bus: str, system: Path = _SYSTEM) -> int | None:
     return node if node >= 0 else None
 
 
-def node_of_device() -> int | None:
-    """The node of the current CUDA device; None without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    p: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+def node_of_device(device: torch.device) -> int | None:
+    """The node of a CUDA device, the current one where `device` has no index."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    p: Any = torch.cuda.get_device_properties(index)
     try:
         bus = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
     except AttributeError:

@@ -1,6 +1,6 @@
 """The custom ops of namespace `memo`, as they stand in graphs and in emitted code.
 
-* `host_lease(nbytes, budget) -> Tensor`: a block of the host arena
+* `host_lease(nbytes, budget, device) -> Tensor`: a block of the host arena, for copies from and to a device
 * `offload(src, lease!, offset)`, `offload_wait(src, lease!, offset)`: D2H; the wait reads `src`, so that nothing writes
   there before it
 * `prefetch_(dst!, lease, offset)`, `wait_(dst!, lease, offset)`: H2D; readers of `dst` stand behind the wait
@@ -26,7 +26,7 @@ from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.threads import ThreadEngine
 
 _SCHEMAS = (
-    "host_lease(SymInt nbytes, SymInt budget) -> Tensor",
+    "host_lease(SymInt nbytes, SymInt budget, Device device) -> Tensor",
     "offload(Tensor src, Tensor(a!) lease, SymInt offset) -> ()",
     "offload_wait(Tensor src, Tensor(a!) lease, SymInt offset) -> ()",
     "prefetch_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
@@ -83,6 +83,11 @@ def ahead(device: torch.device) -> Ahead:
     return _transfers(device)[1]
 
 
+def settle() -> None:
+    """Do what the collection of leases has left to do."""
+    pool().settle()
+
+
 def _lease_is_gone(address: int) -> None:
     for mover, calls in list(_of_device().values()):
         calls.forget(address)
@@ -99,8 +104,8 @@ def transfer_stats() -> TransferStats:
     return recorder().stats
 
 
-def _host_lease(nbytes: int, budget: int) -> torch.Tensor:
-    return pool().lease(nbytes, budget)
+def _host_lease(nbytes: int, budget: int, device: torch.device) -> torch.Tensor:
+    return pool().lease(nbytes, budget, device)
 
 
 def _settle_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
@@ -111,6 +116,7 @@ def _settle_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
 
 
 def _offload(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+    pool().check_own(lease)
     _settle_elsewhere(src.device, lease)
     engine(src.device).offload(src, lease, offset)
 
@@ -120,6 +126,7 @@ def _offload_wait(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
 
 
 def _prefetch(dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+    pool().check_own(lease)
     mover, calls = _transfers(dst.device)
     if not calls.adopt(dst, lease, offset):
         mover.prefetch(dst, lease, offset)
@@ -147,7 +154,7 @@ def _addmm_into(dst: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch
     torch.addmm(bias, a, b, out=dst)
 
 
-def _fake_lease(nbytes: int, budget: int) -> torch.Tensor:
+def _fake_lease(nbytes: int, budget: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
@@ -198,6 +205,16 @@ def register() -> torch.library.Library:
         library.impl(name, function, "CompositeExplicitAutograd")
         fake: Any = _FAKES.get(name, _fake_nothing)
         torch.library.register_fake(f"memo::{name}", fake, lib=library)
-    # The threads that copy are not in a forked child: it makes engines of its own.
-    os.register_at_fork(after_in_child=_of_device.cache_clear)
     return library
+
+
+def _share_nothing() -> None:
+    """In a forked child: threads that copied are not there, locks may be held by such threads, blocks are empty."""
+    parents = pool() if pool.cache_info().currsize else None
+    for shared in (recorder, pool, _of_device):
+        shared.cache_clear()
+    if parents is not None:
+        pool().disown(parents)
+
+
+os.register_at_fork(after_in_child=_share_nothing)

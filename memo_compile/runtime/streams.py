@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from memo_compile.runtime import cudart
 from memo_compile.runtime.engine import Copy, Engine, Recorder
+from memo_compile.runtime.pieces import Plane, pieces, planes
 
 
 @dataclass(eq=False)
@@ -33,10 +36,26 @@ class StreamEngine(Engine):
         self._device = device
         self._cuda = cuda or _Cuda()
         self._streams = {"D2H": self._cuda.Stream(device), "H2D": self._cuda.Stream(device)}
+        self._retried_at = sys.maxsize  # bytes: the least for which the allocator had to give back what it keeps
 
     def computation(self) -> int:
         """See `Engine`: the current stream."""
         return int(self._cuda.current_stream(self._device).cuda_stream)
+
+    def spare(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
+        """See `Engine`. An attempt that fails makes the allocator wait for the device: it looks before it tries.
+
+        What the allocator keeps may lie in parts that are too small. Where it did, so much is not tried again unless
+        the device itself has it free.
+        """
+        kept, retries = self._cuda.kept(device)
+        from_kept = nbytes <= kept and nbytes < self._retried_at
+        if not from_kept and nbytes > self._cuda.free(device):
+            return None
+        place = super().spare(nbytes, device)
+        if from_kept and self._cuda.kept(device)[1] > retries:
+            self._retried_at = nbytes
+        return place
 
     def _queue_behind_computation(self, kind: str) -> None:
         self._streams[kind].wait_stream(self._cuda.current_stream(self._device))
@@ -47,13 +66,25 @@ class StreamEngine(Engine):
         # A capture begins with the device idle, and events do not reach across its border.
         if isinstance(after, _Queued) and after.captured == captured:
             stream.wait_event(after.done)
-        for to, origin in pieces(dst.detach(), src.detach()):
-            self._cuda.copy(to, origin, stream)
+        self._queue(copy.kind, dst.detach(), src.detach(), stream)
         done = self._cuda.Event()
         done.record(stream)
         tensor = src if copy.kind == "D2H" else dst
         fields = (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
         return _Queued(*fields, done, tensor.detach(), captured)
+
+    def _queue(self, kind: str, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
+        flat = planes(dst, src)
+        if flat and self._cuda.copy_planes(flat, kind, stream):
+            return
+        with self._cuda.on(stream):
+            for to, origin in pieces(dst, src):
+                self._cuda.copy(to, origin, stream)
+
+    def _finish(self, kind: str) -> None:
+        if not self._cuda.capturing():  # then nothing runs yet, and the capture ends with the error
+            with contextlib.suppress(RuntimeError):  # the device is lost: what is on its way is the first error
+                self._streams[kind].synchronize()
 
     def _order(self, copy: Copy) -> None:
         assert isinstance(copy, _Queued)
@@ -72,31 +103,6 @@ class StreamEngine(Engine):
 
 
 _NOTHING = torch.empty(0)
-MOST_PIECES = 1024  # of one slice: each costs the host some microseconds
-
-
-def pieces(dst: torch.Tensor, src: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One copy as copies between dense parts, such as the token rows of each head.
-
-    torch copies between host and device through a temporary of the whole on the device where one side is strided:
-    bytes that nobody has counted, and one more pass over them. Dense parts go straight from where they lie. Where
-    there would be too many parts, or a single row is strided, the temporary is the lesser evil.
-
-    >>> whole = torch.zeros(2, 8, 4)
-    >>> [tuple(to.shape) for to, _ in pieces(torch.zeros(2, 3, 4), whole[:, :3])]
-    [(3, 4), (3, 4)]
-    """
-    outer = 0
-    while not (_dense_inside(dst, outer) and _dense_inside(src, outer)):
-        outer += 1
-    if outer == 0 or outer == dst.dim() or math.prod(dst.shape[:outer]) > MOST_PIECES:
-        return [(dst, src)]
-    return [(dst[at], src[at]) for at in itertools.product(*(range(size) for size in dst.shape[:outer]))]
-
-
-def _dense_inside(value: torch.Tensor, outer: int) -> bool:
-    """Whether each part of a value at one place of its first `outer` dimensions is dense."""
-    return value.numel() == 0 or value[(0,) * outer].is_contiguous()
 
 
 class _Cuda:
@@ -112,7 +118,38 @@ class _Cuda:
         return torch.cuda.is_current_stream_capturing()
 
     @staticmethod
-    def copy(dst: torch.Tensor, src: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        """Queue a copy on a stream."""
+    @contextlib.contextmanager
+    def on(stream: torch.cuda.Stream) -> Iterator[None]:
+        """What is queued within goes to a stream."""
         with torch.cuda.stream(stream), torch.no_grad():
-            dst.copy_(src, non_blocking=True)
+            yield
+
+    @staticmethod
+    def copy(dst: torch.Tensor, src: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Queue a copy, within `on(stream)`."""
+        dst.copy_(src, non_blocking=True)
+
+    @staticmethod
+    def copy_planes(flat: Sequence[Plane], kind: str, stream: torch.cuda.Stream) -> bool:
+        """Queue copies in two dimensions; whether the runtime took all of them."""
+        return cudart.copy_planes(flat, kind, int(stream.cuda_stream))
+
+    @staticmethod
+    def kept(device: torch.device) -> tuple[int, int]:
+        """Bytes of whole segments that the allocator keeps unused; how often it has given such back to try again."""
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
+        unused = _current(stats, "reserved_bytes") - _current(stats, "active_bytes")
+        return unused - _current(stats, "inactive_split_bytes"), int(stats.get("num_alloc_retries", 0))
+
+    @staticmethod
+    def free(device: torch.device) -> int:
+        """Bytes that the device has free for this process."""
+        if torch.cuda.is_current_stream_capturing():
+            return sys.maxsize  # the allocator then waits for nothing
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free, allowed - torch.cuda.memory_reserved(device))
+
+
+def _current(stats: dict[str, Any], name: str) -> int:
+    return int(stats.get(name, {}).get("all", {}).get("current", 0))

@@ -31,12 +31,16 @@ class _Job(Copy):
     error: BaseException | None = None
 
 
+# An event is set when what was queued before it has ended.
+_Jobs = queue.SimpleQueue[_Job | threading.Event]
+
+
 class ThreadEngine(Engine):
     """Copies by two threads, started at the first copy."""
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         super().__init__(recorder)
-        self._queues: dict[str, queue.SimpleQueue[_Job]] = {}
+        self._queues: dict[str, _Jobs] = {}
         self._delay: Delay | None = None
 
     @contextlib.contextmanager
@@ -62,6 +66,13 @@ class ThreadEngine(Engine):
         worker.put(job)
         return job
 
+    def _finish(self, kind: str) -> None:
+        worker = self._queues.get(kind)
+        if worker is not None:
+            ended = threading.Event()
+            worker.put(ended)
+            ended.wait()
+
     def _order(self, copy: Copy) -> None:
         assert isinstance(copy, _Job)
         copy.done.wait()
@@ -77,8 +88,8 @@ class ThreadEngine(Engine):
     def _let_go(self, copy: Copy) -> None:
         pass  # a job that has not ended holds its lease: this one has
 
-    def _worker(self, kind: str) -> queue.SimpleQueue[_Job]:
-        jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    def _worker(self, kind: str) -> _Jobs:
+        jobs: _Jobs = queue.SimpleQueue()
         threading.Thread(target=_work, args=(jobs, self.recorder), name=f"memo-{kind}", daemon=True).start()
         self._queues[kind] = jobs
         return jobs
@@ -88,9 +99,12 @@ def _fields(copy: Copy) -> tuple[str, int, int, int, int, int]:
     return (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
 
 
-def _work(jobs: queue.SimpleQueue[_Job], recorder: Recorder) -> None:
+def _work(jobs: _Jobs, recorder: Recorder) -> None:
     while True:
         job = jobs.get()
+        if isinstance(job, threading.Event):
+            job.set()
+            continue
         try:
             _run(job, recorder)
         except BaseException as error:

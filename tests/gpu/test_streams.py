@@ -32,7 +32,7 @@ def slept(work):
 def there_and_back(device):
     """What is read back after a late producer, an early overwrite, and a late reader of the landing place."""
     mover = engine(device)
-    lease = pool().lease(ROWS * 4)
+    lease = pool().lease(ROWS * 4, device=device)
     src, landing = torch.zeros(ROWS, device=device), torch.ones(ROWS, device=device)
     slept(lambda: src.fill_(5))
     mover.offload(src, lease, 0)
@@ -64,7 +64,7 @@ def test_a_copy_that_is_not_waited_for_is_seen(device, monkeypatch):
 
 
 def test_a_strided_slice_goes_there_and_back(device):
-    mover, lease = engine(device), pool().lease(4096)
+    mover, lease = engine(device), pool().lease(4096, device=device)
     src = torch.arange(256.0, device=device).view(8, 32)
     dst = torch.zeros(8, 32, device=device)
     mover.offload(src[:, 4:20], lease, 0)
@@ -76,7 +76,7 @@ def test_a_strided_slice_goes_there_and_back(device):
 
 
 def test_token_rows_of_heads_move_without_a_temporary(device):
-    mover, lease = engine(device), pool().lease(1 << 20)
+    mover, lease = engine(device), pool().lease(1 << 20, device=device)
     src = torch.randn(2, 8, 1024, 16, device=device)
     dst = torch.zeros_like(src)
     torch.cuda.synchronize()
@@ -326,5 +326,5 @@ def test_a_captured_step_replays(device):
 
 
 def test_host_blocks_are_page_locked(device):
-    lease = pool().lease(1 << 20)
+    lease = pool().lease(1 << 20, device=device)
     assert lease.is_pinned()

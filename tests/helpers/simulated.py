@@ -4,7 +4,10 @@ It stands for `torch.cuda` in `StreamEngine`, so that its rules are tested where
 runs ahead: `Computation.do` queues work on the compute stream and returns.
 """
 
+import contextlib
+import ctypes
 import queue
+import sys
 import threading
 import time
 
@@ -60,13 +63,19 @@ class Stream:
         event.synchronize()
 
 
+def copy_rows(plane):
+    """As cudaMemcpy2DAsync does, by address."""
+    for row in range(plane.height):
+        ctypes.memmove(plane.dst + row * plane.dst_pitch, plane.src + row * plane.src_pitch, plane.width)
+
+
 class Cuda:
     """What `StreamEngine` asks of `torch.cuda`."""
 
     Event = Event
 
-    def __init__(self, delay=lambda: 0.0):
-        self.delay = delay
+    def __init__(self, delay=lambda: 0.0, two_dimensions=False):
+        self.delay, self.two_dimensions = delay, two_dimensions
         self.streams = []
         self.compute = self.Stream(None)
 
@@ -79,6 +88,21 @@ class Cuda:
 
     def capturing(self):
         return False
+
+    def on(self, stream):
+        return contextlib.nullcontext()
+
+    def copy_planes(self, planes, kind, stream):
+        if self.two_dimensions:
+            for plane in planes:
+                stream.do(lambda plane=plane: copy_rows(plane))
+        return self.two_dimensions
+
+    def kept(self, device):
+        return 0, 0
+
+    def free(self, device):
+        return sys.maxsize
 
     def copy(self, dst, src, stream):
         def work():

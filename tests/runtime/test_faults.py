@@ -9,7 +9,6 @@ from test_contract import check, make, rows
 import memo_compile
 from memo_compile import errors
 from memo_compile.runtime import calls, host, ops
-from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.ops import engine, pool
 
 CPU = torch.device("cpu")
@@ -98,23 +97,6 @@ def test_an_arena_that_does_not_fit_any_more(trained, monkeypatch):
         patch.setattr(mover, "offload", raising(refusal)(mover.offload))
         with pytest.raises(errors.ArenaDoesNotFit, match=r"free on the device.*memory_budget"):
             fn(rows())
-
-
-def test_no_pinned_memory_is_one_warning_and_pageable(monkeypatch, caplog):
-    class Refusing:
-        @staticmethod
-        def cudaHostRegister(*args):  # noqa: N802
-            return 2
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Refusing)
-    monkeypatch.setattr(host, "node_of_device", lambda: None)
-    leases = HostPool()
-    with caplog.at_level("WARNING"):
-        held = [leases.lease(1000), leases.lease(2000)]
-    assert len([r for r in caplog.records if "page-locked" in r.message]) == 1
-    held[0].fill_(1)
 
 
 def test_without_the_guard_copies_stay_behind(monkeypatch):

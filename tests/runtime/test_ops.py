@@ -12,6 +12,7 @@ from memo_compile.runtime.ops import engine, pool, register, transfer_stats
 from memo_compile.runtime.streams import StreamEngine
 
 register()
+CPU = torch.device("cpu")
 ops = torch.ops.memo
 # No autograd formula, no dynamic shapes: the ops stand in graphs of fixed sizes, out of which autograd was traced.
 CHECKS = ("test_schema", "test_faketensor")
@@ -24,18 +25,18 @@ def _nothing_pending():
 
 
 def lease_with(src):
-    lease = ops.host_lease(256, -1)
+    lease = ops.host_lease(256, -1, CPU)
     ops.offload(src, lease, 0)
     ops.offload_wait(src, lease, 0)
     return lease
 
 
 def test_opcheck_host_lease():
-    torch.library.opcheck(ops.host_lease.default, (256, -1), test_utils=CHECKS)
+    torch.library.opcheck(ops.host_lease.default, (256, -1, CPU), test_utils=CHECKS)
 
 
 def test_opcheck_offload():
-    torch.library.opcheck(ops.offload.default, (torch.randn(8, 4), ops.host_lease(256, -1), 0), test_utils=CHECKS)
+    torch.library.opcheck(ops.offload.default, (torch.randn(8, 4), ops.host_lease(256, -1, CPU), 0), test_utils=CHECKS)
 
 
 def test_opcheck_prefetch():
@@ -85,7 +86,7 @@ def test_what_is_kept_lies_alone():
 
 
 def test_opcheck_landing():
-    lease = ops.host_lease(256, -1)
+    lease = ops.host_lease(256, -1, CPU)
     args = (lease, 0, 64, torch.device("cpu"))
     torch.library.opcheck(ops.landing.default, args, test_utils=("test_faketensor",))
 
@@ -144,7 +145,7 @@ def test_a_lease_lies_outside_torchs_allocator():
     held = []
 
     def lease():
-        held.append(ops.host_lease(1 << 20, -1))
+        held.append(ops.host_lease(1 << 20, -1, CPU))
         torch.empty(1 << 12, dtype=torch.uint8)
 
     assert memo_compile.measure_peak(lease) == 1 << 12
@@ -168,14 +169,14 @@ def test_a_block_that_another_device_had_is_not_written_before_it_has_been_read(
         runtime, "_of_device", lambda: {d: (e, Ahead(e, d, runtime.pool().borrow)) for d, e in engines.items()}
     )
     src, dst = torch.full((1024,), 1.0), torch.zeros(1024)
-    lease = runtime._host_lease(4096, -1)
+    lease = runtime._host_lease(4096, -1, CPU)
     first.offload(src, lease, 0)
     first.offload_wait(src, lease, 0)
     first.prefetch(dst, lease, 0)
     first.prefetch_wait(dst, lease, 0)
     address = lease.data_ptr()
     del lease
-    again, new = runtime._host_lease(4096, -1), torch.full((1024,), 2.0)
+    again, new = runtime._host_lease(4096, -1, CPU), torch.full((1024,), 2.0)
     assert again.data_ptr() == address
     runtime._offload(new, again, 0)
     runtime._offload_wait(new, again, 0)

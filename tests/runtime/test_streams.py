@@ -4,7 +4,8 @@ import pytest
 import torch
 from simulated import Cuda
 
-from memo_compile.runtime.streams import MOST_PIECES, StreamEngine, pieces
+from memo_compile.runtime.pieces import MOST_PIECES, pieces
+from memo_compile.runtime.streams import StreamEngine
 
 
 @pytest.fixture

@@ -192,7 +192,8 @@ def _rewrite_forward(
     if offsets:
         first = next(n for n in graph.nodes if n.op != "placeholder")
         with graph.inserting_before(first), because(split.forward, "the host memory of this call's offloads"):
-            lease = call(graph, torch.ops.memo.host_lease.default, (host_bytes, host_budget))
+            size = (host_bytes, host_budget, _device_of(graph, offsets))
+            lease = call(graph, torch.ops.memo.host_lease.default, size)
     for value in outputs[split.num_forward_outputs :]:
         plan = homes.get(value.name)
         if plan is None or plan.kept == plan.tokens:
@@ -216,6 +217,12 @@ def _rewrite_forward(
         output.meta["desc"] = _descriptions(output.meta["desc"], split.num_forward_outputs, len(saved))
     output.meta.pop("output_stack_traces", None)
     return tuple(n.name for n in saved)
+
+
+def _device_of(graph: fx.Graph, names: Collection[str]) -> torch.device:
+    """The device that slices leave: what the host memory must be good for."""
+    devices = [n.meta["val"].device for n in graph.nodes if n.name in names]
+    return next((d for d in devices if d.type != "cpu"), devices[0])
 
 
 def _rows(name: str, plan: Homes, lo: int, hi: int) -> str:

@@ -1,0 +1,118 @@
+"""One strided copy as copies that need no temporary: in two dimensions where it can be, else between dense parts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+MOST_PIECES = 1024  # of one slice: each costs the host some microseconds
+WIDE = 4096  # bytes: rows of so much are worth their place in a copy in two dimensions, however many there are
+MOST_PITCH = 2**31 - 1  # bytes: cudaDevAttrMaxPitch, the same for all devices since compute capability 2
+
+
+@dataclass(frozen=True)
+class Plane:
+    """`height` rows of `width` bytes, from the addresses of the first on; the pitches are bytes from row to row."""
+
+    dst: int
+    src: int
+    width: int
+    height: int
+    dst_pitch: int
+    src_pitch: int
+
+
+@dataclass(frozen=True)
+class _Axis:
+    size: int
+    dst: int  # bytes from one part to the next
+    src: int
+
+
+def planes(dst: torch.Tensor, src: torch.Tensor) -> tuple[Plane, ...]:
+    """One copy as copies in two dimensions, such as the token rows of all heads.
+
+    Empty where it is dense, and where a row is strided itself or rows overlap: then see `pieces`.
+
+    >>> [(p.height, p.width) for p in planes(torch.zeros(2, 3, 4), torch.zeros(2, 8, 4)[:, :3])]
+    [(2, 48)]
+    """
+    outer = _outer_dims(dst, src)
+    width = math.prod(dst.shape[outer:]) * dst.element_size()
+    axes = _joined(_axes(dst, src, outer))
+    rows = max((a for a in axes if _is_pitch(a, width)), key=lambda a: a.size, default=None)
+    if rows is None or outer == dst.dim() or not width or not _worth_it(axes, rows, width):
+        return ()
+    others = [a for a in axes if a is not rows]
+    return tuple(
+        Plane(
+            dst.data_ptr() + sum(i * a.dst for i, a in zip(at, others, strict=True)),
+            src.data_ptr() + sum(i * a.src for i, a in zip(at, others, strict=True)),
+            *(width, rows.size, rows.dst, rows.src),
+        )
+        for at in itertools.product(*(range(a.size) for a in others))
+    )
+
+
+def pieces(dst: torch.Tensor, src: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One copy as copies between dense parts, such as the token rows of each head.
+
+    torch copies between host and device through a temporary of the whole on the device where one side is strided:
+    bytes that nobody has counted, and one more pass over them. Dense parts go straight from where they lie. Where
+    there would be too many parts, or a single row is strided, the temporary is the lesser evil.
+
+    >>> whole = torch.zeros(2, 8, 4)
+    >>> [tuple(to.shape) for to, _ in pieces(torch.zeros(2, 3, 4), whole[:, :3])]
+    [(3, 4), (3, 4)]
+    """
+    outer = _outer_dims(dst, src)
+    if outer == 0 or outer == dst.dim() or math.prod(dst.shape[:outer]) > MOST_PIECES:
+        return [(dst, src)]
+    return [(dst[at], src[at]) for at in itertools.product(*(range(size) for size in dst.shape[:outer]))]
+
+
+def _outer_dims(dst: torch.Tensor, src: torch.Tensor) -> int:
+    """The least number of first dimensions behind which both sides are dense."""
+    if dst.numel() == 0:
+        return 0
+    return max(_strided_dims(side.shape, side.stride()) for side in (dst, src))
+
+
+def _strided_dims(shape: Sequence[int], stride: Sequence[int]) -> int:
+    step = 1
+    for dim in reversed(range(len(shape))):
+        if shape[dim] != 1 and stride[dim] != step:
+            return dim + 1
+        step *= shape[dim]
+    return 0
+
+
+def _axes(dst: torch.Tensor, src: torch.Tensor, outer: int) -> list[_Axis]:
+    size = dst.element_size()
+    strides = zip(dst.shape[:outer], dst.stride()[:outer], src.stride()[:outer], strict=True)
+    return [_Axis(n, to * size, origin * size) for n, to, origin in strides if n != 1]
+
+
+def _joined(axes: Sequence[_Axis]) -> list[_Axis]:
+    """With neighbours that one step can walk, on both sides, as one."""
+    found: list[_Axis] = []
+    for axis in axes:
+        before = found[-1] if found else None
+        if before is not None and (before.dst, before.src) == (axis.size * axis.dst, axis.size * axis.src):
+            found[-1] = _Axis(before.size * axis.size, axis.dst, axis.src)
+        else:
+            found.append(axis)
+    return found
+
+
+def _is_pitch(axis: _Axis, width: int) -> bool:
+    return all(width <= pitch <= MOST_PITCH for pitch in (axis.dst, axis.src))
+
+
+def _worth_it(axes: Sequence[_Axis], rows: _Axis, width: int) -> bool:
+    count = math.prod(a.size for a in axes)
+    return count // rows.size <= MOST_PIECES and (count <= MOST_PIECES or width >= WIDE)

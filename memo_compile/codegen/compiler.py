@@ -46,8 +46,8 @@ from memo_compile.passes.transforms.partition import num_mutated_outputs, receiv
 from memo_compile.planning.fit_budget import Settled, settle
 from memo_compile.planning.planner import Decided, Prepared, lease_input, lease_output, prepare
 from memo_compile.report.dumps import Dump
+from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
-from memo_compile.runtime.cross_call import Schedule
 from memo_compile.runtime.first_step import FirstStep
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
 from memo_compile.trace.setting import Setting, limits_for, record, setting_for

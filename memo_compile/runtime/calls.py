@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from memo_compile.errors import ArenaDoesNotFit
-from memo_compile.runtime.cross_call import Schedule
+from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.engine import Span
 from memo_compile.runtime.ops import ahead, engine, settle
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from memo_compile.runtime import attention
-from memo_compile.runtime.cross_call import Ahead
+from memo_compile.runtime.ahead import Ahead
 from memo_compile.runtime.engine import Engine, Recorder, TransferStats
 from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.threads import ThreadEngine

@@ -4,10 +4,10 @@ import ctypes
 
 import pytest
 import torch
-from simulated import Cuda
+from runtime.simulated import Cuda
 
 from memo_compile.runtime import ops as runtime
-from memo_compile.runtime.cross_call import Ahead
+from memo_compile.runtime.ahead import Ahead
 from memo_compile.runtime.ops import engine, pool, register, transfer_stats
 from memo_compile.runtime.streams import StreamEngine
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from simulated import Cuda
+from runtime.simulated import Cuda
 
 from memo_compile.errors import TransferFailed
 from memo_compile.runtime.engine import Engine

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from simulated import Cuda
+from runtime.simulated import Cuda
 
 from memo_compile.runtime.pieces import MOST_PIECES, pieces
 from memo_compile.runtime.streams import StreamEngine

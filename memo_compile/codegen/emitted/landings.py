@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from memo_compile.codegen.emitted.body import flatten
-from memo_compile.runtime.cross_call import Landing, Schedule
+from memo_compile.runtime.ahead import Landing, Schedule
 
 _PREFETCH = "torch.ops.memo.prefetch_.default"
 _LANDING = "torch.ops.memo.landing.default"

@@ -37,7 +37,7 @@ def memo(
     parsed = _start(options, mode, inputs)
     from memo_compile.codegen.compiler import compile_planned
 
-    if not parsed.verify:
+    if parsed.verify is not True:
         return compile_planned(gm, list(inputs), parsed)
     plain = copy.deepcopy(gm)
     return verified(compile_planned(gm, list(inputs), parsed), plain, "inductor")
@@ -53,7 +53,7 @@ def memo_eager(
     parsed = _start(options, mode, inputs)
     from memo_compile.codegen.interpreter import run_planned
 
-    if not parsed.verify:
+    if parsed.verify is not True:
         return run_planned(gm, list(inputs), parsed)
     plain = copy.deepcopy(gm)
     return verified(run_planned(gm, list(inputs), parsed), plain, "aot_eager")

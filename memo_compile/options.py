@@ -43,7 +43,8 @@ class Options:
         solver_time_limit: seconds of processor time that one linear or integer program may take.
         hardware: "auto", the name of a built-in profile, or the path of a profile's JSON file.
         dump: a folder for graphs, plan and arena; None: no dump.
-        verify: check placements at compile time, and compare the first step with the unplanned graph.
+        verify: check placements at compile time, and compare the first step with the unplanned graph; "poison": fill
+            bytes that nobody may read, or not yet, with NaN.
         inductor: config patches that are passed on to Inductor.
         mode: Inductor's mode (`torch.compile(mode=...)`).
     """
@@ -57,7 +58,7 @@ class Options:
     solver_time_limit: float = 10.0
     hardware: str = "auto"
     dump: str | None = None
-    verify: bool = False
+    verify: bool | Literal["poison"] = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
 
@@ -171,6 +172,14 @@ def _flag(key: str, value: Any) -> bool:
     raise InvalidOption(key, value, "True or False")
 
 
+def _verify(key: str, value: Any) -> bool | Literal["poison"]:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value == "poison":
+        return "poison"
+    raise InvalidOption(key, value, 'True, False or "poison"')
+
+
 def _offload(key: str, value: Any) -> bool | Literal["all"]:
     if isinstance(value, bool):
         return value
@@ -281,7 +290,7 @@ _CHECKS = {
     "solver_time_limit": _seconds,
     "hardware": _hardware,
     "dump": _path,
-    "verify": _flag,
+    "verify": _verify,
     "inductor": _patches,
     "mode": _mode,
 }

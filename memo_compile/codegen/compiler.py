@@ -23,8 +23,10 @@ from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, handed_o
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
+from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poisoned
 from memo_compile.codegen.emitted.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.kernels import kernels_beside
+from memo_compile.codegen.lowerings import POISON
 from memo_compile.codegen.mutations import readers_before_writers
 from memo_compile.codegen.preview import dry_run
 from memo_compile.codegen.scheduler.fusion import wait_for_products
@@ -223,6 +225,9 @@ class _Compilation:
         return self._dry(plain).layout.peak
 
     def _looked_at(self, decided: Decided) -> tuple[int, _Evidence]:
+        if self.setting.options.verify == "poison":
+            for node in (*decided.forward.graph.nodes, *decided.backward.graph.nodes):
+                node.meta[POISON] = True
         evidence = self._dry(decided)
         return evidence.layout.peak, evidence
 
@@ -258,7 +263,8 @@ class _Compilation:
         if self.budget is not None:
             while early and layout.peak + sum(size for _, size in sizes[:early]) > self.budget:
                 early -= 1
-        return replace(schedule, early=schedule.early[:early])
+        poison = self.setting.options.verify == "poison"
+        return replace(schedule, early=schedule.early[:early], poison=poison)
 
     def _arena_arguments(self, decided: Decided, forward: Body, backward: Body) -> dict[str, Any]:
         placeholders = decided.backward.graph.find_nodes(op="placeholder")
@@ -315,7 +321,8 @@ class _Compilation:
         place = self._place_backward if backward else self._place_forward
         inspect = self._inspect_backward if backward else self._inspect_forward
         graph = self.decided.backward if backward else self.decided.forward
-        with _settings_for(self.decided, graph), donating(donated), arena_wrapper(place, inspect):
+        finish = (lambda lines: self._poisoned(lines, backward)) if self.setting.options.verify == "poison" else None
+        with _settings_for(self.decided, graph), donating(donated), arena_wrapper(place, inspect, finish):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         assert self.dump is not None
         self.dump.code("backward" if backward else "forward", compiled)
@@ -360,6 +367,17 @@ class _Compilation:
             raise BudgetTooSmall(self.budget, layout.peak, self.decided.obstacles)
         self.evidence, self.layout = _Evidence(forward, backward, layout), layout
         return [b for b in layout.buffers if b.name.startswith(prefix)], layout.segments
+
+    def _poisoned(self, lines: Sequence[str], backward: bool) -> tuple[Sequence[str], Sequence[str]]:
+        assert self.layout is not None
+        assert self.evidence is not None
+        layout, outputs = self.layout, self.evidence.forward.outputs
+        mine = [b for b in layout.buffers if b.name.startswith("bw:" if backward else "fw:")]
+        if not backward:
+            return [IMPORT], poisoned(lines, mine, 0)
+        received = {f"fw:{outputs[link.output]}": link.input for link in self.links}
+        kept = kept_for_backward(layout.buffers, layout.segments, layout.forward_steps, received)
+        return [IMPORT], poisoned(lines, mine, layout.forward_steps, kept)
 
     def _report(self, lost: Sequence[str]) -> None:
         if lost:

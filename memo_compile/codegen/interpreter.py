@@ -17,6 +17,7 @@ from memo_compile.planning.planner import Decided, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.first_step import FirstStep
+from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.setting import Setting, limits_for, record, setting_for
 
 
@@ -40,12 +41,14 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
 
     first_step = FirstStep(setting.name)
 
+    poisoning = options.verify == "poison"
+
     def backward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        return first_step.backward(_interpreted(graph, example))
+        return first_step.backward(_interpreted(graph, example, poisoning=poisoning))
 
     def forward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
         nothing_donated()
-        return _interpreted(graph, example)
+        return _interpreted(graph, example, poisoning=poisoning)
 
     with config.patch(donated_buffer=False):
         compiled: Any = aot_autograd(
@@ -78,9 +81,22 @@ class _Interpreter(fx.Interpreter):
         return result if n.users or n.op == "output" else None
 
 
-def _interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+class _Poisoning(_Interpreter):
+    """Fills places before anything lands in them, and slices in host memory once they have come back."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is torch.ops.aten.empty.memory_format and result is not None:
+            poison(result)
+        elif n.target is torch.ops.memo.wait_.default:
+            poison_host(*self.fetch_args_kwargs_from_env(n)[0])
+        return result
+
+
+def _interpreted(gm: fx.GraphModule, _: Sequence[Any], *, poisoning: bool = False) -> Callable[[list[Any]], Any]:
     """A boxed call: the interpreter owns its inputs, and drops each value behind its last reader."""
-    run = boxed(lambda args: _Interpreter(gm).boxed_run(args))
+    interpreter = _Poisoning if poisoning else _Interpreter
+    run = boxed(lambda args: interpreter(gm).boxed_run(args))
     (output,) = gm.graph.find_nodes(op="output")
     for i, result in enumerate(output.args[0]):
         if isinstance(result, fx.Node) and is_on_host(result):

@@ -18,6 +18,8 @@ import torch.utils._pytree as pytree
 from memo_compile.passes.fx.facts import storage_of
 from memo_compile.passes.transforms.attention import are_apart, may_be_overwritten
 
+POISON = "memo_poison"  # in `node.meta`: what the node may write over is to be filled
+
 
 @cache
 def register_lowerings() -> None:
@@ -49,6 +51,7 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
 
     One that something still reads is copied first: passes of Inductor may have joined it with another value since memo
     looked, and a value that the graph has made of it before may not be computed yet.
+    With `verify="poison"` all are, and the originals are filled: a reader that was not seen shows.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V
@@ -60,6 +63,7 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
     realized = [ir.ExternKernel.realize_input(box) for box in args[: len(tensors)]]
     names = [_storage(value).get_name() for value in realized]
     boxes: list[Any] = []
+    ended: list[Any] = []
     for i, value in enumerate(realized[:over]):
         joined = any(
             names[i] == name and storage_of(tensors[i]) is not storage_of(other)
@@ -67,9 +71,13 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
         )
         alone = apart and not joined and may_be_overwritten(node, tensors[i])
         alone = alone and _is_its_own(names[i], graph) and not _is_read_later(node, names[i], graph.env)
-        boxes.append(ir.TensorBox(value if alone else ir.ExternKernel.copy_input(args[i])))
+        ends = alone and POISON in node.meta
+        boxes.append(ir.TensorBox(value if alone and not ends else ir.ExternKernel.copy_input(args[i])))
+        ended += [ir.TensorBox(value)] if ends else []
     storages = {_storage(box).get_name(): ir.TensorBox(_storage(box)) for box in boxes}
     ir.FallbackKernel.create(kernel, list(storages.values()), *boxes, *args[over:], **keywords)
+    for box in ended:
+        ir.FallbackKernel.create(torch.ops.memo.poison_.default, box)
     return boxes
 
 

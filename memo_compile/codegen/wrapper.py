@@ -1,8 +1,8 @@
 """The Inductor wrapper that emits the arena: constant offsets in place of allocations.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `PythonWrapperCodegen.generate_return` is called when the body
-of `call` is complete and has not been joined to the rest; `wrapper_call._lines` are its lines; `V.graph` knows the
-buffers. The wrapper class is swapped in for the time of one compilation.
+of `call` is complete and has not been joined to the rest; `wrapper_call._lines` are its lines and `header` the
+module's; `V.graph` knows the buffers. The wrapper class is swapped in for the time of one compilation.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ Planner = Callable[[Body], tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]]
 # Called with the text that was emitted, the returned expressions and the inputs' names: a check of the result.
 Inspector = Callable[[Sequence[str], Sequence[str], Sequence[str]], None]
 
+# Called with the text that was emitted and inspected. Returns what the module imports for it, and the text to run.
+Finisher = Callable[[Sequence[str]], tuple[Sequence[str], Sequence[str]]]
+
 _EMPTY = re.compile(r"^(?P<indent>\s*)(?P<name>\w+) = (?P<make>empty_strided_\w+)\((?P<args>.*)\)\s*(?:#.*)?$")
 
 
@@ -35,10 +38,10 @@ class BodyCaptured(BaseException):
 
 
 @contextlib.contextmanager
-def arena_wrapper(planner: Planner, inspect: Inspector | None = None) -> Iterator[None]:
+def arena_wrapper(planner: Planner, inspect: Inspector | None = None, finish: Finisher | None = None) -> Iterator[None]:
     """Within, every Inductor graph is emitted with the buffers that `planner` places in segments of an arena.
 
-    `inspect` sees what came of it.
+    `inspect` sees what came of it, and `finish` adds what is no part of the plan.
     """
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 
@@ -47,14 +50,14 @@ def arena_wrapper(planner: Planner, inspect: Inspector | None = None) -> Iterato
     swapped = {device: codegen.wrapper_codegen for device, codegen in device_codegens.items()}
     try:
         for device, base in swapped.items():
-            device_codegens[device].wrapper_codegen = _subclass(base, planner, inspect)
+            device_codegens[device].wrapper_codegen = _subclass(base, planner, inspect, finish)
         yield
     finally:
         for device, base in swapped.items():
             device_codegens[device].wrapper_codegen = base
 
 
-def _subclass(base: Any, planner: Planner, inspect: Inspector | None) -> Any:
+def _subclass(base: Any, planner: Planner, inspect: Inspector | None, finish: Finisher | None) -> Any:
     if not isinstance(base, type):
         return base
 
@@ -75,6 +78,10 @@ def _subclass(base: Any, planner: Planner, inspect: Inspector | None) -> Any:
                 self.wrapper_call._lines[:] = kept
             if inspect is not None:
                 inspect(kept, output_refs, _input_names())
+            if finish is not None:
+                imported, finished = finish(kept)
+                self.header.splice("\n".join(imported))
+                self.wrapper_call._lines[:] = finished
             super().generate_return(output_refs)
 
     return ArenaWrapper

@@ -16,6 +16,7 @@ import torch
 
 from memo_compile.logs import logger
 from memo_compile.runtime.engine import Engine
+from memo_compile.runtime.poison import poison
 
 log = logger(__name__)
 
@@ -38,10 +39,14 @@ class Landing:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a compiled backward prefetches: `early` may begin before it does, `count` is how many there are in all."""
+    """What a compiled backward prefetches: `early` may begin before it does, `count` is how many there are in all.
+
+    With `poison` landing places are filled when they are taken.
+    """
 
     early: tuple[Landing, ...]
     count: int
+    poison: bool = False
 
 
 @dataclass(eq=False)
@@ -146,6 +151,8 @@ class Ahead:
         if base is None:  # no room now: its own backward will start it
             log.debug("no room to prefetch ahead: %d bytes", landing.nbytes)
             return False
+        if call.schedule.poison:
+            poison(base)
         dst = base.view(landing.dtype).as_strided(landing.shape, landing.stride, landing.start)
         self._engine.prefetch(dst, lease, landing.offset)
         with self._lock:

@@ -8,6 +8,7 @@
   one; it stands in emitted code alone, in place of an allocation
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: products written to their rows of a larger value
+* `poison_(dst!)`: the end of a value's life, with `verify="poison"`; see `memo_compile.runtime.poison`
 * `attention_onto`, `attention_backward_onto`, and with a `_` behind: see `memo_compile.runtime.attention`
 """
 
@@ -23,6 +24,7 @@ from memo_compile.runtime import attention
 from memo_compile.runtime.ahead import Ahead
 from memo_compile.runtime.engine import Engine, Recorder, TransferStats
 from memo_compile.runtime.host import HostPool
+from memo_compile.runtime.poison import poison
 from memo_compile.runtime.threads import ThreadEngine
 
 _SCHEMAS = (
@@ -35,6 +37,7 @@ _SCHEMAS = (
     "keep(Tensor src) -> Tensor",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
+    "poison_(Tensor(a!) dst) -> ()",
     *attention.SCHEMAS,
 )
 
@@ -197,6 +200,7 @@ def register() -> torch.library.Library:
         ("keep", _keep),
         ("mm_into_", _mm_into),
         ("addmm_into_", _addmm_into),
+        ("poison_", poison),
         ("attention_onto", attention.attention_onto),
         ("attention_onto_", attention.attention_onto_),
         ("attention_backward_onto", attention.attention_backward_onto),

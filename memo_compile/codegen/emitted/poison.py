@@ -1,0 +1,110 @@
+"""Adds fills to emitted text, for `verify="poison"`: what must not be read any more, or not yet, is no number.
+
+A segment is filled when it is taken, a buffer's bytes behind the last statement of its life, as the layout has it. The
+text is what `rewrite` made; its statements are those of the layout, less the lines that take and drop segments.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from memo_compile.codegen.emitted.body import flatten
+from memo_compile.schema import ArenaBuffer, ArenaSegment
+
+IMPORT = "from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_landing"
+_SEGMENT = re.compile(r"^\s*(?P<name>memo_arena_\d+) = (?P<maker>[\w.]+)\(")
+_BUFFER = re.compile(r"^\s*(?P<name>\w+) = alloc_from_pool\(")
+_LANDING = "torch.ops.memo.landing.default"
+_WAIT = "torch.ops.memo.wait_.default"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A buffer of the forward that the backward receives as `name`; its life ends behind `end` statements there."""
+
+    name: str
+    segment: int
+    offset: int
+    size: int
+    end: int
+
+
+def kept_for_backward(
+    buffers: Sequence[ArenaBuffer],
+    segments: Sequence[ArenaSegment],
+    forward_steps: int,
+    received: Mapping[str, str],
+) -> list[Kept]:
+    """What the backward is to fill of the forward's; `received` names a backward input that holds each buffer."""
+    sizes = {s.name: s.size for s in segments}
+    return [
+        Kept(received[b.name], sizes[b.segment], b.offset, b.size, b.end - forward_steps)
+        for b in buffers
+        if b.name in received and b.end > forward_steps
+    ]
+
+
+def poisoned(lines: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, kept: Sequence[Kept] = ()) -> list[str]:
+    """The text with fills.
+
+    Args:
+        lines: a graph's emitted statements, its buffers placed.
+        buffers: those that this text makes.
+        first: the step of the timeline at which its first statement stands.
+        kept: what it receives and is the last to read.
+    """
+    text = [part for line in lines for part in line.split("\n")]
+    last = _last_lines(text)
+    before: dict[int, list[str]] = defaultdict(list)
+    behind: dict[int, list[str]] = defaultdict(list)
+    for number, (at, bytes_of, end) in enumerate(_lives(text, buffers, first, kept)):
+        if end <= len(last):  # what lives on is the backward's to fill
+            view = f"memo_poison_{number}"
+            before[at].append(f"{view} = {bytes_of}")
+            behind[last[max(end, 1) - 1]] += [f"poison({view})", f"del {view}"]
+    out: list[str] = []
+    for i, line in enumerate(text):
+        indent = line[: len(line) - len(line.lstrip())]
+        out += [indent + more for more in before[i]]
+        out.append(line.replace(_LANDING, "poisoned_landing"))
+        out += [indent + more for more in (*_fill_of(line), *behind[i])]
+    return out
+
+
+def _lives(
+    text: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, kept: Sequence[Kept]
+) -> Iterator[tuple[int, str, int]]:
+    """Of each buffer: the line before which its bytes can be named, how, and behind how many statements it dies."""
+    made = {m["name"]: i for i, m in enumerate(map(_BUFFER.match, text)) if m}
+    for k in kept:
+        yield 0, f"kept_bytes({k.name}, {k.segment}, {k.offset}, {k.size})", k.end
+    for b in buffers:
+        view = f"alloc_from_pool({b.segment}, {b.offset}, torch.uint8, ({b.size}, ), (1, ))"
+        yield made[b.name.split(":", 1)[1]], view, b.end - first
+
+
+def _fill_of(line: str) -> list[str]:
+    """What is filled behind a line whatever lives: a segment that was taken, a slice that has come back."""
+    taken = _SEGMENT.match(line)
+    if taken is not None and taken["maker"] != _LANDING:
+        return [f"poison({taken['name']})"]
+    return [line.strip().replace(_WAIT, "poison_host")] if line.lstrip().startswith(_WAIT) else []
+
+
+def _last_lines(text: Sequence[str]) -> list[int]:
+    """The last line of each statement, in the layout's numbers."""
+    blank = ["" if line.lstrip().startswith("#") else line for line in text]
+    statements = flatten(ast.parse(textwrap.dedent("\n".join(blank))).body)
+    return [(s.end_lineno or s.lineno) - 1 for s in statements if not _of_segment(s)]
+
+
+def _of_segment(statement: ast.stmt) -> bool:
+    """Whether a statement takes or drops a segment: it is none of Inductor's."""
+    if isinstance(statement, (ast.Assign, ast.Delete)):
+        return any(isinstance(t, ast.Name) and t.id.startswith("memo_arena_") for t in statement.targets)
+    return False

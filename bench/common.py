@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
+import shutil
+import tempfile
 import time
+import tomllib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,8 @@ import torch
 import memo_compile
 from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 VOCABULARY = 512
 WIDTH = 256
 
@@ -103,6 +109,28 @@ def measured(model: torch.nn.Module, fn: Any, x: torch.Tensor, repeats: int = 3)
         seconds.append(time.perf_counter() - started)
     model.zero_grad(set_to_none=True)
     return {"first_step_seconds": first, "step_seconds": min(seconds), "peak": peak, "loss": loss}
+
+
+def child_environment() -> dict[str, str]:
+    """The environment in which a child finds this checkout's package and its backends, installed or not."""
+    paths = [str(ROOT), _metadata(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+@cache
+def _metadata() -> str:
+    """A folder with what an installed package says of itself: `torch.compile` finds backends by entry points."""
+    folder = Path(tempfile.mkdtemp(prefix="memo-metadata-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    there = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    there.mkdir()
+    (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    groups = project["entry-points"].items()
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups]
+    (there / "entry_points.txt").write_text("\n".join(lines))
+    return str(folder)
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from bench.rows import Row, Rows, is_current
 
 K = 1024
 STREAMS, TILES = "checkpoint+streams", "checkpoint+streams+tiles"
+SHORT = 16 * K  # tokens up to which a step is so short that six are timed
 LONG = 128 * K  # tokens from which one timed step is enough
 UNIT = 8 * K  # of lengths that are tried
 
@@ -28,7 +29,7 @@ class Item:
 
 def _row(model: str, layers: int, tokens: int, *peers: str) -> Iterator[Item]:
     for peer in peers:
-        case = Case(model, layers, tokens, peer, steps=1 if tokens >= LONG else 2)
+        case = Case(model, layers, tokens, peer, steps=1 if tokens >= LONG else 6 if tokens <= SHORT else 2)
         yield Item(case.key, case)
 
 
@@ -36,20 +37,22 @@ def _llama(tokens: int, *peers: str) -> Iterator[Item]:
     return _row("llama-8b", 4, tokens, *peers)
 
 
-def agenda() -> list[Item]:
-    """All parts, what is worth most first; a peer stands before memo within its peak."""
+def agenda(card: str = "") -> list[Item]:
+    """All parts for a card, what is worth most first; a peer stands before memo within its peak."""
+    long = ("memo-110GiB", "memo-auto") if "H200" in card else ("memo-auto",)
     return [
         Item("tests"),
         Item("fuzz"),
         *_llama(64 * K, STREAMS, f"memo@{STREAMS}", "memo-min"),
         *_llama(8 * K, "inductor", "memo-auto"),
-        *_llama(256 * K, "memo-auto"),
+        *_llama(256 * K, *long[:1]),
         Item("probe profile"),
         *_llama(64 * K, "inductor", "memo-auto", TILES, f"memo@{TILES}"),
         *_llama(256 * K, STREAMS, f"memo@{STREAMS}"),
         *_llama(16 * K, STREAMS, f"memo@{STREAMS}", "inductor"),
         *_llama(128 * K, STREAMS, f"memo@{STREAMS}"),
         Item("probe step"),
+        *_llama(256 * K, *long[1:]),
         *_llama(512 * K, "memo-auto", TILES, f"memo@{TILES}"),
         *_row("hf-llama-8b", 4, 64 * K, STREAMS, f"memo@{STREAMS}"),
         *_row("hf-llama-8b-lora", 4, 64 * K, STREAMS, f"memo@{STREAMS}"),

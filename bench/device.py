@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -48,7 +49,7 @@ from bench.worker import Runner, end
 KINDS = ("tests", "fuzz", "rows", "probes")
 WORKERS = 12
 FUZZ_MINUTES = 0.75
-SPARE = 3.0  # seconds at the end, for the page
+SPARE = 8.0  # seconds at the end, for the page
 HOW = "PASSED|FAILED|ERROR|SKIPPED"
 TAIL = 3000  # characters of a log that are stored with its part
 
@@ -143,7 +144,7 @@ class Session:
 
     def items(self) -> list[Item]:
         """What is to be done, in order: what another card has comes last."""
-        chosen = [in_small(item) if self.options.tiny else item for item in agenda()]
+        chosen = [in_small(item) if self.options.tiny else item for item in agenda(self.card)]
         chosen = [item for item in dict.fromkeys(chosen) if kind(item) in self.options.parts and self._named(item)]
         states = {item.name: state(item, self.rows, self.parts, self.card) for item in chosen}
         wanted = [item for item in chosen if states[item.name] != "current" or item.name.startswith("longest ")]
@@ -172,12 +173,21 @@ class Session:
 
     def run(self) -> bool:
         """Do what fits; whether nothing was left out."""
-        items = self.items()
-        done = [self._try(item) for item in items]
-        self.runner.close()
-        return all(done)
+        try:
+            done = [self._try(item) for item in self.items()]  # each, whatever became of the one before
+            return all(done)
+        finally:
+            self.runner.close()
 
     def _try(self, item: Item) -> bool:
+        """Do one, if it fits. A part that breaks must not cost the others their time."""
+        try:
+            return self._do(item)
+        except Exception:
+            traceback.print_exc()
+            return False
+
+    def _do(self, item: Item) -> bool:
         if expected(item, self.rows, self.parts, self.card) > self.left:
             return False
         case = resolved(item, self.rows, self.card)

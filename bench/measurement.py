@@ -28,6 +28,7 @@ from memo_compile.hardware.profiles import built_in
 from memo_compile.runtime.ops import pool
 
 SEED = 1  # of the tokens
+SCRATCH = 2**28  # bytes that libraries and rounding may hold between steps; what is more was kept by the peer
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ class _Steps:
         event.record()
         return event
 
+    def held(self) -> int:
+        """Bytes of parameters, optimizer state and tokens, which stay between steps whatever the peer."""
+        state = [t for values in self.optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+        kept = [*self.trained.parameters(), *self.trained.buffers(), *state, self.x]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+
     def times(self, last: int) -> list[tuple[float, float]]:
         """Seconds of each of the last steps, and of the model in it."""
         if not self.cuda:
@@ -150,7 +157,7 @@ def _on_cuda(step: _Steps, steps: int) -> tuple[int, int, int, Any]:
     gc.collect()
     if steps > 1:
         torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated()
+    held = min(torch.cuda.memory_allocated(), step.held() + SCRATCH)
     torch.cuda.reset_peak_memory_stats()
     before = memo_compile.transfer_stats()
     for _ in range(steps):

@@ -27,11 +27,10 @@ def write(rows: Rows, parts: Mapping[str, Row]) -> None:
     """Write the page and its plot beside the rows; `parts` are what else was run, by card and name."""
     page = rows.path.with_suffix(".md")
     picture = rows.path.with_suffix(".png")
-    chapters = [HEAD]
-    if plot(rows, picture):
-        chapters.append(f"![tokens/s against peak, and the longest length by peer]({picture.name})\n")
-    chapters += [tables(rows), answers(parts), remarks(page.parent)]
+    shown = f"![tokens/s against peak, and the longest length by peer]({picture.name})\n" if plotted(rows) else ""
+    chapters = [HEAD, shown, tables(rows), answers(parts), remarks(page.parent)]
     page.write_text("\n".join(chapter for chapter in chapters if chapter))
+    plot(rows, picture)
 
 
 def remarks(folder: Path) -> str:
@@ -148,15 +147,20 @@ def _too_long(row: Row) -> bool:
     return any(word in row.get("failed", "") for word in ("Memory", "Budget"))
 
 
-def plot(rows: Rows, path: Path) -> bool:
-    """Tokens/s against peak at the length with most rows, and the longest length by peer; False without matplotlib."""
-    measured = [r for r in rows.rows.values() if "failed" not in r and (r["model"], r["layers"]) == PLOTTED]
+def plotted(rows: Rows) -> list[Row]:
+    """The rows in the plot."""
+    return [r for r in rows.rows.values() if "failed" not in r and (r["model"], r["layers"]) == PLOTTED]
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Tokens/s against peak at the length with most rows, and the longest length by peer, with matplotlib."""
+    measured = plotted(rows)
     try:
         import matplotlib
     except ImportError:
-        return path.exists()
+        return
     if not measured:
-        return False
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -166,7 +170,6 @@ def plot(rows: Rows, path: Path) -> bool:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-    return True
 
 
 def _plot_speed(axes: Any, measured: Sequence[Row]) -> None:

@@ -71,7 +71,9 @@ def test_a_second_run_measures_nothing_again(ran, monkeypatch):
 
 
 def test_a_row_of_other_code_is_measured_again(ran, tmp_path, monkeypatch):
-    (tmp_path / "gpu.json").write_text((ran[0] / "gpu.json").read_text().replace(roster.code("", "memo-auto"), "old"))
+    (tmp_path / "gpu.json").write_text(
+        (ran[0] / "gpu.json").read_text().replace(roster.code("llama-8b", "memo-auto"), "old")
+    )
     seen = []
     monkeypatch.setattr(worker, "measure", lambda case: seen.append(case.peer) or row_of(case))
     assert device.main([*TINY, *ran[1], "--out", str(tmp_path)]) == 0

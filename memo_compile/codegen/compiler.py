@@ -14,12 +14,14 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, handed_on, plan_arena
+from memo_compile.codegen.arrange import Arrangement, arrangement_of, rearranged, step_seconds
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
@@ -28,7 +30,7 @@ from memo_compile.codegen.emitted.verifier import EmittedRegions, read_regions, 
 from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.lowerings import POISON
 from memo_compile.codegen.mutations import readers_before_writers
-from memo_compile.codegen.preview import dry_run
+from memo_compile.codegen.preview import dry_emission
 from memo_compile.codegen.scheduler.fusion import wait_for_products
 from memo_compile.codegen.scheduler.lost_dependencies import Waits, added_waits, restored
 from memo_compile.codegen.scheduler.order import (
@@ -38,7 +40,7 @@ from memo_compile.codegen.scheduler.order import (
     place_transfers,
     planned_steps,
 )
-from memo_compile.codegen.wrapper import arena_wrapper
+from memo_compile.codegen.wrapper import Emission, Hooks, arena_wrapper
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
 from memo_compile.options import Options
@@ -160,11 +162,17 @@ def _partitioner(run: _Compilation) -> Any:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What a dry run of both graphs showed, and where their buffers would lie."""
+    """What a dry run of both graphs showed, and where their buffers would lie.
+
+    `arrangement` says how lines were moved so that copies overlap, None where they stand as Inductor has them.
+    `seconds` is a replay of both; None where nothing is moved to the host and back.
+    """
 
     forward: Body
     backward: Body
     layout: ArenaLayout
+    arrangement: Arrangement | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -233,15 +241,30 @@ class _Compilation:
 
     def _dry(self, decided: Decided) -> _Evidence:
         with _settings_for(decided, decided.forward):
-            forward = dry_run(
+            forward = dry_emission(
                 decided.forward,
                 is_backward=False,
                 user_visible=self._user_visible(decided.forward),
                 static_inputs=self.static,
                 scalar=self.scalar,
             )
-            backward = self._dry_backward(decided, forward)
-        return _Evidence(forward, backward, self._layout(decided, forward, backward))
+            backward = self._dry_backward(decided, forward.body)
+        plain = _Evidence(forward.body, backward.body, self._layout(decided, forward.body, backward.body))
+        if not any(h.offloaded for h in decided.homes.values()):
+            return plain
+        plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
+        return plain if decided.ahead else self._overlapping(decided, forward, backward, plain)
+
+    def _overlapping(self, decided: Decided, forward: Emission, backward: Emission, plain: _Evidence) -> _Evidence:
+        """The same with transfers moved so that they overlap, if the arena holds no more for it."""
+        profile, links = self.setting.profile, _links(decided, self.num_forward_outputs)
+        arrangement = arrangement_of(forward, backward, profile, links, self.num_forward_outputs)
+        front = rearranged(forward, arrangement.lines(forward, backward=False))
+        back = rearranged(backward, arrangement.lines(backward, backward=True))
+        layout = self._layout(decided, front.body, back.body)
+        if layout.peak > plain.layout.peak:
+            return plain
+        return _Evidence(front.body, back.body, layout, arrangement, step_seconds((front, back), profile))
 
     def _layout(self, decided: Decided, forward: Body, backward: Body) -> ArenaLayout:
         arguments = self._arena_arguments(decided, forward, backward)
@@ -286,12 +309,12 @@ class _Compilation:
             if origin in self.layers
         }
 
-    def _dry_backward(self, decided: Decided, forward: Body) -> Body:
+    def _dry_backward(self, decided: Decided, forward: Body) -> Emission:
         links = _links(decided, self.num_forward_outputs)
         strides = {link.input: forward.strides[link.output] for link in links}
         (output,) = decided.backward.graph.find_nodes(op="output")
         with _settings_for(decided, decided.backward), donating(_donatable(decided, forward, self.num_forward_outputs)):
-            return dry_run(
+            return dry_emission(
                 decided.backward,
                 is_backward=True,
                 user_visible=[i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)],
@@ -322,7 +345,10 @@ class _Compilation:
         inspect = self._inspect_backward if backward else self._inspect_forward
         graph = self.decided.backward if backward else self.decided.forward
         finish = (lambda lines: self._poisoned(lines, backward)) if self.setting.options.verify == "poison" else None
-        with _settings_for(self.decided, graph), donating(donated), arena_wrapper(place, inspect, finish):
+        arrangement = self.evidence.arrangement if self.evidence is not None else None
+        arrange = partial(arrangement.lines, backward=backward) if arrangement is not None else None
+        hooks = Hooks(place, inspect, finish, arrange)
+        with _settings_for(self.decided, graph), donating(donated), arena_wrapper(hooks):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         assert self.dump is not None
         self.dump.code("backward" if backward else "forward", compiled)
@@ -365,7 +391,9 @@ class _Compilation:
             if self.scalar:
                 raise _Exceeded
             raise BudgetTooSmall(self.budget, layout.peak, self.decided.obstacles)
-        self.evidence, self.layout = _Evidence(forward, backward, layout), layout
+        assert self.evidence is not None
+        self.evidence = replace(self.evidence, forward=forward, backward=backward, layout=layout)
+        self.layout = layout
         return [b for b in layout.buffers if b.name.startswith(prefix)], layout.segments
 
     def _poisoned(self, lines: Sequence[str], backward: bool) -> tuple[Sequence[str], Sequence[str]]:
@@ -403,11 +431,12 @@ class _Compilation:
         assert self.plan is not None
         assert self.layout is not None
         assert self.dump is not None
-        layout = self.layout
+        layout, seconds = self.layout, self.evidence.seconds if self.evidence is not None else None
         smallest = self.setting.options.memory_budget == "min"
         plan = replace(
             self.plan,
             predicted_peak=layout.peak,
+            predicted_seconds=self.plan.predicted_seconds if seconds is None else seconds,
             least_peak=layout.peak if smallest else min(self.plan.least_peak, layout.peak),
             unplanned_peak=self.plan.unplanned_peak if self.decided and self.decided.homes else layout.peak,
             arena_bytes=layout.arena_bytes,

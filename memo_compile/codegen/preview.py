@@ -17,10 +17,15 @@ import torch
 import torch.fx as fx
 
 from memo_compile.codegen.emitted.body import Body, Storage
-from memo_compile.codegen.wrapper import BodyCaptured, arena_wrapper
+from memo_compile.codegen.wrapper import BodyCaptured, Emission, Hooks, arena_wrapper
 
 
-def dry_run(
+def dry_run(gm: fx.GraphModule, **how: Any) -> Body:
+    """The body that Inductor would emit for `gm`; takes what `dry_emission` takes."""
+    return dry_emission(gm, **how).body
+
+
+def dry_emission(
     gm: fx.GraphModule,
     *,
     is_backward: bool,
@@ -28,8 +33,8 @@ def dry_run(
     static_inputs: Sequence[int] = (),
     input_strides: dict[str, tuple[int, ...]] | None = None,
     scalar: bool = False,
-) -> Body:
-    """The body that Inductor would emit for `gm`.
+) -> Emission:
+    """What Inductor would emit for `gm`.
 
     Args:
         user_visible: indices of outputs whose strides the user sees, which Inductor then keeps.
@@ -51,10 +56,10 @@ def dry_run(
     output.meta["user_visible_output_idxs"] = list(user_visible)
     inputs = [_restrided(n, (input_strides or {}).get(n.name)) for n in graph.find_nodes(op="placeholder")]
 
-    def capture(body: Body) -> Any:
-        raise BodyCaptured(body)
+    def capture(emission: Emission) -> Any:
+        raise BodyCaptured(emission)
 
-    with arena_wrapper(capture), config.patch({"cpp.simdlen": 1} if scalar else {}):
+    with arena_wrapper(Hooks(_placed_nowhere, arrange=capture)), config.patch({"cpp.simdlen": 1} if scalar else {}):
         try:
             compile_fx_inner(
                 twin,
@@ -67,7 +72,12 @@ def dry_run(
             )
         except BodyCaptured as captured:
             return captured.args[0]
-    return _without_calls(graph)  # Inductor emits nothing where nothing is computed
+    body = _without_calls(graph)  # Inductor emits nothing where nothing is computed
+    return Emission((), body)
+
+
+def _placed_nowhere(_: Body) -> Any:
+    return (), ()
 
 
 def _without_calls(graph: fx.Graph) -> Body:

@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memo_compile.codegen.emitted.body import Body, read_body
@@ -24,11 +24,44 @@ from memo_compile.schema import ArenaBuffer, ArenaSegment
 # Called with the finished body. Returns the buffers and segments to emit; an empty pair leaves the text as it is.
 Planner = Callable[[Body], tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]]
 
+
+@dataclass(frozen=True)
+class Emission:
+    """A graph's finished lines and what was read from them.
+
+    `at_hand` is a context in which Inductor has the graph at hand; `reread` reads other lines in their place.
+    """
+
+    lines: tuple[str, ...]
+    body: Body
+    at_hand: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    outputs: tuple[str, ...] = ()
+
+    def reread(self, lines: Sequence[str]) -> Body:
+        """The body of the same graph with its lines in another order."""
+        with self.at_hand():
+            return _read(lines, self.outputs)
+
+
+# Called with what Inductor emitted. Returns the lines in the order in which they are to stand.
+Arranger = Callable[[Emission], Sequence[str]]
+
 # Called with the text that was emitted, the returned expressions and the inputs' names: a check of the result.
 Inspector = Callable[[Sequence[str], Sequence[str], Sequence[str]], None]
 
 # Called with the text that was emitted and inspected. Returns what the module imports for it, and the text to run.
 Finisher = Callable[[Sequence[str]], tuple[Sequence[str], Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is asked for each graph, in this order: its lines' order, its buffers' places, a check, the text to run."""
+
+    plan: Planner
+    inspect: Inspector | None = None
+    finish: Finisher | None = None
+    arrange: Arranger | None = None
+
 
 _EMPTY = re.compile(r"^(?P<indent>\s*)(?P<name>\w+) = (?P<make>empty_strided_\w+)\((?P<args>.*)\)\s*(?:#.*)?$")
 
@@ -38,11 +71,8 @@ class BodyCaptured(BaseException):
 
 
 @contextlib.contextmanager
-def arena_wrapper(planner: Planner, inspect: Inspector | None = None, finish: Finisher | None = None) -> Iterator[None]:
-    """Within, every Inductor graph is emitted with the buffers that `planner` places in segments of an arena.
-
-    `inspect` sees what came of it, and `finish` adds what is no part of the plan.
-    """
+def arena_wrapper(hooks: Hooks) -> Iterator[None]:
+    """Within, every Inductor graph is emitted with the buffers that `hooks.plan` places in segments of an arena."""
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 
     init_backend_registration()
@@ -50,14 +80,14 @@ def arena_wrapper(planner: Planner, inspect: Inspector | None = None, finish: Fi
     swapped = {device: codegen.wrapper_codegen for device, codegen in device_codegens.items()}
     try:
         for device, base in swapped.items():
-            device_codegens[device].wrapper_codegen = _subclass(base, planner, inspect, finish)
+            device_codegens[device].wrapper_codegen = _subclass(base, hooks)
         yield
     finally:
         for device, base in swapped.items():
             device_codegens[device].wrapper_codegen = base
 
 
-def _subclass(base: Any, planner: Planner, inspect: Inspector | None, finish: Finisher | None) -> Any:
+def _subclass(base: Any, hooks: Hooks) -> Any:
     if not isinstance(base, type):
         return base
 
@@ -72,19 +102,31 @@ def _subclass(base: Any, planner: Planner, inspect: Inspector | None, finish: Fi
             lines = [line if isinstance(line, str) else _text(line) for line in self.wrapper_call._lines]
             kept = [line for line in lines if line is not None]
             body = _read(kept, output_refs)
-            buffers, segments = planner(body)
+            if hooks.arrange is not None:
+                kept = list(hooks.arrange(Emission(tuple(kept), body, _at_hand(), tuple(output_refs))))
+                body = _read(kept, output_refs)
+                self.wrapper_call._lines[:] = kept
+            buffers, segments = hooks.plan(body)
             if buffers:
                 kept = rewrite(kept, buffers, segments)
                 self.wrapper_call._lines[:] = kept
-            if inspect is not None:
-                inspect(kept, output_refs, _input_names())
-            if finish is not None:
-                imported, finished = finish(kept)
+            if hooks.inspect is not None:
+                hooks.inspect(kept, output_refs, _input_names())
+            if hooks.finish is not None:
+                imported, finished = hooks.finish(kept)
                 self.header.splice("\n".join(imported))
                 self.wrapper_call._lines[:] = finished
             super().generate_return(output_refs)
 
     return ArenaWrapper
+
+
+def _at_hand() -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Brings the present graph back when Inductor has left it."""
+    from torch._inductor.virtualized import V
+
+    graph = V.graph
+    return lambda: V.set_graph_handler(graph)
 
 
 def _text(line: Any) -> str | None:

@@ -570,11 +570,14 @@ def carry_out(
         return _step_seconds(p, node)
 
     def live(graph: fx.GraphModule) -> list[int]:
-        return lifetimes(graph, fused=p.fused, owned_inputs=frozenset(sliced.saved)).live_bytes() if ahead else []
+        return lifetimes(graph, fused=p.fused, owned_inputs=frozenset(sliced.saved)).live_bytes()
 
     forward, backward = sliced.forward, sliced.backward
-    forward = schedule_offloads(forward, seconds, p.profile.d2h, ahead=ahead, live=live(forward))
-    backward = schedule_prefetches(backward, seconds, p.profile.h2d, ahead=ahead, live=live(backward))
+    beside = live(backward)
+    forward = schedule_offloads(
+        forward, seconds, p.profile.d2h, ahead=ahead, live=live(forward), most=0 if ahead else max(beside, default=0)
+    )
+    backward = schedule_prefetches(backward, seconds, p.profile.h2d, ahead=ahead, live=beside)
     backward = keep_early_products(backward)
     show("transfers", forward, backward)
     if p.fused:

@@ -9,7 +9,7 @@ import zoo
 
 import memo_compile
 from memo_compile.codegen import compiler
-from memo_compile.codegen.preview import dry_run
+from memo_compile.codegen.preview import dry_emission, dry_run
 from memo_compile.passes.analysis.tokens import call
 from memo_compile.runtime.ops import register
 
@@ -46,13 +46,14 @@ def deceived(monkeypatch, *, backward, whenever):
     """Dry runs of one of the graphs that see half of each buffer, where `whenever` says so."""
 
     def looked(gm, *, is_backward, scalar, **kwargs):
-        body = dry_run(gm, is_backward=is_backward, scalar=scalar, **kwargs)
+        emission = dry_emission(gm, is_backward=is_backward, scalar=scalar, **kwargs)
+        body = emission.body
         if is_backward != backward or not whenever(scalar):
-            return body
+            return emission
         halved = {n: replace(s, bytes=s.bytes // 2) for n, s in body.storages.items() if s.kind == "allocated"}
-        return replace(body, storages={**body.storages, **halved})
+        return replace(emission, body=replace(body, storages={**body.storages, **halved}))
 
-    monkeypatch.setattr(compiler, "dry_run", looked)
+    monkeypatch.setattr(compiler, "dry_emission", looked)
 
 
 @pytest.mark.parametrize("backward", [False, True])

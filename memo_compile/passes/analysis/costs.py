@@ -159,9 +159,17 @@ def _name(node: fx.Node) -> str:
 def is_attention(node: fx.Node) -> bool:
     """Whether the node is a fused attention, forward or backward."""
     name = _name(node)
-    return any(
-        part in name for part in ("scaled_dot_product", "flash_attention", "efficient_attention", "flex_attention")
-    )
+    return any(part in name for part in _ATTENTION)
+
+
+_ATTENTION = (
+    "scaled_dot_product",
+    "flash_attention",
+    "efficient_attention",
+    "flex_attention",
+    "attention_onto",
+    "attention_backward_onto",
+)
 
 
 @cache

@@ -35,19 +35,20 @@ def schedule_offloads(
     *,
     ahead: bool = True,
     live: Sequence[int] = (),
+    most: int = 0,
 ) -> fx.GraphModule:
     """Move each `offload_wait` to the first step at which its copy, one after another at `rate` bytes/s, has ended.
 
-    Never before the last reader of the slice, behind which `slices` has put it: until then nothing is gained. With
-    `ahead=False` the waits stay there: the least memory, and no overlap. `live` are the bytes live at each node: a wait
-    moves on by the slack as long as clearly less than the most of them is then live; without `live`, there is no slack.
+    Never before the last reader of the slice, after which `slices` has put it: until then nothing is gained. `live` are
+    the bytes live at each node, `most` what the other graph of the step holds at most: a wait moves on by the slack as
+    long as clearly less than the most of all is then live; without `live`, there is no slack. With `ahead=False` a wait
+    moves only as far as there is such room: what matters is the least memory, and a graph has little of it where the
+    other one sets the peak.
     """
-    if not ahead:
-        return forward
     nodes = list(forward.graph.nodes)
     begins = _begins(nodes, seconds)
     position = {n: i for i, n in enumerate(nodes)}
-    room = _Room(live)
+    room = _Room(live, most)
     slack = SLACK * begins[nodes[-1]]
     busy_until = 0.0
     ends: dict[tuple[fx.Node, int], float] = {}
@@ -60,8 +61,10 @@ def schedule_offloads(
         if node.target is torch.ops.memo.offload_wait.default:
             done, size = ends[node.args[1], node.args[2]], nbytes(storage_of(node.args[0]))
             at = next((i for i in range(position[node] + 1, last) if begins[nodes[i]] >= done), last)
+            if not ahead:
+                at = next((i for i in range(position[node] + 1, at) if not room.has(size, i)), at)
             room.hold(size, position[node] + 1, at)
-            while at < last and begins[nodes[at]] < done + slack and room.has(size, at):
+            while ahead and at < last and begins[nodes[at]] < done + slack and room.has(size, at):
                 room.hold(size, at, at + 1)
                 at += 1
             nodes[at].prepend(node)
@@ -131,9 +134,9 @@ def _starts(
 class _Room:
     """Bytes live at each step. Room is what may be added without coming near the most of them; no steps, no room."""
 
-    def __init__(self, live: Sequence[int]) -> None:
+    def __init__(self, live: Sequence[int], most: int = 0) -> None:
         self.live = list(live)
-        self.most = FULL * max(self.live, default=0)
+        self.most = FULL * max(most, *self.live, 0)
 
     def has(self, size: int, step: int) -> bool:
         return step < len(self.live) and self.live[step] + size <= self.most

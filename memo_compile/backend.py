@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.errors import SizeUnknown
+from memo_compile.errors import CompiledAutograd, SizeUnknown
 from memo_compile.options import Options
+from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
 from memo_compile.runtime.verification import verified
+from memo_compile.trace.captured import holds_planned_backward
 from memo_compile.trace.frames import note_graph_break, note_shapes
 from memo_compile.versions import check_torch
+
+if TYPE_CHECKING:
+    from memo_compile.trace.setting import Setting
 
 Compiled = Callable[..., Any]
 
@@ -34,13 +39,11 @@ def memo(
         SizeUnknown: a size depends on data.
         RecompileLimit: the frame was compiled for as many shapes as Dynamo allows.
     """
-    parsed = _start(options, mode, inputs)
+    parsed = _start(gm, options, mode, inputs)
     from memo_compile.codegen.compiler import compile_planned
+    from memo_compile.codegen.unplanned import with_inductor
 
-    if parsed.verify is not True:
-        return compile_planned(gm, list(inputs), parsed)
-    plain = copy.deepcopy(gm)
-    return verified(compile_planned(gm, list(inputs), parsed), plain, "inductor")
+    return _compiled(gm, inputs, parsed, compile_planned, with_inductor, "inductor")
 
 
 def memo_eager(
@@ -50,34 +53,53 @@ def memo_eager(
 
     Arguments and errors are those of `memo`; there is no arena, and every op allocates for itself.
     """
-    parsed = _start(options, mode, inputs)
+    parsed = _start(gm, options, mode, inputs)
     from memo_compile.codegen.interpreter import run_planned
+    from memo_compile.codegen.unplanned import op_by_op
 
-    if parsed.verify is not True:
-        return run_planned(gm, list(inputs), parsed)
-    plain = copy.deepcopy(gm)
-    return verified(run_planned(gm, list(inputs), parsed), plain, "aot_eager")
+    return _compiled(gm, inputs, parsed, run_planned, op_by_op, "aot_eager")
 
 
-def _start(options: Mapping[str, Any] | None, mode: str | None, inputs: Sequence[Any]) -> Options:
+def _start(gm: fx.GraphModule, options: Mapping[str, Any] | None, mode: str | None, inputs: Sequence[Any]) -> Options:
     check_torch()
     parsed = Options.parse(options, mode=mode)
-    _specialize(inputs)
+    if any(isinstance(value, torch.Tensor) and value.is_nested for value in inputs):
+        raise SizeUnknown("a nested tensor among the inputs")
     note_graph_break()
     note_shapes(inputs)
     from memo_compile.runtime.ops import register
 
     register()
+    if holds_planned_backward(gm):
+        raise CompiledAutograd
     return parsed
 
 
+def _compiled(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    planned: Callable[[fx.GraphModule, Sequence[Any], Setting], Compiled],
+    unplanned: Callable[[fx.GraphModule, Sequence[Any], Options], Compiled],
+    reference: str,
+) -> Compiled:
+    from memo_compile.passes.fx.ranges import NoRange
+    from memo_compile.trace.setting import setting_for
+
+    inputs = list(inputs)
+    setting = setting_for(options, inputs)
+    if not setting.asks and any(is_symbolic(size) for size in sizes_of(inputs)):
+        return unplanned(gm, inputs, options)
+    plain = copy.deepcopy(gm) if options.verify is True else None
+    try:
+        compiled = planned(gm, inputs, setting)
+    except NoRange:
+        _specialize(inputs)
+        compiled = planned(gm, inputs, setting)
+    return compiled if plain is None else verified(compiled, plain, reference)
+
+
 def _specialize(inputs: Sequence[Any]) -> None:
-    """Plans are made for numbers: each symbolic size gets a guard, and another size is planned again."""
-    if any(isinstance(value, torch.Tensor) and value.is_nested for value in inputs):
-        raise SizeUnknown("a nested tensor among the inputs")
-    for value in inputs:
-        if isinstance(value, torch.SymInt):
-            int(value)
-        elif isinstance(value, torch.Tensor):
-            for size in (*value.shape, *value.stride()):
-                int(size)
+    """Each symbolic size gets a guard, and another size is planned again."""
+    for size in sizes_of(inputs):
+        int(size)

@@ -49,22 +49,55 @@ class InvalidOption(MemoError):
 
 
 class BudgetTooSmall(MemoError):
-    """A budget below the least that any plan needs. `budget` and `least` are bytes."""
+    """A budget below the least that any plan needs. `budget` and `least` are bytes.
 
-    def __init__(self, budget: int, least: int, obstacles: Sequence[str] = ()) -> None:
-        self.budget, self.least, self.obstacles = budget, least, tuple(obstacles)
+    `budget` is what is left for the graph: other graphs of the step hold `beside` bytes.
+    """
+
+    def __init__(self, budget: int, least: int, obstacles: Sequence[str] = (), beside: int = 0) -> None:
+        self.budget, self.least, self.obstacles, self.beside = budget, least, tuple(obstacles), beside
         lines = [
             f"memory_budget = {budget:,} bytes cannot be kept: the least that any plan holds is {least:,} bytes",
             f"({least / 2**20:,.1f} MiB).",
         ]
+        if beside:
+            lines.append(
+                f"Of memory_budget = {budget + beside:,} bytes, {beside:,} are held by what other graphs of this"
+            )
+            lines.append(
+                "step keep for their backward: let the model be one graph (TORCH_LOGS=graph_breaks), or raise it."
+            )
         if obstacles:
             lines.append("At that moment these stand in the way:\n  " + "\n  ".join(obstacles) + "\n")
         lines.append("Raise memory_budget to at least that, or shorten the sequence or the batch")
         lines.append('(memory_budget="min" takes the least there is).')
         super().__init__(" ".join(lines))
 
-    def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[int, int, tuple[str, ...]]]:
-        return type(self), (self.budget, self.least, self.obstacles)
+    def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[int, int, tuple[str, ...], int]]:
+        return type(self), (self.budget, self.least, self.obstacles, self.beside)
+
+
+class GradientsInside(MemoError):
+    """A budget for a graph that takes gradients within itself: there is no border at which memo could plan it."""
+
+    def __init__(self, peak: int, budget: str) -> None:
+        super().__init__(
+            "gradients are taken inside of what is compiled (torch.func.grad, torch.func.vjp, torch.autograd.grad): "
+            f"its forward and backward are one graph, of which memo plans nothing. It holds up to {peak:,} bytes "
+            f"({peak / 2**20:,.1f} MiB), and {budget} asks for less. Compile the function that the gradient is of, and "
+            "take the gradient outside: loss = compiled(...); loss.backward(). Or leave memory_budget out."
+        )
+
+
+class CompiledAutograd(MemoError):
+    """A budget under compiled autograd, which traces planned backwards into a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "compiled autograd takes backwards apart and compiles them anew, transfers and all, so that no budget "
+            "would hold and copies would be lost. Switch it off where a budget is asked for: "
+            "torch._dynamo.config.compiled_autograd = False, and no torch._dynamo.compiled_autograd around backward()."
+        )
 
 
 class ReserveTooLarge(MemoError):

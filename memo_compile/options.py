@@ -47,6 +47,8 @@ class Options:
             bytes that nobody may read, or not yet, with NaN.
         inductor: config patches that are passed on to Inductor.
         mode: Inductor's mode (`torch.compile(mode=...)`).
+        lengths: what to do where Dynamo finds a size that varies: "range" plans once for a range of it, "exact" each
+            for itself, and a list of buckets is of the lengths to plan for (see `memo_compile.data`).
     """
 
     memory_budget: int | float | str = "auto"
@@ -61,6 +63,7 @@ class Options:
     verify: bool | Literal["poison"] = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
+    lengths: str | tuple[int, ...] = "range"
 
     @staticmethod
     def parse(
@@ -280,6 +283,14 @@ def _mode(key: str, value: Any) -> str | None:
     return str(value)
 
 
+def _lengths(key: str, value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str) and value in ("exact", "range"):
+        return str(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(_rows(key, v), int) for v in value):
+        return tuple(sorted(value))
+    raise InvalidOption(key, value, '"range", "exact", or a list of lengths such as [4096, 8192]')
+
+
 _CHECKS = {
     "memory_budget": _budget,
     "reserve": _reserve,
@@ -293,4 +304,5 @@ _CHECKS = {
     "verify": _verify,
     "inductor": _patches,
     "mode": _mode,
+    "lengths": _lengths,
 }

@@ -46,6 +46,7 @@ from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.fx.facts import check_sizes, nbytes
+from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import num_mutated_outputs, received
 from memo_compile.planning.fit_budget import Settled, settle
 from memo_compile.planning.planner import Decided, Prepared, lease_input, lease_output, prepare
@@ -53,23 +54,24 @@ from memo_compile.report.dumps import Dump
 from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.first_step import FirstStep
+from memo_compile.runtime.outstanding import noted
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
-from memo_compile.trace.setting import Setting, limits_for, record, setting_for
+from memo_compile.trace.captured import takes_gradients
+from memo_compile.trace.setting import Setting, check_planned, limits_for, record, setting_for
 
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
 
 log = logger(__name__)
 
 
-def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
     with _collection_paused(), kernels_beside(), readers_before_writers():
-        return _compiled(gm, inputs, options)
+        return _compiled(gm, inputs, setting)
 
 
-def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    setting = setting_for(options, inputs)
-    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
+def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
+    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name), gradients_inside=takes_gradients(gm))
     try:
         compiled: Any = _through_inductor(run, run.inner, gm, inputs)
     except _Exceeded:
@@ -182,6 +184,7 @@ class _Compilation:
     setting: Setting
     num_user_outputs: int
     first_step: FirstStep
+    gradients_inside: bool = False
     prepared: Prepared | None = None
     decided: Decided | None = None
     plan: Plan | None = None
@@ -206,6 +209,9 @@ class _Compilation:
         started = time.perf_counter()
         self.num_forward_outputs, self.static = num_forward_outputs, tuple(static or ())
         check_sizes(joint)
+        if has_symbols(joint):
+            raise NoRange("not yet")
+        write_numbers(joint)
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
         self.dump.joint(joint, num_forward_outputs, static)
         p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
@@ -216,6 +222,9 @@ class _Compilation:
         limits = limits_for(self.setting, p.unplanned_peak)
         self.budget = limits.budget
         settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
+        check_planned(self.setting, limits, settled.decided, settled.peak)
+        if limits.budget is not None and settled.peak > limits.budget:
+            self.budget = None  # the least that there is was taken
         self.prepared, self.decided, self.evidence = p, settled.decided, settled.evidence
         self.plan = replace(
             self.decided.plan,
@@ -334,6 +343,7 @@ class _Compilation:
         from torch._inductor.compile_fx import compile_fx_inner
 
         if self.decided is None:  # an inference graph: nothing lives beyond the call
+            self.setting.not_planned(gm, gradients_inside=self.gradients_inside, fused=True)
             with config.patch(allow_buffer_reuse=True):
                 return compile_fx_inner(gm, inputs, **kwargs)
         backward = bool(kwargs.get("is_backward"))
@@ -355,7 +365,9 @@ class _Compilation:
         device, lease_at = self.setting.device, lease_output(self.decided, self.num_forward_outputs)
         if not backward:
             nothing_donated()  # `_guarded` provides for a second backward
-            return compiled if lease_at is None else forward_call(compiled, device, lease_at, lambda: self.schedule)
+            kept = self.setting.keeps(self.decided.forward, self.num_forward_outputs)
+            run = compiled if lease_at is None else forward_call(compiled, device, lease_at, lambda: self.schedule)
+            return noted(run, kept)
         record(self.placed_plan())
         called = compiled if lease_at is None else backward_call(compiled, device, lease_input(self.decided))
         return self.first_step.backward(self.dump.measured("backward", _guarded(called, donated), device))

@@ -10,23 +10,26 @@ import torch
 import torch.fx as fx
 
 from memo_compile.codegen.donation import nothing_donated
-from memo_compile.options import Options
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
+from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.planning.fit_budget import settle
 from memo_compile.planning.planner import Decided, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.first_step import FirstStep
+from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
-from memo_compile.trace.setting import Setting, limits_for, record, setting_for
+from memo_compile.trace.captured import takes_gradients
+from memo_compile.trace.setting import Setting, check_planned, limits_for, record
 
 
-def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     """Trace forward and backward, plan them, and return a callable that runs both through autograd."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch import config
 
-    setting = setting_for(options, inputs)
+    inside = takes_gradients(gm)
+    kept: list[Kept | None] = []
 
     def partition(
         joint: fx.GraphModule,
@@ -37,34 +40,43 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> 
         **_: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         decided = _plan(joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, setting)
+        kept.append(setting.keeps(decided.forward, num_fwd_outputs))
         return decided.forward, decided.backward
 
     first_step = FirstStep(setting.name)
 
-    poisoning = options.verify == "poison"
+    poisoning = setting.options.verify == "poison"
 
     def backward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
         return first_step.backward(_interpreted(graph, example, poisoning=poisoning))
 
     def forward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
         nothing_donated()
+        return noted(_interpreted(graph, example, poisoning=poisoning), kept[-1])
+
+    def inference(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        setting.not_planned(graph, gradients_inside=inside, fused=False)
         return _interpreted(graph, example, poisoning=poisoning)
 
     with config.patch(donated_buffer=False):
         compiled: Any = aot_autograd(
-            fw_compiler=forward, bw_compiler=backward, inference_compiler=_interpreted, partition_fn=partition
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition
         )(gm, inputs)
     return first_step.forward(compiled)
 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
     check_sizes(joint)
+    if has_symbols(joint):
+        raise NoRange("not yet")
+    write_numbers(joint)
     dump = Dump.open(setting.options.dump, setting.name)
     dump.joint(joint, num_outputs, static)
     p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
     limits = limits_for(setting, p.unplanned_peak)
     settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
     decided = settled.decided
+    check_planned(setting, limits, decided, settled.peak)
     plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
     record(plan)
     dump.decided(p, decided, setting.options)

@@ -18,6 +18,7 @@ AIM = 0.985  # of a budget, at first, where a compiler fuses: plans miss by abou
 WORTHWHILE = (
     0.7  # of the unplanned peak by the model, up to 1.22 times the emitted graph's: plans below need no comparison
 )
+TRIFLE = 1e-3  # of a step's budget: a graph behind a graph break may be a few bytes
 T = TypeVar("T")
 
 
@@ -38,6 +39,8 @@ def settle(
 
     Args:
         evaluate: the bytes that the graphs of a plan hold at most, and what tells so.
+
+    Where not even the smallest plan is within a budget that is not promised, that plan.
 
     Raises:
         BudgetTooSmall: not even the smallest plan is within the budget.
@@ -65,9 +68,14 @@ def _settled(
         assert target is not None
         target = max(1, min(target, decided.plan.predicted_peak) - int(OVERSHOOT * (peak - limits.budget)))
     decided, peak, evidence = _smallest(p, limits, evaluate, name, backend)
-    if limits.budget is not None and peak > limits.budget:
-        raise BudgetTooSmall(limits.budget, peak, decided.obstacles)
+    if limits.budget is not None and peak > limits.budget and limits.promised and not trifling(peak, limits):
+        raise BudgetTooSmall(limits.budget, peak, decided.obstacles, limits.beside)
     return Settled(decided, peak, evidence, rounds + 1)
+
+
+def trifling(peak: int, limits: Limits) -> bool:
+    """Whether so few bytes do not matter to the step's budget, whoever holds the rest of it."""
+    return limits.budget is not None and peak <= TRIFLE * (limits.budget + limits.beside)
 
 
 def _smallest(

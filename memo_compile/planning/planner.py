@@ -72,7 +72,11 @@ SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more
 
 @dataclass(frozen=True)
 class Limits:
-    """What the plan may use, in bytes and seconds. `budget` is None for no limit, `slice_tokens` 0 for automatic."""
+    """What the plan may use, in bytes and seconds. `budget` is None for no limit, `slice_tokens` 0 for automatic.
+
+    Other graphs of the step hold `beside` bytes, which `budget` leaves out. Where it is not `promised`, the least that
+    there is will do.
+    """
 
     budget: int | None
     host: int
@@ -81,6 +85,8 @@ class Limits:
     slice_tokens: int = 0
     time_limit: float = 10.0
     objective: Literal["time", "memory"] = "time"
+    beside: int = 0
+    promised: bool = True
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ def _say(name: str, forward: Usage | None, backward: Usage | None) -> None:
         "%s (%s): peak %.1f MiB measured in the first step, %+.1f %% of what was planned",
         *(plan.name, plan.backend, peak / MIB, 100 * (peak / plan.predicted_peak - 1)),
     )
-    if plan.budget is not None and peak > EXCESS * plan.budget:
+    promised = plan.budget is not None and plan.predicted_peak <= plan.budget
+    if plan.budget is not None and promised and peak > EXCESS * plan.budget:
         log.warning(
             "%s: the first step held %.1f MiB, over its budget of %.1f MiB. Please report this with a dump (dump=...).",
             *(plan.name, peak / MIB, plan.budget / MIB),

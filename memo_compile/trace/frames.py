@@ -15,6 +15,7 @@ import torch
 
 from memo_compile.errors import RecompileLimit
 from memo_compile.logs import logger
+from memo_compile.passes.fx.sizes import seen
 from memo_compile.registry import Shapes, registry
 
 log = logger("memo_compile")
@@ -36,14 +37,29 @@ def note_graph_break() -> None:
         known.graphs[id(function)] = number
     if between:
         log.warning(
-            "graph break: %s (%s:%d) is graph number %d of %s. memo makes a plan for each graph, and memory_budget "
-            "holds for each alone; TORCH_LOGS=graph_breaks tells why.",
-            code.co_qualname,
-            code.co_filename,
-            code.co_firstlineno,
-            number,
-            getattr(function, "__qualname__", type(function).__qualname__),
+            "graph break: %s is graph number %d of %s. memo makes a plan for each graph: memory_budget in bytes is for "
+            "what they hold together, a ratio is asked of each, and transfers do not overlap across the break. "
+            "TORCH_LOGS=graph_breaks tells the line and the reason.",
+            *(_in_words(code), number, _name_of(function)),
         )
+
+
+def _name_of(function: Any) -> str:
+    """What the user compiled: the module, where Dynamo was given one's call."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__qualname__
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _in_words(code: Any) -> str:
+    return f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def frame_name() -> str:
+    """The frame that Dynamo is compiling, in words; "" outside of Dynamo."""
+    code = getattr(_translator(), "f_code", None)
+    return "" if code is None else _in_words(code)
 
 
 def _callers() -> tuple[Any, list[str]]:
@@ -66,38 +82,69 @@ def _callers() -> tuple[Any, list[str]]:
 
 
 def note_shapes(inputs: Sequence[Any]) -> None:
-    """Dynamo runs a frame eagerly, with only a log line, beyond its recompile limit, and calls no backend then.
-
-    So memo refuses the last compilation before.
-
-    Raises:
-        RecompileLimit: with the sizes seen.
-    """
-    from torch._dynamo import config
-
+    """Remember the shapes that the frame is compiled for."""
     translator = _translator()
     if translator is None:
         return
     code = translator.f_code
-    entries, alike = _entries(code, translator.f_locals)
-    shapes = tuple(tuple(int(s) for s in v.shape) for v in inputs if isinstance(v, torch.Tensor))
+    entries, _ = _entries(code, translator.f_locals)
+    shapes = tuple(tuple(seen(s) for s in v.shape) for v in inputs if isinstance(v, torch.Tensor))
     known = registry()
     with known.lock:
-        seen = known.shapes.setdefault(code, [])
+        before = known.shapes.setdefault(code, [])
         if not entries:
-            seen.clear()
-        if shapes not in seen:
-            seen.append(shapes)
-        if not alike or (alike + 1 < config.recompile_limit and entries + 1 < config.accumulated_recompile_limit):
-            return
-        varying = _varying(seen)
-        seen.remove(shapes)
-    raise RecompileLimit(
-        f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) is compiled {alike + 1} times, for "
-        f"{len(varying)} different shapes, one plan each, and torch._dynamo.config.recompile_limit is "
-        f"{config.recompile_limit}; beyond it Dynamo would silently run eagerly, without any budget. Sizes seen: "
-        f"{', '.join(varying)}. Pad the inputs to a multiple of a fixed length, or raise "
-        "torch._dynamo.config.recompile_limit; TORCH_LOGS=recompiles tells what else has changed."
+            before.clear()
+        if shapes in before:
+            before.remove(shapes)
+        before.append(shapes)
+
+
+def check_limit() -> None:
+    """Call this for a graph of which something is planned.
+
+    Dynamo runs a frame eagerly, with only a log line, beyond its recompile limit, and calls no backend then. So memo
+    refuses the last compilation before.
+
+    Raises:
+        RecompileLimit: with the sizes seen.
+    """
+    translator = _translator()
+    if translator is None or not _is_last(translator):
+        return
+    known, code = registry(), translator.f_code
+    with known.lock:
+        before = known.shapes.get(code, [])
+        varying = _varying(before)
+        if before:
+            before.pop()
+    raise RecompileLimit(_limit_in_words(translator, varying))
+
+
+def warn_at_limit() -> None:
+    """Call this for a graph of which nothing is planned, in a frame whose budget other graphs may need."""
+    translator = _translator()
+    if translator is not None and _is_last(translator):
+        log.warning("%s", _limit_in_words(translator, _varying(registry().shapes.get(translator.f_code, []))))
+
+
+def _is_last(translator: Any) -> bool:
+    """Whether this is the last compilation that Dynamo's limits allow."""
+    from torch._dynamo import config
+
+    entries, alike = _entries(translator.f_code, translator.f_locals)
+    return bool(alike) and (alike + 1 >= config.recompile_limit or entries + 1 >= config.accumulated_recompile_limit)
+
+
+def _limit_in_words(translator: Any, varying: Sequence[str]) -> str:
+    from torch._dynamo import config
+
+    _, alike = _entries(translator.f_code, translator.f_locals)
+    return (
+        f"{_in_words(translator.f_code)} is compiled {alike + 1} times, for {len(varying)} different shapes, and "
+        f"torch._dynamo.config.recompile_limit is {config.recompile_limit}; beyond it Dynamo would silently run "
+        f"eagerly, without any budget. Sizes seen: {', '.join(varying)}. Write torch._dynamo.config.recompile_limit = "
+        f"{8 * config.recompile_limit} before the first step, or pad the inputs to few lengths; TORCH_LOGS=recompiles "
+        "tells what else has changed."
     )
 
 
@@ -114,11 +161,11 @@ def _same_modules(entry: Any, local: dict[str, Any]) -> bool:
     return all(made() is None or made() is local.get(name) for name, made in matched.items())
 
 
-def _varying(seen: Sequence[Shapes]) -> list[str]:
+def _varying(given: Sequence[Shapes]) -> list[str]:
     """For each set of shapes, the sizes in which they differ; all of them where there is only one set."""
-    flat = [tuple(size for shape in shapes for size in shape) for shapes in seen]
+    flat = [tuple(size for shape in shapes for size in shape) for shapes in given]
     if len({len(sizes) for sizes in flat}) > 1 or len(flat) == 1:
-        return [str(shapes) for shapes in seen]
+        return [str(shapes) for shapes in given]
     at = [i for i in range(len(flat[0])) if len({sizes[i] for sizes in flat}) > 1]
     return ["x".join(str(s) for s in dict.fromkeys(sizes[i] for i in at)) for sizes in flat]
 

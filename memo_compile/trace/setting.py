@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 
-from memo_compile.errors import ReserveTooLarge
+from memo_compile.errors import CompiledAutograd, GradientsInside, ReserveTooLarge
 from memo_compile.hardware.profiles import DeviceProfile, free_host_memory, resolve
-from memo_compile.logs import announce
+from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
-from memo_compile.planning.planner import Limits
+from memo_compile.passes.analysis.liveness import lifetimes
+from memo_compile.passes.fx.sizes import elements
+from memo_compile.planning.planner import Decided, Limits
 from memo_compile.registry import registry
+from memo_compile.runtime.outstanding import Kept, kept_by, ledger
 from memo_compile.schema import Plan
+from memo_compile.trace.captured import under_compiled_autograd
+from memo_compile.trace.frames import check_limit, frame_name, warn_at_limit
+
+log = logger("memo_compile")
 
 HOST_SHARE = 0.5  # of the free host memory, for host_budget="auto": the rest is for data loaders and the system
 MARGIN = 0.05  # of the free device memory, which "auto" leaves alone: fragmentation, libraries' workspaces
+MATTERS = 2**20  # bytes: what a graph that holds less cannot give is not worth a warning, nor a refusal
 BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: what "auto" leaves room for
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The surroundings of one graph's compilation."""
+    """The surroundings of one graph's compilation. `frame` is the user's function, in words."""
 
     name: str
     options: Options
@@ -31,6 +41,29 @@ class Setting:
     profile: DeviceProfile
     host: int
     trainable: int
+    frame: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything may have to be planned: without a budget nothing has."""
+        o = self.options
+        return o.offload == "all" or o.memory_budget != "auto" or self.device.type == "cuda"
+
+    def keeps(self, forward: fx.GraphModule, num_forward_outputs: int) -> Kept | None:
+        """What a call of a forward keeps, where the budget is for the sum of all calls; else nothing is counted."""
+        return kept_by(forward, num_forward_outputs) if isinstance(self.options.memory_budget, int) else None
+
+    def not_planned(self, graph: fx.GraphModule, *, gradients_inside: bool, fused: bool) -> None:
+        """Call this for a graph that AOTAutograd gives no backward to.
+
+        Raises:
+            GradientsInside: it takes gradients within itself, and holds more than a budget allows.
+        """
+        if not self.asks:
+            return
+        warn_at_limit()
+        if gradients_inside:
+            _refuse(self.options, max(lifetimes(graph, fused=fused).live_bytes(), default=0))
 
 
 def setting_for(options: Options, inputs: Sequence[Any]) -> Setting:
@@ -40,9 +73,9 @@ def setting_for(options: Options, inputs: Sequence[Any]) -> Setting:
     """
     device = next((v.device for v in inputs if isinstance(v, torch.Tensor) and v.device.type != "cpu"), None)
     device = device or torch.device("cpu")
-    trainable = sum(v.numel() for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
+    trainable = sum(elements(v.shape) for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
     profile = resolve(options.hardware, device.type)
-    return Setting(registry().next_name(), options, device, profile, _host_budget(options), trainable)
+    return Setting(registry().next_name(), options, device, profile, _host_budget(options), trainable, frame_name())
 
 
 def _host_budget(options: Options) -> int:
@@ -54,13 +87,18 @@ def _host_budget(options: Options) -> int:
 
 
 def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
-    """The limits in bytes. `unplanned_peak` is what a ratio is of."""
+    """The limits in bytes. `unplanned_peak` is what a ratio is of.
+
+    A number of bytes is for all that is held at once: what other graphs hold now, for a backward to come, is taken off.
+    """
     o = setting.options
     budget: int | None = None
+    beside = 0
     if isinstance(o.memory_budget, float):
         budget = int(o.memory_budget * unplanned_peak)
     elif isinstance(o.memory_budget, int):
-        budget = o.memory_budget
+        beside = min(ledger().held(setting.device), o.memory_budget - 1)
+        budget = o.memory_budget - beside
     elif o.memory_budget == "auto" and setting.device.type == "cuda":
         budget = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
     return Limits(
@@ -71,7 +109,45 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
         slice_tokens=o.token_slice if isinstance(o.token_slice, int) else 0,
         time_limit=o.solver_time_limit,
         objective="memory" if o.memory_budget == "min" else "time",
+        beside=beside,
+        promised=not isinstance(o.memory_budget, float),
     )
+
+
+def _say_over(setting: Setting, budget: int, peak: int, obstacles: Sequence[str]) -> None:
+    """Say that the plan that holds least was taken for a share that the graph cannot give."""
+    log.log(
+        logging.WARNING if peak >= MATTERS else logging.DEBUG,
+        "%s: memory_budget=%s asks this graph for %.2f MiB, and the least that any plan holds is %.2f MiB, which is "
+        "taken; in the way: %s. For a limit on the sum of all graphs, write it in bytes.",
+        *(setting.frame or setting.name, setting.options.memory_budget, budget / MIB, peak / MIB),
+        next(iter(obstacles), "nothing that can be named"),
+    )
+
+
+def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int) -> None:
+    """Call this for what was settled on: may the frame be compiled once more, and does the plan give what is asked?
+
+    Raises:
+        CompiledAutograd: it would take the planned backward apart.
+        RecompileLimit: Dynamo would run the frame eagerly from now on.
+    """
+    if any(h.kept < h.tokens for h in decided.homes.values()):
+        if under_compiled_autograd():
+            raise CompiledAutograd
+        check_limit()
+    elif setting.asks:
+        warn_at_limit()
+    if limits.budget is not None and peak > limits.budget:
+        _say_over(setting, limits.budget, peak, decided.obstacles)
+
+
+def _refuse(o: Options, peak: int) -> None:
+    bytes_asked = isinstance(o.memory_budget, int)
+    allowed = o.memory_budget if isinstance(o.memory_budget, int) else MATTERS
+    if peak > allowed and (bytes_asked or o.offload == "all" or o.memory_budget not in ("auto", 1.0)):
+        asked = f"offload={o.offload!r}" if o.offload == "all" else f"memory_budget={o.memory_budget!r}"
+        raise GradientsInside(peak, asked)
 
 
 def auto_budget(free: int, reserve: int | None, trainable: int) -> int:

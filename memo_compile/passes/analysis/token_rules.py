@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,16 +20,21 @@ from memo_compile.passes.fx.facts import has_tag, is_random
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """Dimension `dim` of a value is the flattening of (outer, tokens, inner): token t is the rows [o, t, i]."""
+    """Dimension `dim` of a value is the flattening of (outer, tokens, inner): token t is the rows [o, t, i].
+
+    In a graph for a range of lengths the numbers are those at its upper end, and `length` is the symbolic number of
+    tokens; None where it is no symbol.
+    """
 
     dim: int
     outer: int
     tokens: int
     inner: int
+    length: Any = field(default=None, compare=False)
 
     def at(self, dim: int) -> TokenAxis:
         """The same axis at another dimension."""
-        return TokenAxis(dim, self.outer, self.tokens, self.inner)
+        return replace(self, dim=dim)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import SizeUnknown
+from memo_compile.passes.fx.sizes import elements, known, largest
 
 _FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 
@@ -39,11 +40,14 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
 
 
 def nbytes(node: fx.Node) -> int:
-    """Bytes of a node's value as dense storage; 0 for scalars and for tuples (their items are counted)."""
+    """Bytes of a node's value as dense storage; 0 for scalars and for tuples (their items are counted).
+
+    Where sizes are symbols, at the upper end of their ranges.
+    """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or is_on_host(node):
         return 0
-    return int(value.numel()) * value.element_size()
+    return elements(value.shape) * value.element_size()
 
 
 def is_on_host(node: fx.Node) -> bool:
@@ -55,11 +59,16 @@ def is_dense(node: fx.Node) -> bool:
     """Whether the elements fill their storage without gaps or overlaps, in whatever order of dimensions."""
     value: torch.Tensor = node.meta["val"]
     expected = 1
-    for stride, size in sorted((int(t), int(s)) for s, t in zip(value.shape, value.stride(), strict=True) if s != 1):
+    for stride, size in sorted((t, s) for s, t in _dimensions(value) if s != 1):
         if stride != expected:
             return False
         expected *= size
     return True
+
+
+def _dimensions(value: torch.Tensor) -> list[tuple[int, int]]:
+    """Size and stride of each dimension."""
+    return [(largest(s), largest(t)) for s, t in zip(value.shape, value.stride(), strict=True)]
 
 
 def source_line(node: fx.Node) -> str:
@@ -276,7 +285,7 @@ def ordered(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def check_sizes(joint: fx.GraphModule) -> None:
-    """Every size of every value must be a number.
+    """Every size of every value must be known before the step: a number, or made of the inputs' sizes.
 
     Raises:
         SizeUnknown: with the op and the user's line.
@@ -284,5 +293,5 @@ def check_sizes(joint: fx.GraphModule) -> None:
     for node in joint.graph.nodes:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, torch.Tensor) else [value]
-        if any(isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None for s in sizes):
+        if not all(known(s) for s in sizes):
             raise SizeUnknown(f"{op_name(node)} ({source_line(node)})")

@@ -1,0 +1,126 @@
+"""Graphs for a range of lengths: numbers at its upper end beside symbols, and nodes that compute sizes.
+
+Decisions are made on a twin of the symbolic graph whose sizes are numbers; what they come to is carried out on the
+symbolic graph itself. Rows of a slice are a fraction of the length: row n of N at the upper end is row L * n // N of L,
+so that every part of a value is largest where the length is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
+
+
+class NoRange(BaseException):
+    """Ends a compilation for a range of lengths: the length at hand is compiled alone. Nothing wraps it."""
+
+
+def has_symbols(gm: fx.GraphModule) -> bool:
+    """Whether any size in the graph is a symbol."""
+    return any(is_symbolic(size) for node in gm.graph.nodes for size in sizes_of([node.meta.get("val")]))
+
+
+def twin_at(gm: fx.GraphModule, values: Mapping[Any, int]) -> fx.GraphModule:
+    """A copy of a graph in which each symbol has a value, and each size is a number.
+
+    Nodes keep their names. What computed sizes is gone, but for the inputs that are symbols.
+    """
+    graph = fx.Graph()
+    made: dict[fx.Node, Any] = {}
+    mode = _fake_mode(gm)
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            made[node] = number_at(value, values)
+            continue
+        copy = graph.node_copy(node, lambda n: made[n])
+        copy.meta = {**node.meta, "val": _at(value, values, mode)}
+        made[node] = copy
+        if node.op == "placeholder" and isinstance(value, (torch.SymInt, torch.SymFloat)):
+            made[node] = copy.meta["val"]
+    return fx.GraphModule(gm, graph)
+
+
+def write_numbers(gm: fx.GraphModule) -> None:
+    """Where every symbol has become a number, as a guard makes it, let values say so."""
+    mode = _fake_mode(gm)
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            node.meta["val"] = _at(node.meta["val"], {}, mode)
+
+
+def number_at(value: Any, values: Mapping[Any, int]) -> Any:
+    """A symbolic number at given values of its symbols; anything else as it is."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    expr = value.node.expr.xreplace({s: values[s] for s in value.node.expr.free_symbols})
+    if isinstance(value, torch.SymInt):
+        return int(expr)
+    return float(expr) if isinstance(value, torch.SymFloat) else bool(expr)
+
+
+def _at(value: Any, values: Mapping[Any, int], mode: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if not any(isinstance(s, torch.SymInt) for s in sizes_of([value])):
+            return value
+        shape, stride = ([number_at(s, values) for s in sizes] for sizes in (value.shape, value.stride()))
+        with mode:
+            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_at(v, values, mode) for v in value)
+    return number_at(value, values)
+
+
+def _fake_mode(gm: fx.GraphModule) -> Any:
+    return next(v.fake_mode for n in gm.graph.nodes for v in [n.meta.get("val")] if hasattr(v, "fake_mode"))
+
+
+def as_argument(graph: fx.Graph, value: Any) -> Any:
+    """What an FX node takes for a size: the size, where it is a number, else a node that computes it, inserted here."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    return _computed(graph, value.node.expr, value.node.shape_env)
+
+
+_OPERATORS = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}
+_OPERATORS |= {"PythonMod": operator.mod, "CleanDiv": operator.floordiv}
+
+
+def _computed(graph: fx.Graph, expr: Any, environment: Any) -> Any:
+    if expr.is_number:
+        return int(expr)
+    if expr.is_Symbol:
+        return _input_of(graph, expr)
+    if expr.is_Pow and expr.exp.is_number and expr.exp > 1:
+        operands = [_computed(graph, expr.base, environment)] * int(expr.exp)
+        function: Any = operator.mul
+    else:
+        function = _OPERATORS.get(type(expr).__name__)
+        if function is None:
+            raise NoRange(f"a size that is {type(expr).__name__}")
+        operands = [_computed(graph, a, environment) for a in expr.args]
+    result, *others = operands
+    for other in others:
+        value = function(_value(result), _value(other))
+        result = graph.call_function(function, (result, other))
+        result.meta["val"] = value
+    return result
+
+
+def _value(operand: Any) -> Any:
+    return operand.meta["val"] if isinstance(operand, fx.Node) else operand
+
+
+def _input_of(graph: fx.Graph, symbol: Any) -> fx.Node:
+    """The input of a graph that is a symbol."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return node
+    raise NoRange(f"the graph has no input that is {symbol}")

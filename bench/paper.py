@@ -17,7 +17,8 @@ from typing import Any
 from bench.common import save
 from memo_compile.forecast.presets import PRESETS, Preset
 from memo_compile.forecast.strategies import STRATEGIES, Outcome, Stack, outcomes
-from memo_compile.hardware.profiles import PROFILES, DeviceProfile, share_at
+from memo_compile.hardware.efficiency import share_at
+from memo_compile.hardware.profiles import PROFILES, DeviceProfile
 from memo_compile.planning.residency import Activation, Problem
 
 K = 1024

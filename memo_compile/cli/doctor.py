@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from memo_compile.errors import InvalidOption, MemoError
 
 if TYPE_CHECKING:
+    from memo_compile.hardware.efficiency import Efficiency
     from memo_compile.hardware.profiles import DeviceProfile
 
 HELP = "what memo finds on this machine, and what would stop it"
@@ -179,15 +180,19 @@ def _profile(p: DeviceProfile) -> Any:
     table.add_row(
         "to the host, and back", f"{p.d2h / 1e9:.3g} and {p.h2d / 1e9:.3g} GB/s; at once {p.both_ways:.0%} of each"
     )
-    for name, shares in (
-        ("products", p.matmul_efficiency),
-        ("attention", p.attention_efficiency),
-        ("its backward", p.attention_backward_efficiency),
+    for name, shares, by, classes in (
+        ("products", p.matmul_efficiency, "rows", p.products_by_rows),
+        ("attention", p.attention_efficiency, "heads", p.attention_by_heads),
+        ("its backward", p.attention_backward_efficiency, "heads", p.attention_backward_by_heads),
     ):
-        table.add_row(
-            f"{name}, of the peak", ", ".join(f"{share:.0%} at {size:.0e}" for size, share in shares) + " FLOPs"
-        )
+        table.add_row(f"{name}, of the peak", _shares(shares))
+        for key, of_class in classes:
+            table.add_row(f"  {key:.0f} {by}", _shares(of_class))
     table.add_row("source", p.source)
     for note in p.notes:
         table.add_row("note", note)
     return table
+
+
+def _shares(shares: Efficiency) -> str:
+    return ", ".join(f"{share:.0%} at {size:.0e}" for size, share in shares) + " FLOPs"

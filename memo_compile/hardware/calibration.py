@@ -1,31 +1,35 @@
-"""Measures this machine: copies each way and both at once, memory bandwidth, products and attention by size."""
+"""Measures this machine: copies each way and both at once, memory bandwidth, products and attention by their shapes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from memo_compile.hardware.profiles import DeviceProfile, Efficiency, built_in, free_host_memory, machine_name
+from memo_compile.hardware.efficiency import Classes, Efficiency
+from memo_compile.hardware.profiles import DeviceProfile, built_in, free_host_memory, machine_name
 
 Say = Callable[[str], None]
 
 COPY = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes of one copy
 WIDTHS = {"cpu": (64, 128, 256, 512, 1024, 2048), "cuda": (256, 512, 1024, 2048, 4096, 8192, 16384)}
 TOKENS = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
+ROWS = {"cpu": (16, 128), "cuda": (128, 512, 2048)}  # of products that are wider
+WIDE = {"cpu": (256, 1024), "cuda": (2048, 4096, 16384)}
+GROUPS = {"cpu": (1,), "cuda": (1, 32)}  # heads of attention, beside HEADS
 TYPES = {"cpu": ("float32", "float64", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "float64")}
 REPEATS = 5
-A_WHILE, MOST_CALLS = 0.25, 5000  # seconds
+A_WHILE, MOST_CALLS = 0.2, 5000  # seconds
 HEADS, HEAD = 8, 128
 TINY = 1e-9
 
 
 def measure(device: str, say: Say = lambda _: None) -> DeviceProfile:
-    """A profile of this machine's device of that type ("cpu" or "cuda").
+    """A profile of this machine's device of that type ("cpu" or "cuda"), in less than a minute.
 
     The peak of each type of number is the best rate that a product reached, so that efficiencies are shares of that.
     Links between devices are not measured: they are those of the built-in profile.
@@ -39,22 +43,13 @@ def measure(device: str, say: Say = lambda _: None) -> DeviceProfile:
     for name in TYPES[device]:
         say(f"products in {name}")
         width = WIDTHS[device][-2]
-        peaks[name] = 2 * width**3 / _product(device, width, getattr(torch, name))
+        peaks[name] = _product(device, width, width, getattr(torch, name)).rate
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     kind = str(dtype).removeprefix("torch.")
-    rates = []
-    for width in WIDTHS[device]:
-        say(f"products of {width} × {width}")
-        flops = 2.0 * width**3
-        rates.append((flops, flops / _product(device, width, dtype)))
-    peaks[kind] = max(peaks[kind], *(rate for _, rate in rates))
-    forward, backward = [], []
-    for tokens in TOKENS[device]:
-        say(f"attention over {tokens} tokens")
-        one = 2.0 * HEADS * tokens * tokens * HEAD / 2
-        ahead, back = _attention(device, tokens, dtype)
-        forward.append((2 * one, 2 * one / ahead))
-        backward.append((5 * one, 5 * one / back))
+    square, thin = _products(device, dtype, say)
+    peak = peaks[kind] = max(peaks[kind], *(r.rate for rates in (square, *thin.values()) for r in rates))
+    forward, backward = _attentions(device, dtype, say)
+    matmul = _shares(square, peak)
     return replace(
         base,
         name=machine_name(device),
@@ -68,20 +63,68 @@ def measure(device: str, say: Say = lambda _: None) -> DeviceProfile:
         memory=torch.cuda.get_device_properties(device).total_memory if device == "cuda" else free_host_memory(),
         host_memory=free_host_memory(),
         launch_overhead=_launch(device),
-        matmul_efficiency=_shares(rates, peaks[kind]),
-        attention_efficiency=_shares(forward, peaks[kind]),
-        attention_backward_efficiency=_shares(backward, peaks[kind]),
+        matmul_efficiency=matmul,
+        attention_efficiency=_shares(forward[HEADS], peak),
+        attention_backward_efficiency=_shares(backward[HEADS], peak),
+        products_by_rows=(*_classes(thin, peak), (float(WIDTHS[device][-1]), matmul)),
+        attention_by_heads=_classes(forward, peak),
+        attention_backward_by_heads=_classes(backward, peak),
         source=f"measured by memo doctor with torch {torch.__version__}, {torch.get_num_threads()} threads",
         notes=(),
     )
 
 
-def _shares(rates: list[tuple[float, float]], peak: float) -> Efficiency:
+@dataclass(frozen=True)
+class Rate:
+    """FLOPs of an op, and FLOP/s that it reached."""
+
+    flops: float
+    rate: float
+
+
+Rates = list[Rate]
+
+
+def _products(device: str, dtype: torch.dtype, say: Say) -> tuple[Rates, dict[int, Rates]]:
+    """Square products by width; and for each number of rows, the square one and wider ones."""
+    square = []
+    for width in WIDTHS[device]:
+        say(f"products of {width} × {width}")
+        square.append(_product(device, width, width, dtype))
+    thin: dict[int, Rates] = {}
+    for rows in ROWS[device]:
+        say(f"products of {rows} rows")
+        widths = (rows, *(w for w in WIDE[device] if w > rows))
+        thin[rows] = [_product(device, rows, width, dtype) for width in widths]
+    return square, thin
+
+
+def _attentions(device: str, dtype: torch.dtype, say: Say) -> tuple[dict[int, Rates], dict[int, Rates]]:
+    """Causal attention by heads and length, forward and backward."""
+    forward: dict[int, Rates] = {}
+    backward: dict[int, Rates] = {}
+    for heads in sorted({*GROUPS[device], HEADS}):
+        lengths = TOKENS[device] if heads == HEADS else TOKENS[device][1::2]
+        say(f"attention over {heads} heads")
+        forward[heads], backward[heads] = [], []
+        for tokens in lengths:
+            one = 2.0 * heads * tokens * tokens * HEAD / 2
+            ahead, back = _attention(device, heads, tokens, dtype)
+            forward[heads].append(Rate(2 * one, 2 * one / ahead))
+            backward[heads].append(Rate(5 * one, 5 * one / back))
+    return forward, backward
+
+
+def _classes(rates: dict[int, Rates], peak: float) -> Classes:
+    return tuple((float(key), _shares(found, peak)) for key, found in sorted(rates.items()))
+
+
+def _shares(rates: Rates, peak: float) -> Efficiency:
     """Shares of the peak by size, made to rise: a larger op that was disturbed tells nothing about its size."""
     best, table = 0.0, []
-    for size, rate in sorted(rates):
-        best = max(best, min(1.0, rate / peak))
-        table.append((size, max(best, TINY)))
+    for found in sorted(rates, key=lambda found: found.flops):
+        best = max(best, min(1.0, found.rate / peak))
+        table.append((found.flops, max(best, TINY)))
     return tuple(table)
 
 
@@ -157,14 +200,16 @@ def _bandwidth(device: str) -> float:
     return 2 * COPY[device] / _seconds(device, lambda: torch.add(x, 1.0, out=y))
 
 
-def _product(device: str, width: int, dtype: torch.dtype) -> float:
-    a, b = (torch.rand(width, width, device=device).to(dtype) for _ in range(2))
-    return _seconds(device, lambda: a @ b, 3 if width > 1024 else REPEATS)
+def _product(device: str, rows: int, width: int, dtype: torch.dtype) -> Rate:
+    """Of (rows, width) times (width, width)."""
+    a, b = (torch.rand(n, width, device=device).to(dtype) for n in (rows, width))
+    flops = 2.0 * rows * width**2
+    return Rate(flops, flops / _seconds(device, lambda: a @ b, 3 if width > 1024 else REPEATS))
 
 
-def _attention(device: str, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
+def _attention(device: str, heads: int, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
     """Seconds of causal attention, forward and backward."""
-    q, k, v = (torch.rand(1, HEADS, tokens, HEAD, device=device).to(dtype).requires_grad_() for _ in range(3))
+    q, k, v = (torch.rand(1, heads, tokens, HEAD, device=device).to(dtype).requires_grad_() for _ in range(3))
 
     def run() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from memo_compile.errors import InvalidOption, shown
+from memo_compile.hardware.efficiency import (
+    Classes,
+    Efficiency,
+    is_above_zero,
+    read_classes,
+    read_table,
+    share_at,
+    share_in,
+)
 from memo_compile.logs import logger
 
 log = logger(__name__)
-
-Efficiency = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class DeviceProfile:
     before what leaves ahead of it is out, so that the two copy at once for moments only. `link` is the rate at which a
     device receives from its peers in one machine. Efficiencies of products and of fused attention are tables of (FLOPs
     of one op, share of the peak), between whose entries `share_at` interpolates; the others are shares for large
-    transfers.
+    transfers. Where shapes were measured, `products_by_rows` has a table for each smallest dimension of a product, and
+    `attention_by_heads` and its backward one for each number of sequences times heads; they are then what counts.
     """
 
     name: str
@@ -56,26 +61,25 @@ class DeviceProfile:
     link_efficiency: float = 0.8
     source: str = ""
     notes: tuple[str, ...] = field(default=())
+    products_by_rows: Classes = ()
+    attention_by_heads: Classes = ()
+    attention_backward_by_heads: Classes = ()
 
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s for a dtype; that of float32 where the profile does not name it."""
         return self.peak_flops.get(dtype, self.peak_flops["float32"])
 
+    def product_share(self, flops: float, rows: float) -> float:
+        """The share of the peak that a product reaches whose smallest dimension is `rows`."""
+        if not self.products_by_rows:
+            return share_at(self.matmul_efficiency, flops)
+        return share_in(self.products_by_rows, rows, flops)
 
-def share_at(table: Sequence[Sequence[float]], size: float) -> float:
-    """The share at a size: straight between entries over the logarithm of the size, and level beyond the ends.
-
-    >>> share_at([(1e9, 0.2), (1e11, 0.6)], 1e10)
-    0.4
-    >>> share_at([(1e9, 0.2), (1e11, 0.6)], 1e15)
-    0.6
-    """
-    if size <= table[0][0]:
-        return table[0][1]
-    for (low, a), (high, b) in pairwise(table):
-        if size <= high:
-            return a + (b - a) * math.log(size / low) / math.log(high / low)
-    return table[-1][1]
+    def attention_share(self, flops: float, heads: int, *, backward: bool) -> float:
+        """The share of the peak that fused attention reaches over `heads` heads of all sequences together."""
+        table = self.attention_backward_efficiency if backward else self.attention_efficiency
+        classes = self.attention_backward_by_heads if backward else self.attention_by_heads
+        return share_in(classes, heads, flops) if classes else share_at(table, flops)
 
 
 _GIB = 2**30
@@ -282,6 +286,7 @@ def stored_profile(device: str) -> Path:
 
 
 _TABLES = ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency")
+_CLASSES = ("products_by_rows", "attention_by_heads", "attention_backward_by_heads")
 _ABOVE_ZERO = (
     "memory_bandwidth",
     "d2h",
@@ -303,37 +308,21 @@ def from_fields(raw: Mapping[str, Any]) -> DeviceProfile:
     """
     values = dict(raw)
     for name in _TABLES:
-        values[name] = _table(name, values.get(name, ()))
+        values[name] = read_table(name, values.get(name, ()))
+    for name in _CLASSES:
+        values[name] = read_classes(name, values.get(name, ()))
     values["notes"] = tuple(values.get("notes", ()))
     profile = DeviceProfile(**values)
     for name in _ABOVE_ZERO:
         value = getattr(profile, name)
-        if not _is_above_zero(value):
+        if not is_above_zero(value):
             raise ValueError(f"{name} = {shown(value)} must be a finite number above 0")
-    if profile.launch_overhead != 0 and not _is_above_zero(profile.launch_overhead):
+    if profile.launch_overhead != 0 and not is_above_zero(profile.launch_overhead):
         raise ValueError(f"launch_overhead = {shown(profile.launch_overhead)} must be a finite number of at least 0")
     flops = profile.peak_flops
-    if not isinstance(flops, Mapping) or "float32" not in flops or not all(map(_is_above_zero, flops.values())):
+    if not isinstance(flops, Mapping) or "float32" not in flops or not all(map(is_above_zero, flops.values())):
         raise ValueError(f"peak_flops = {shown(flops)} must name float32, and each be a finite number above 0")
     return profile
-
-
-def _table(name: str, raw: Iterable[tuple[Any, Any]]) -> Efficiency:
-    """An efficiency's entries; `share_at` takes logarithms of sizes, and of how far two are apart."""
-    allowed = f"{name} must be a list of (FLOPs, share), both finite and above 0, the FLOPs rising"
-    try:
-        table = tuple((float(size), float(share)) for size, share in raw)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{allowed} ({error})") from error
-    rising = all(low < high for (low, _), (high, _) in pairwise(table))
-    if not table or not rising or not all(_is_above_zero(number) for entry in table for number in entry):
-        raise ValueError(f"{allowed}, not {shown(table)}")
-    return table
-
-
-def _is_above_zero(value: object) -> bool:
-    """Whether it is a number above 0 that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def load(path: Path) -> DeviceProfile:

@@ -1,5 +1,7 @@
 """`memo doctor`: what is here, what would stop a plan, and a measured profile."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
 
 def test_a_measured_profile_is_stored_and_used(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MEMO_PROFILES", str(tmp_path))
-    for name, small in (("COPY", 2**20), ("WIDTHS", (32, 64, 128)), ("TOKENS", (32, 64))):
+    for name, small in (("COPY", 2**20), ("WIDTHS", (32, 64, 128)), ("TOKENS", (32, 64)), ("ROWS", (16, 64))):
         monkeypatch.setitem(getattr(measuring, name), "cpu", small)
     assert main(["doctor", "--measure", "--device", "cpu"]) == 0
     found = load(stored_profile("cpu"))
@@ -51,4 +53,8 @@ def test_a_measured_profile_is_stored_and_used(monkeypatch, tmp_path, capsys):
     assert min(found.d2h, found.h2d, found.memory_bandwidth, found.peak_flops["float32"]) > 1e6
     assert 0 < found.both_ways <= 1
     assert found.matmul_efficiency[-1][1] <= 1
+    assert [rows for rows, _ in found.products_by_rows] == [16, 64, 128]
+    assert found.products_by_rows[-1][1] == found.matmul_efficiency
+    assert [heads for heads, _ in found.attention_by_heads] == [1, measuring.HEADS]
+    assert all(size < more for _, table in found.attention_by_heads for (size, _), (more, _) in pairwise(table))
     assert "measured by memo doctor" in " ".join(capsys.readouterr().out.split())

@@ -1,10 +1,12 @@
 """Device profiles: built in, from a file, of this machine."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from memo_compile.errors import InvalidOption
+from memo_compile.hardware.efficiency import share_at, share_in
 from memo_compile.hardware.profiles import (
     PROFILES,
     CgroupLimit,
@@ -15,7 +17,6 @@ from memo_compile.hardware.profiles import (
     memory_limit,
     resolve,
     save,
-    share_at,
     stored_profile,
 )
 
@@ -50,6 +51,38 @@ def test_shares_of_the_peak_rise_with_the_size():
             shares = [share_at(table, 10.0**e) for e in range(2, 16)]
             assert shares == sorted(shares)
             assert 0 < shares[0] < shares[-1] < 1
+
+
+FEW, MANY = ((1e9, 0.1), (1e11, 0.3)), ((1e9, 0.4), (1e11, 0.8))
+
+
+def test_a_share_lies_between_those_of_the_classes_around_it():
+    classes = ((16.0, FEW), (256.0, MANY))
+    assert share_in(classes, 16, 1e10) == pytest.approx(0.2)
+    assert share_in(classes, 64, 1e10) == pytest.approx((0.2 + 0.6) / 2)
+    assert share_in(classes, 1, 1e11) == 0.3
+    assert share_in(classes, float("inf"), 1e15) == 0.8
+
+
+def test_classes_are_what_counts_where_there_are_any():
+    plain = PROFILES["h200"]
+    mine = replace(plain, products_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
+    assert plain.product_share(1e11, 16) == plain.product_share(1e11, 1 << 20)
+    assert mine.product_share(1e11, 16) == 0.3
+    assert mine.product_share(1e11, 256) == 0.8
+    assert mine.attention_share(1e9, 32, backward=False) == 0.1
+    assert mine.attention_share(1e9, 32, backward=True) == plain.attention_share(1e9, 32, backward=True)
+
+
+def test_a_profile_with_classes_survives_its_file_and_one_from_before_them_is_read(tmp_path):
+    mine = replace(PROFILES["h200"], products_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
+    save(mine, tmp_path / "mine.json")
+    assert load(tmp_path / "mine.json") == mine
+    raw = json.loads((tmp_path / "mine.json").read_text())
+    for name in ("products_by_rows", "attention_by_heads", "attention_backward_by_heads"):
+        del raw[name]
+    (tmp_path / "old.json").write_text(json.dumps(raw))
+    assert load(tmp_path / "old.json") == PROFILES["h200"]
 
 
 def test_auto_takes_the_profile_measured_on_this_machine(monkeypatch, tmp_path):
@@ -103,6 +136,10 @@ def test_a_profile_that_cannot_be_is_refused(tmp_path, change):
         {"matmul_efficiency": [[1e9, float("nan")]]},
         {"attention_efficiency": [[1e9]]},
         {"attention_backward_efficiency": 0.5},
+        {"products_by_rows": [[64, [[1e9, 0.5]]], [16, [[1e9, 0.5]]]]},
+        {"products_by_rows": [[64, []]]},
+        {"attention_by_heads": [[0, [[1e9, 0.5]]]]},
+        {"attention_backward_by_heads": 8},
     ],
     ids=str,
 )

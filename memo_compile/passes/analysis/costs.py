@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.hardware.profiles import DeviceProfile, share_at
+from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.models.collectives import NAMESPACE
 from memo_compile.passes.analysis.liveness import reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, op_name, storage_of
@@ -124,14 +124,29 @@ def _cost(node: fx.Node, reads: Collection[fx.Node], profile: DeviceProfile, tim
         return Cost(measured, flops, moved)
     seconds = moved / (profile.memory_bandwidth * profile.memory_efficiency)
     if flops:
-        seconds = max(seconds, flops / (profile.flops(_dtype(node)) * share_at(_efficiency(node, profile), flops)))
+        seconds = max(seconds, flops / (profile.flops(_dtype(node)) * _share(node, profile, flops)))
     return Cost(seconds + profile.launch_overhead, flops, moved)
 
 
-def _efficiency(node: fx.Node, profile: DeviceProfile) -> tuple[tuple[float, float], ...]:
+def _share(node: fx.Node, profile: DeviceProfile, flops: float) -> float:
+    """The share of the peak that the node's kernel reaches, by its shapes."""
     if not is_attention(node):
-        return profile.matmul_efficiency
-    return profile.attention_backward_efficiency if "backward" in _name(node) else profile.attention_efficiency
+        return profile.product_share(flops, _smallest_dimension(node))
+    backward = "backward" in _name(node)
+    query, *_ = _query_key_value(node, backward)
+    heads = int(query.shape[0]) * int(query.shape[_heads_and_tokens(node)[0]])
+    return profile.attention_share(flops, heads, backward=backward)
+
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def _smallest_dimension(node: fx.Node) -> float:
+    """Of (m, k) times (k, n), the least of m, k and n; no bound for what is no plain product."""
+    if _name(node) not in _PRODUCTS:
+        return math.inf
+    left, right = (a.meta["val"] for a in node.args[-2:] if isinstance(a, fx.Node))
+    return min(int(left.shape[-2]), int(left.shape[-1]), int(right.shape[-1]))
 
 
 def _written(node: fx.Node) -> int:
@@ -195,17 +210,22 @@ def _attention_flops(node: fx.Node) -> float:
     """Two products forward, over head sizes d and e of keys and values; backward five, three over d and two over e.
 
     Each product is 2·batch·heads·queries·keys·size (torch.utils.flop_counter, `sdpa_flop_count`). Grouped queries share
-    keys, not products. `_flash_attention_*` and `_efficient_attention_*` have heads behind tokens.
+    keys, not products.
     """
     backward = "backward" in _name(node)
     query, key, value = _query_key_value(node, backward)
-    tokens_first = _name(node).startswith(("aten::_flash_attention", "aten::_efficient_attention"))
-    heads, tokens = (2, 1) if tokens_first else (1, 2)
+    heads, tokens = _heads_and_tokens(node)
     batch, queries, keys = query.shape[0], query.shape[tokens], key.shape[tokens]
     over_keys, over_values = (3, 2) if backward else (1, 1)
     sizes = over_keys * int(query.shape[3]) + over_values * int(value.shape[3])
     flops = 2.0 * int(batch) * int(query.shape[heads]) * int(queries) * int(keys) * sizes
     return flops / 2 if _causal(node) else flops
+
+
+def _heads_and_tokens(node: fx.Node) -> tuple[int, int]:
+    """The dimensions of a query that count them: two ops have heads behind tokens."""
+    tokens_first = _name(node).startswith(("aten::_flash_attention", "aten::_efficient_attention"))
+    return (2, 1) if tokens_first else (1, 2)
 
 
 def _query_key_value(node: fx.Node, backward: bool) -> list[Any]:

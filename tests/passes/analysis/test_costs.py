@@ -1,5 +1,7 @@
 """Costs against FLOP counts worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -197,3 +199,30 @@ def test_kernels_can_be_measured():
     assert first.seconds == second.seconds  # one shape, timed once
     assert len(timer.known) == 1
     assert KernelTimer("cpu", largest=16)(next(n for n in gm.graph.nodes if "mm" in str(n.target))) is None
+
+
+def test_products_are_priced_by_their_smallest_dimension_and_attention_by_its_heads():
+    """A class that is a tenth as fast makes the op ten times as long, and no other."""
+    slow, fast = ((1e3, 0.05),), ((1e3, 0.5),)
+    profile = replace(
+        A800,
+        memory_bandwidth=1e30,
+        launch_overhead=0.0,
+        products_by_rows=((8.0, slow), (64.0, fast)),
+        attention_by_heads=((2.0, slow), (8.0, fast)),
+    )
+
+    def rate(fn, *shapes):
+        nodes = graph_of(fn, *(torch.zeros(shape) for shape in shapes)).graph.nodes
+        cost = total(node_cost(n, profile) for n in nodes if n.op == "call_function")
+        return cost.flops / cost.seconds / profile.flops("float32")
+
+    assert rate(torch.mm, (512, 64), (64, 512)) == pytest.approx(0.5)
+    for thin in (((8, 256), (256, 512)), ((256, 8), (8, 512)), ((512, 256), (256, 8))):
+        assert rate(torch.mm, *thin) == pytest.approx(0.05)
+    assert rate(torch.addmm, (512,), (8, 256), (256, 512)) == pytest.approx(0.05)
+    assert rate(torch.bmm, (4, 8, 64), (4, 64, 512)) == pytest.approx(0.05)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert rate(attend, *[(1, 8, 64, 16)] * 3) == pytest.approx(0.5)
+    assert rate(attend, *[(1, 2, 64, 16)] * 3) == pytest.approx(0.05)
+    assert rate(attend, *[(4, 2, 64, 16)] * 3) == pytest.approx(0.5)

@@ -106,6 +106,8 @@ class Ahead:
                 return
             call.left -= 1
             last = call.left == 0
+            if last:  # a second backward finds nothing started, and a captured lease is never given back
+                del self._calls[lease.data_ptr()]
         if last:
             self._start_before(call)
 
@@ -124,7 +126,7 @@ class Ahead:
 
     @property
     def outstanding(self) -> int:
-        """Calls whose lease is still there."""
+        """Calls whose lease is still there, and whose backward has prefetches to start."""
         return len(self._calls)
 
     def _start_before(self, call: _Call) -> None:

@@ -177,13 +177,15 @@ class HostPool:
 
     def _hand_over(self, block: Block, nbytes: int) -> torch.Tensor:
         view = np.frombuffer(block.memory, dtype=np.uint8, count=nbytes)
+        captured = block.kind == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            self._leased += block.nbytes
             self._views[block.address] = weakref.ref(view)
-            # A finalizer takes no lock and calls nobody: appending is one step.
-            weakref.finalize(view, self._returned.append, (block, self._generation)).atexit = False
-            if block.kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            if captured:  # the graph's, for as long as it is replayed
                 self._captured.append(view)
+            else:
+                self._leased += block.nbytes
+                # A finalizer takes no lock and calls nobody: appending is one step.
+                weakref.finalize(view, self._returned.append, (block, self._generation)).atexit = False
         return torch.from_numpy(view)
 
     def _take_back(self, block: Block, generation: int) -> None:

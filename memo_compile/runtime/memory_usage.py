@@ -27,6 +27,10 @@ def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     On CUDA the caching allocator is asked, of the current device; elsewhere every allocation and release on the CPU
     is recorded by torch's profiler. Host arenas lie outside and do not count.
+
+    The profiler belongs to one thread and those of autograd that work for it. On the CPU, threads that `fn` starts by
+    itself are not seen, and what they release of this thread's counts as held: measure in the thread that allocates
+    (pytorch#192290: `profile_all_threads` records no memory). On CUDA all threads count.
     """
     import torch
 

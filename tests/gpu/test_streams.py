@@ -1,6 +1,7 @@
 """The stream engine on a GPU: what runs late there must not change a result."""
 
 import gc
+import os
 import random
 import threading
 import time
@@ -10,6 +11,7 @@ import torch
 
 import memo_compile
 from memo_compile import errors
+from memo_compile.runtime import cudart
 from memo_compile.runtime.engine import Engine
 from memo_compile.runtime.ops import ahead, engine, pool, register
 from memo_compile.runtime.streams import _Cuda
@@ -91,6 +93,87 @@ def test_token_rows_of_heads_move_without_a_temporary(device):
     assert torch.equal(dst[:, :, :512], src[:, :, :512])
 
 
+def test_token_rows_of_heads_are_one_copy(device, monkeypatch):
+    mover, lease = engine(device), pool().lease(1 << 20, device=device)
+    monkeypatch.setattr(mover._cuda, "copy", lambda *args: pytest.fail("a piece was copied"))
+    src = torch.randn(2, 8, 1024, 16, device=device)
+    mover.offload(src[:, :, :512], lease, 0)
+    mover.offload_wait(src[:, :, :512], lease, 0)
+    torch.cuda.synchronize()
+    assert torch.equal(lease[: src.nbytes // 2].view(torch.float32).view(2, 8, 512, 16), src[:, :, :512].cpu())
+
+
+def test_copies_in_two_dimensions_are_captured_and_replayed(device):
+    mover, lease = engine(device), pool().lease(1 << 20, device=device)
+    src, dst = torch.zeros(2, 8, 64, 16, device=device), torch.zeros(2, 8, 64, 16, device=device)
+
+    def move():
+        mover.offload(src[:, :, :32], lease, 0)
+        mover.offload_wait(src[:, :, :32], lease, 0)
+        mover.prefetch(dst[:, :, :32], lease, 0)
+        mover.prefetch_wait(dst[:, :, :32], lease, 0)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        move()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        move()
+    for value in (1, 2):
+        src.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert dst[:, :, :32].unique().tolist() == [value]
+    assert dst[:, :, 32:].abs().sum() == 0
+
+
+def test_a_refused_page_lock_leaves_no_error_for_the_next_kernel(device):
+    lease = pool().lease(1 << 20, device=device)
+    assert cudart.page_lock(lease.data_ptr(), 1 << 20) != 0, "registered already"
+    assert torch.ones(4, device=device).sum() == 4
+
+
+def test_a_kernels_launch_takes_the_error_where_the_library_is_not_found(device, monkeypatch):
+    lease = pool().lease(1 << 20, device=device)
+    monkeypatch.setattr(cudart, "library", lambda: None)
+    assert cudart.page_lock(lease.data_ptr(), 1 << 20) != 0
+    assert torch.ones(4, device=device).sum() == 4
+
+
+def test_the_cpus_blocks_are_not_page_locked(device):
+    assert not pool().lease(1 << 20).is_pinned()
+
+
+def test_a_forked_child_leaves_the_parents_blocks_alone(device):
+    lease, value = pool().lease(1 << 20, device=device), torch.ones(1 << 18, device=device)
+    engine(device).offload(value, lease, 0)
+    engine(device).offload_wait(value, lease, 0)
+    torch.cuda.synchronize()
+    child = os.fork()
+    if child == 0:
+        os._exit(int(lease.sum() != 0 or pool().held_bytes != 0))
+    assert os.waitpid(child, 0)[1] == 0
+    assert lease.view(torch.float32).sum() == 1 << 18
+    value.zero_()
+    engine(device).prefetch(value, lease, 0)
+    engine(device).prefetch_wait(value, lease, 0)
+    assert value.sum() == 1 << 18
+
+
+def test_no_landing_place_ahead_makes_the_allocator_try_again(device):
+    memo_compile.empty_cache()
+    _, total = torch.cuda.mem_get_info(device)
+    retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + (64 << 20)) / total, device)
+    try:
+        assert engine(device).spare(128 << 20, device) is None
+        assert engine(device).spare(16 << 20, device) is not None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert torch.cuda.memory_stats(device)["num_alloc_retries"] == retries
+
+
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -147,6 +230,11 @@ class Late(_Cuda):
         with torch.cuda.stream(stream):
             torch.cuda._sleep(self.draw.choice([1, 1, CYCLES // 20, CYCLES // 5]))
         _Cuda.copy(dst, src, stream)
+
+    def copy_planes(self, flat, kind, stream):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(self.draw.choice([1, CYCLES // 20]))
+        return _Cuda.copy_planes(flat, kind, stream)
 
 
 def test_delays_change_nothing(device, monkeypatch):
@@ -303,7 +391,7 @@ def test_the_measured_peak_is_the_plans(device):
 
 
 def test_a_captured_step_replays(device):
-    """The arena's addresses are fixed, and the host block is the graph's for as long as it is."""
+    """The arena's addresses are fixed, and the host block is the graph's, whatever else is reset."""
     x = torch.randn(2048, 256, dtype=torch.float64, device=device)
     model = tower(device, {"offload": "all"})
     side = torch.cuda.Stream()
@@ -316,6 +404,7 @@ def test_a_captured_step_replays(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         model(x).square().mean().backward()
+    memo_compile.reset()
     for _ in range(2):
         for p in model.parameters():
             p.grad.zero_()

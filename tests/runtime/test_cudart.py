@@ -92,6 +92,7 @@ def test_what_a_graph_has_captured_outlives_a_reset(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     leases.reset()
     assert list(runtime.registered) == [address]
+    assert (leases.leased_bytes, leases.held_bytes) == (0, 1000), "it is no call's"
     assert leases.lease(1000, device=GPU).data_ptr() != address
 
 

@@ -1,5 +1,7 @@
 """Bytes at torch's allocator, above what was held before."""
 
+import threading
+
 import torch
 
 from memo_compile.runtime.memory_usage import Usage, measure_peak, usage
@@ -41,3 +43,24 @@ def test_usage_gives_the_result_the_peak_and_what_is_held_in_the_end():
 def test_a_running_profiler_is_left_alone():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert usage(block, 4)[1] is None
+
+
+def in_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_on_the_cpu_a_thread_is_measured_where_it_runs_and_not_from_another():
+    """As the docstring says. Where the first fails, torch has learned it: say so there, and let it be seen."""
+    assert measure_peak(in_thread, lambda: block(64)) == 0
+    assert "not seen" in measure_peak.__doc__
+    peaks = []
+    in_thread(lambda: peaks.append(measure_peak(block, 64)))
+    assert peaks == [64 * KIB]
+
+
+def test_autograds_threads_are_seen():
+    """On the CPU a backward runs in the thread that asks for it."""
+    x = torch.zeros(64 * KIB // 4, requires_grad=True)
+    assert measure_peak(lambda: (x * x).sum().backward()) >= 2 * 64 * KIB

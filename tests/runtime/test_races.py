@@ -4,14 +4,18 @@ The same step runs on threads and on simulated streams: produce, offload, overwr
 host block that is leased again while its last copies may still be under way.
 """
 
+import gc
 import random
+import threading
 
 import pytest
 import torch
 from runtime.simulated import Cuda
 
 from memo_compile.errors import TransferFailed
+from memo_compile.runtime.ahead import Ahead, Landing, Schedule
 from memo_compile.runtime.engine import Engine
+from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.streams import StreamEngine
 from memo_compile.runtime.threads import ThreadEngine
 
@@ -184,3 +188,199 @@ def test_what_is_copied_is_not_freed_before_it_is(monkeypatch):
     torch.full((ROWS,), 3.0)  # would take the freed bytes
     machine.engine.drain()
     assert lease.view(torch.float32).sum() == ROWS
+
+
+class Held:
+    """Stops the thread of this name inside of what it wraps, until it is let go."""
+
+    def __init__(self, work, name):
+        self.work, self.name = work, name
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, *args):
+        if threading.current_thread().name == self.name and not self.inside.is_set():
+            self.inside.set()
+            assert self.go.wait(10)
+        return self.work(*args)
+
+
+def in_threads(**works):
+    """Each in a thread of its name; waits for all, and says whether all have ended."""
+    threads = [threading.Thread(target=work, name=name, daemon=True) for name, work in works.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return not any(thread.is_alive() for thread in threads)
+
+
+LANDING = Landing("b", 0, ROWS * 4, torch.float32, (ROWS,), (1,), 0)
+
+
+class TwoCalls:
+    """Two calls' leases, with 5 and 6 in them; the backward of the second starts what the first prefetches."""
+
+    def __init__(self):
+        self.pool, self.engine = HostPool(), ThreadEngine()
+        self.ahead = Ahead(self.engine, CPU, self.pool.borrow)
+        self.first, self.second = self.pool.lease(ROWS * 4), self.pool.lease(ROWS * 4)
+        for lease, value in ((self.first, 5.0), (self.second, 6.0)):
+            self.engine.offload(torch.full((ROWS,), value), lease, 0)
+        self.engine.drain()
+        for lease in (self.first, self.second):
+            self.ahead.made(lease, Schedule((LANDING,), 1))
+
+    def backward(self, lease):
+        """Where its slice has landed."""
+        self.ahead.begins(lease)
+        base = self.ahead.place(lease, 0)
+        place = base.view(torch.float32) if base is not None else torch.empty(ROWS)
+        if not self.ahead.adopt(place, lease, 0):
+            self.engine.prefetch(place, lease, 0)
+        self.ahead.passed(lease)
+        self.engine.prefetch_wait(place, lease, 0)
+        return place
+
+
+def test_a_slice_that_is_on_its_way_ahead_is_taken_over():
+    calls = TwoCalls()
+    calls.backward(calls.second)
+    assert calls.engine.pending == 1
+    assert calls.backward(calls.first).sum() == 5 * ROWS
+    assert calls.engine.recorder.stats.copies_in == 2
+
+
+def test_a_call_that_has_started_all_is_forgotten():
+    calls = TwoCalls()
+    calls.backward(calls.second)
+    assert calls.ahead.outstanding == 1
+    assert calls.backward(calls.second).sum() == 6 * ROWS, "its graph was kept"
+
+
+def test_a_landing_place_is_handed_over_when_its_copy_has_started(monkeypatch):
+    """Else the copy starts behind the backward's own, and writes over what lies there by then."""
+    calls = TwoCalls()
+    held = Held(calls.engine.prefetch, "second")
+    result = []
+
+    def first():
+        assert held.inside.wait(10)
+        place = calls.backward(calls.first)
+        place.fill_(-3.0)  # a gradient in place of the activation
+        held.go.set()
+        result.append(place)
+
+    # Not its own prefetch: that of the lease before.
+    own = calls.engine.prefetch
+    monkeypatch.setattr(
+        calls.engine,
+        "prefetch",
+        lambda dst, lease, offset: (held if lease.data_ptr() == calls.first.data_ptr() else own)(dst, lease, offset),
+    )
+    assert in_threads(second=lambda: calls.backward(calls.second), first=first)
+    calls.engine.drain()
+    assert result[0].sum() == -3 * ROWS
+
+
+def test_what_was_started_ahead_too_late_leaves_nothing_behind(monkeypatch):
+    """Its place goes back to the allocator when the copy to it has ended."""
+    calls = TwoCalls()
+    prefetch = calls.engine.prefetch
+
+    def begins_meanwhile(dst, lease, offset):
+        prefetch(dst, lease, offset)
+        if lease.data_ptr() == calls.first.data_ptr():
+            calls.ahead.begins(lease)
+
+    monkeypatch.setattr(calls.engine, "prefetch", begins_meanwhile)
+    with calls.engine.delays(lambda kind: 0.02):
+        calls.backward(calls.second)
+    assert calls.engine.pending == 0
+    assert calls.ahead.place(calls.first, 0) is None
+
+
+def test_of_two_reads_of_a_block_the_next_writer_waits_for_the_later(monkeypatch):
+    """Started from two threads, and noted in the order in which they were started."""
+    engine, lease = ThreadEngine(), torch.zeros(ROWS * 4, dtype=torch.uint8)
+    places = {name: torch.zeros(ROWS) for name in ("one", "two")}
+    remember = Held(Engine._remember.__get__(engine), "one")
+    monkeypatch.setattr(engine, "_remember", remember)
+
+    def one():
+        engine.prefetch(places["one"], lease, 0)
+
+    def two():
+        assert remember.inside.wait(10)
+        threading.Timer(0.2, remember.go.set).start()
+        engine.prefetch(places["two"], lease, 0)
+
+    assert in_threads(one=one, two=two)
+    assert engine._last_read[lease.data_ptr()].device == places["two"].data_ptr()
+    engine.drain()
+
+
+@pytest.mark.parametrize("who", ["pool", "engine", "ahead"])
+def test_what_is_collected_takes_no_lock(who):
+    """It may be so in any thread at any time: here in one that another waits for."""
+    calls = TwoCalls()
+    pool = HostPool(on_return=lambda address: (calls.ahead.forget(address), calls.engine.forget_lease(address)))
+    held, over, lease = threading.Event(), threading.Event(), [pool.lease(1000)]
+    lock = {"pool": pool, "engine": calls.engine, "ahead": calls.ahead}[who]._lock
+
+    def holder():
+        with lock:
+            held.set()
+            over.wait(10)
+
+    def collector():
+        assert held.wait(10)
+        lease.clear()
+        over.set()
+
+    assert in_threads(holder=holder, collector=collector)
+    assert over.is_set()
+    assert pool.leased_bytes == 0
+
+
+def test_what_is_collected_is_forgotten_before_its_block_serves_again():
+    calls = TwoCalls()
+    pool = HostPool(on_return=calls.ahead.forget)
+    lease = pool.lease(1000)
+    address = lease.data_ptr()
+    calls.ahead.made(lease, Schedule((), 0))
+    before = calls.ahead.outstanding
+    del lease
+    gc.collect()
+    assert calls.ahead.outstanding == before, "it leaves a note, and calls nobody"
+    again = pool.lease(1000)
+    assert again.data_ptr() == address
+    assert calls.ahead.outstanding == before - 1
+
+
+def test_two_threads_and_a_collection_in_the_middle_of_a_start_end():
+    """One starts a copy and collects a lease there, the other frees a block that a copy has used."""
+    engine = ThreadEngine()
+    pool = HostPool(on_return=engine.forget_lease, before_free=engine.forget_block)
+    used, circle, other = pool.lease(4096), [pool.lease(1000)], pool.lease(64)
+    engine.offload(torch.ones(8), used, 0)
+    engine.drain()
+    del used
+    circle.append(circle)
+    inside, launch = threading.Event(), engine._launch
+
+    def slow(*args):
+        nonlocal circle
+        inside.set()
+        threading.Event().wait(0.2)
+        circle = None
+        gc.collect()
+        return launch(*args)
+
+    engine._launch = slow
+
+    def forward():
+        assert inside.wait(10)
+        pool.lease(2000, budget=pool.held_bytes)
+
+    assert in_threads(backward=lambda: engine.prefetch(torch.zeros(8), other, 0), forward=forward)
+    engine.drain()

@@ -48,7 +48,7 @@ from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.fx.facts import check_sizes, nbytes
 from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import num_mutated_outputs, received
-from memo_compile.planning.fit_budget import Settled, settle
+from memo_compile.planning.fit_budget import WORTHWHILE, Settled, settle
 from memo_compile.planning.planner import Decided, Prepared, lease_input, lease_output, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.ahead import Schedule
@@ -217,7 +217,8 @@ class _Compilation:
         p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
         self.layers = {n.name: n.meta[LAYER].index for n in joint.graph.nodes if LAYER in n.meta}
         budget = self.setting.options.memory_budget
-        if isinstance(budget, (int, float)):
+        # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.
+        if isinstance(budget, float) or (isinstance(budget, int) and budget > WORTHWHILE * p.unplanned_peak):
             p = replace(p, unplanned_peak=self._unplanned_peak(p))
         limits = limits_for(self.setting, p.unplanned_peak)
         self.budget = limits.budget

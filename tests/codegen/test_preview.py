@@ -10,8 +10,10 @@ import zoo
 import memo_compile
 from memo_compile.codegen import compiler
 from memo_compile.codegen.preview import dry_emission, dry_run
+from memo_compile.models import Llama, LlamaConfig
 from memo_compile.passes.analysis.tokens import call
 from memo_compile.runtime.ops import register
+from memo_compile.trace.offline import plan_step
 
 register()
 ROWS, KEPT, WIDTH = 64, 16, 32
@@ -79,3 +81,18 @@ def test_a_budget_holds_for_what_is_emitted(monkeypatch):
     assert memo_compile.measure_peak(lambda: fn(x, labels=x).backward()) <= plan.budget
     assert attempts[0]
     assert not attempts[-1]
+
+
+@pytest.mark.parametrize(("budget", "graphs"), [(0.65, 4), (lambda peak: int(0.65 * peak), 2), (lambda peak: peak, 4)])
+def test_what_holds_nothing_back_is_looked_at_only_where_it_may_be_within_the_budget(budget, graphs, monkeypatch):
+    """A ratio is of what Inductor would hold; two thirds of that in bytes need no dry run to be told apart from it."""
+    looks = []
+    monkeypatch.setattr(compiler, "dry_emission", lambda gm, **how: looks.append(gm) or dry_emission(gm, **how))
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model, x = Llama(LlamaConfig(64, 3, 32, 4, 2, 96, 1e4)), torch.zeros(1, 512, dtype=torch.int64)
+    if callable(budget):
+        budget = budget(plan_step(mode, model, (x,), {}, {}).graphs[0].plan.unplanned_peak)
+        looks.clear()
+    plan_step(mode, model, (x,), {}, {"memory_budget": budget})
+    assert len(looks) == graphs

@@ -57,6 +57,17 @@ class ArenaSegment:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """What one call of a kernel allocates for itself, beyond its results: bytes, and how they are known."""
+
+    node: str
+    op: str
+    bytes: int
+    how: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Stop:
     """An op at which the token axis ended, and the source line that called it."""
 
@@ -100,6 +111,7 @@ class Plan:
     prices: Mapping[str, float] = field(default_factory=dict)
     segments: tuple[ArenaSegment, ...] = ()
     buffers: tuple[ArenaBuffer, ...] = ()
+    workspaces: tuple[Workspace, ...] = ()
     version: int = field(default=SCHEMA_VERSION)
 
     @property
@@ -148,4 +160,5 @@ class Plan:
         raw["stops"] = tuple(Stop(**s) for s in raw["stops"])
         raw["segments"] = tuple(ArenaSegment(**s) for s in raw["segments"])
         raw["buffers"] = tuple(ArenaBuffer(**b) for b in raw["buffers"])
+        raw["workspaces"] = tuple(Workspace(**w) for w in raw.get("workspaces", ()))  # plans before had none
         return Plan(**raw)

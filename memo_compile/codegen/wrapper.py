@@ -18,7 +18,7 @@ from typing import Any
 from memo_compile.codegen.emitted.body import Body, read_body
 from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
 from memo_compile.codegen.lowerings import register_lowerings
-from memo_compile.codegen.workspace import workspace_bytes
+from memo_compile.codegen.workspaces import workspaces_of
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 # Called with the finished body. Returns the buffers and segments to emit; an empty pair leaves the text as it is.
@@ -156,8 +156,7 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
             return None
         onto = _schema_name(buffer) in ("memo::attention_onto_", "memo::attention_backward_onto_")
         if onto or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
-            node = getattr(buffer, "fx_node", None)
-            return "workspace", 0 if node is None else workspace_bytes(node)
+            return "workspace", 0
         if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
             # Shapes are static, so that sizes are numbers.
             return "kernel", int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
@@ -170,7 +169,8 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
         return tuple(buffer.get_inputs_that_alias_output()) if isinstance(buffer, ir.FallbackKernel) else ()
 
     source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    body = read_body(textwrap.dedent(source), output_refs, _input_names(), kernel_storage, aliased_by)
+    names = _input_names()
+    body = read_body(textwrap.dedent(source), output_refs, names, kernel_storage, aliased_by, workspaces_of(graph))
     strides = tuple(_stride(output) for output in graph.graph_outputs)
     origins = {name: _origin(graph.name_to_buffer.get(name)) for name in body.storages}
     return replace(body, strides=strides, landings=tuple(landing_buffers(lines)), origins=origins)

@@ -36,7 +36,7 @@ from memo_compile.passes.fx.facts import (
     source_line,
     storage_of,
 )
-from memo_compile.passes.fx.user_checkpoints import NO_POLICIES, Policies, drop_suggestions, policies_of
+from memo_compile.passes.fx.user_checkpoints import Policies, drop_suggestions, policies_of
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.masks import share_masks
 from memo_compile.passes.transforms.matmuls import keep_early_products
@@ -57,6 +57,7 @@ from memo_compile.passes.transforms.transfers import schedule_offloads, schedule
 from memo_compile.planning import residency
 from memo_compile.planning.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.schema import ActivationPlan, Plan, Stop
+from memo_compile.workspaces.annotate import Workspaces, workspaces_in
 
 log = logger(__name__)
 
@@ -95,7 +96,8 @@ class Prepared:
 
     `forward` and `backward` are the split that saves `saved`, the canonical saved activations. `chains[name]` is what
     runs to make one again from the others, None where it must not run twice. `plannable` is False where only torch's
-    own split is right. `policies` are those of the user's own checkpoints.
+    own split is right. `policies` are those of the user's own checkpoints; `workspaces` tells
+    what kernels take for themselves.
     """
 
     joint: fx.GraphModule
@@ -115,7 +117,8 @@ class Prepared:
     unplanned_peak: int
     forward_flops: int
     plannable: bool
-    policies: Policies = NO_POLICIES
+    policies: Policies
+    workspaces: Workspaces
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def prepare(
     *,
     fused: bool,
     timer: Timer | None = None,
+    workspaces: Workspaces | None = None,
 ) -> Prepared:
     """Annotate a joint graph: token axes, live ranges, costs, what may be recomputed and from what.
 
@@ -172,7 +176,9 @@ def prepare(
         profile: the device that the costs are of.
         fused: whether a fusing compiler runs the graphs.
         timer: seconds of nodes that were measured on a device, as `graph_costs` takes them.
+        workspaces: where to look for what kernels take for themselves; by default also by calling them.
     """
+    workspaces = workspaces or Workspaces(fused)
     policies = policies_of(joint)
     unplanned = start = split_as_torch(joint, inputs, num_forward_outputs, static_inputs)
     if policies.suggested:  # the user's checkpoints say what may be recomputed; memo asks what would be saved without
@@ -187,6 +193,8 @@ def prepare(
     plannable = split is not unplanned
     if not plannable:
         log.warning("nothing is planned: %s", DRAWN_AGAIN)
+    for graph in (unplanned.forward, unplanned.backward, split.forward, split.backward):
+        workspaces.annotate(graph)
     costs = graph_costs(joint, profile, fused=fused, written=saved, timer=timer)
     return Prepared(
         joint,
@@ -206,8 +214,9 @@ def prepare(
         profile,
         graph_peak(unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused),
         sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
-        plannable=plannable,
-        policies=policies,
+        plannable,
+        policies,
+        workspaces,
     )
 
 
@@ -550,6 +559,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
         prices=dict(decision.prices),
         activations=_activation_plans(p, homes, limits),
     )
+    plan = replace(plan, workspaces=workspaces_in(sliced.forward, sliced.backward))
     in_the_way = obstacles(sliced.forward, sliced.backward, frozenset(sliced.saved), _makers(p), p.fused)
     return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, in_the_way, limits, ahead, problem)
 
@@ -589,6 +599,7 @@ def carry_out(
     if p.fused:
         forward, backward = (write_over_attention_inputs(share_masks(g)) for g in (forward, backward))
         show("attention", forward, backward)
+    forward, backward = (p.workspaces.annotate(g) for g in (forward, backward))
     return replace(sliced, forward=forward, backward=backward)
 
 
@@ -643,6 +654,7 @@ def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: fl
         predicted_seconds=sum(_step_seconds(p, n) for n in scheduled),
         seconds=time.perf_counter() - started,
         activations=tuple(_activation_plan(n, whole, "kept: the budget allows it") for n in kept if nbytes(n)),
+        workspaces=workspaces_in(split.forward, split.backward),
     )
     return Decided(plan, split.forward, split.backward, split.saved, limits=limits)
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from memo_compile.report.explanation import Explanation, GraphExplained
+from memo_compile.report.explanation import LARGEST, Explanation, GraphExplained
 from memo_compile.report.units import human, short
 
 TEXT_WIDTH = 160
@@ -89,6 +89,11 @@ def _graph_tables(graph: GraphExplained) -> Iterable[Table]:
             "not sliced",
             ("value", "bytes", "count", "why", "source"),
             [(u.name, human(u.bytes), str(u.count), u.reason, short(u.source)) for u in graph.unsliced],
+        ),
+        (
+            "what kernels take for themselves",
+            ("node", "op", "bytes", "known", "source"),
+            [(w.node, w.op, human(w.bytes), w.how, short(w.source)) for w in plan.workspaces[:LARGEST]],
         ),
         (
             "where the token axis ends",

@@ -28,6 +28,7 @@ from memo_compile.report.dumps import DUMP_VERSION
 from memo_compile.report.graph_io import graph_from_json
 from memo_compile.report.pass_log import readable
 from memo_compile.schema import Plan
+from memo_compile.workspaces.annotate import Workspaces
 
 RELATIVE = 1e-9  # by which a sum of seconds may differ: another order of summation
 
@@ -99,8 +100,11 @@ def _passes(
 ) -> Iterator[Replayed]:
     placeholders = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
     profile = from_fields(record["profile"])
+    known = {w.node: w.bytes for w in dumped.workspaces}
     p = prepare(
-        joint, (placeholders, []), raw["num_forward_outputs"], raw["static_inputs"], profile, fused=record["fused"]
+        *(joint, (placeholders, []), raw["num_forward_outputs"], raw["static_inputs"], profile),
+        fused=record["fused"],
+        workspaces=Workspaces(record["fused"], measure=False, given=known),
     )
     yield from _prepared(p, record, folder, timer)
     p = replace(p, unplanned_peak=record["unplanned_peak"])

@@ -385,6 +385,10 @@
         }));
       },
     },
+    workspaces: {
+      columns: [["node", "1fr"], ["op", "1fr"], ["bytes", "6em"], ["known", "1fr"], ["source", "3fr"]],
+      rows: () => (data.plan.workspaces ?? []).map((w) => ({ key: w.node, sort: [w.node, w.op, w.bytes, w.how, w.source], html: () => [escape(w.node), escape(w.op), bytes(w.bytes), escape(w.how), `<code>${escape(short(w.source))}</code>`] })),
+    },
     stops: {
       columns: [["node", "1fr"], ["op", "1fr"], ["why", "2fr"], ["source", "3fr"]],
       rows: () => data.plan.stops.map((s) => ({ key: s.node, sort: [s.node, s.op, s.reason, s.source], html: () => [escape(s.node), escape(s.op), escape(s.reason), `<code>${escape(short(s.source))}</code>`] })),

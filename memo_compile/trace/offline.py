@@ -21,6 +21,7 @@ from memo_compile.planning.planner import Decided, Prepared, prepare
 from memo_compile.schema import Plan
 from memo_compile.trace.setting import Setting, limits_for, setting_for
 from memo_compile.versions import check_torch
+from memo_compile.workspaces.annotate import Workspaces
 
 if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
@@ -74,7 +75,12 @@ def trace(
             _draw_from_seeds(joint)
             measured = _with_real_tensors(timer)
             check_sizes(joint)
-            p = prepare(joint, joint_inputs, num_fwd_outputs, static, setting.profile, fused=True, timer=measured)
+            p = prepare(
+                *(joint, joint_inputs, num_fwd_outputs, static, setting.profile),
+                fused=True,
+                timer=measured,
+                workspaces=Workspaces(fused=True, measure=False),  # it is another machine's plan
+            )
             raise _Traced(p, setting)
 
         def inference(graph: fx.GraphModule, _: Any) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import memo_compile
-from memo_compile.codegen.workspace import workspace_bytes
+from memo_compile.workspaces.formulas import by_formula
 
 ATEN = torch.ops.aten
 FLASH = (ATEN._scaled_dot_product_flash_attention.default, ATEN._scaled_dot_product_flash_attention_backward.default)
@@ -65,7 +65,7 @@ def scratch(op, arguments):
     outputs = [t for t in op(*arguments) if isinstance(t, torch.Tensor) and t.is_cuda]
     held = sum(t.numel() * t.element_size() for t in outputs)
     del outputs
-    return memo_compile.measure_peak(op, *arguments) - held, workspace_bytes(node_of(op, arguments)), held
+    return memo_compile.measure_peak(op, *arguments) - held, by_formula(node_of(op, arguments)), held
 
 
 def inputs(batch, heads, rows, head, dtype):

@@ -91,6 +91,7 @@ def read_body(
     inputs: Sequence[str],
     kernel_storage: Callable[[str], tuple[str, int] | None],
     aliased_by: Callable[[str], Sequence[str]] = lambda _: (),
+    taken_by: Callable[[Sequence[str], str], int] = lambda _, __: 0,
 ) -> Body:
     """Read a body.
 
@@ -100,6 +101,7 @@ def read_body(
         inputs: names of the graph's inputs.
         kernel_storage: kind and bytes of what the kernel that makes a name allocates; None where that is nothing.
         aliased_by: names of the values whose storage a kernel's result is, or may be, a view of.
+        taken_by: bytes that a call takes for itself, by the names of its results, and by what it calls.
     """
     statements = flatten(ast.parse(source).body)
     home: dict[str, str] = {name: name for name in inputs}  # name -> the storage it lies in
@@ -162,7 +164,24 @@ def read_body(
     for item, whole in results.items():
         end[item] = max(end[item], end[whole])
     storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}
+    storages |= _workspaces(statements, taken_by)
     return Body(len(statements), storages, tuple(out), tuple(inputs), labels=tuple(map(_label, statements)))
+
+
+def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str], str], int]) -> dict[str, Storage]:
+    """What calls take for themselves, each live while its statement runs; a loop or a choice is one statement."""
+    found = {}
+    for step, statement in enumerate(statements):
+        within = list(ast.walk(statement))
+        label = next((ast.unparse(n.func) for n in within if isinstance(n, ast.Call)), "")
+        if not label:
+            continue
+        targets = [name for n in within if isinstance(n, ast.Assign) for t in n.targets for name in _names(t)]
+        size = taken_by(list(dict.fromkeys(targets)), label)
+        if size:
+            name = f"{label}:{step}"
+            found[name] = Storage(name, "workspace", size, step, step + 1)
+    return found
 
 
 def _of_other_devices(makers: Mapping[str, str], size: Mapping[str, int]) -> list[str]:

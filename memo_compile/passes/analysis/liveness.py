@@ -7,13 +7,16 @@ reach memory: what they read lives on until the value that does reach memory is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, op_name, storage_of
 
 KEEP = "memo.keep.default"
+WORKSPACE = "memo_workspace"  # in a node's meta: bytes that its call allocates for itself, beyond its results
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,17 @@ class LiveRange:
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """Live ranges of one graph's storages by the name of the node that makes them. `steps` is the number of nodes."""
+    """Live ranges of one graph's storages by the name of the node that makes them. `steps` is the number of nodes.
+
+    `workspaces` are bytes by step that the step's call allocates for itself.
+    """
 
     steps: int
     ranges: dict[str, LiveRange]
+    workspaces: Mapping[int, int] = field(default_factory=dict)
 
     def live_bytes(self, skip: frozenset[str] = frozenset()) -> list[int]:
-        """Bytes live during each step, storages in `skip` left out."""
+        """Bytes live during each step, workspaces with them, storages in `skip` left out."""
         change = [0] * (self.steps + 1)
         for r in self.ranges.values():
             if r.name not in skip and r.end > r.start:
@@ -43,7 +50,7 @@ class Lifetimes:
         total, out = 0, []
         for step in range(self.steps):
             total += change[step]
-            out.append(total)
+            out.append(total + self.workspaces.get(step, 0))
         return out
 
 
@@ -87,7 +94,21 @@ def lifetimes(gm: fx.GraphModule, *, fused: bool, owned_inputs: frozenset[str] =
             continue
         stop = min(last.get(node.name, step) + 1, len(nodes))
         ranges[node.name] = LiveRange(node.name, nbytes(node), 0 if owned else step, stop)
-    return Lifetimes(len(nodes), ranges)
+    workspaces = {step: size for step, node in enumerate(nodes) if (size := _beside(node))}
+    return Lifetimes(len(nodes), ranges, workspaces)
+
+
+def _beside(node: fx.Node) -> int:
+    """Bytes live while a node's call runs, beside what ranges tell: its workspace.
+
+    With it go all items of its result: their ranges begin where they are taken out, when its operands may be gone.
+    """
+    size = int(node.meta.get(WORKSPACE, 0))
+    value = node.meta.get("val")
+    calls_graphs = WORKSPACE in node.meta and not isinstance(node.target, torch._ops.OpOverload)
+    if not isinstance(value, (tuple, list)) or not (size or calls_graphs):
+        return size
+    return size + sum(v.numel() * v.element_size() for v in value if isinstance(v, torch.Tensor))
 
 
 def reaches_memory(node: fx.Node) -> bool:

@@ -33,7 +33,12 @@ def obstacles(
     at = held.index(max(held))
     nodes = {n.name: n for n in graph.graph.nodes}
     live = sorted((r for r in lives.ranges.values() if r.start <= at < r.end), key=lambda r: (-r.bytes, r.name))
-    return tuple(_in_words(r, nodes[r.name], makers) for r in live[:MOST])
+    words = [(r.bytes, _in_words(r, nodes[r.name], makers)) for r in live[:MOST]]
+    if at in lives.workspaces:
+        size, node = lives.workspaces[at], list(graph.graph.nodes)[at]
+        where = source_line(node)
+        words.append((size, f"{node.name}: {size:,} bytes for itself, {op_name(node)}{', ' + where if where else ''}"))
+    return tuple(text for _, text in sorted(words, key=lambda w: -w[0])[:MOST])
 
 
 def _in_words(live: LiveRange, node: fx.Node, makers: Mapping[str, fx.Node]) -> str:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from memo_compile import measure_peak
-from memo_compile.codegen.workspace import workspace_bytes
 from memo_compile.runtime.ops import register
+from memo_compile.workspaces.formulas import by_formula
 
 
 def node_of(op, *shapes, dtype=torch.bfloat16):
@@ -29,13 +29,13 @@ def node_of(op, *shapes, dtype=torch.bfloat16):
 def test_flash_attentions_backward_sums_in_float32(heads_of_keys, expected):
     q, k = (1, 32, 8192, 128), (1, heads_of_keys, 8192, 128)
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-    assert workspace_bytes(node_of(op, q, q, k, k)) == expected
+    assert by_formula(node_of(op, q, q, k, k)) == expected
 
 
 def test_rows_and_heads_are_padded():
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
     shape = (2, 3, 130, 40)
-    assert workspace_bytes(node_of(op, shape, shape, shape, shape)) == 4 * 2 * 3 * 256 * (64 + 1)
+    assert by_formula(node_of(op, shape, shape, shape, shape)) == 4 * 2 * 3 * 256 * (64 + 1)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_rows_and_heads_are_padded():
 def test_a_gradient_that_lies_head_after_head_is_copied(op):
     shape = (1, 32, 8192, 128)
     node = node_of(op, shape, shape, shape, shape)
-    before = workspace_bytes(node)
+    before = by_formula(node)
     node.args[0].meta["val"] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    assert workspace_bytes(node) == before + 2 * 32 * 8192 * 128
+    assert by_formula(node) == before + 2 * 32 * 8192 * 128
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_gradient_that_lies_head_after_head_is_copied(op):
 )
 def test_scratch_is_what_was_measured_on_an_h200(op, dtype, shape, measured):
     backward = getattr(torch.ops.aten, f"_scaled_dot_product_{op}_attention_backward").default
-    assert workspace_bytes(node_of(backward, *[shape] * 4, dtype=dtype)) == pytest.approx(measured, rel=0.02)
+    assert by_formula(node_of(backward, *[shape] * 4, dtype=dtype)) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -82,8 +82,8 @@ def test_attention_a_piece_at_a_time_has_what_it_is_measured_to_have(backward):
     node = node_of(op.default, *shapes, dtype=torch.float32)
     node.args = (*node.args, 0.0, True, 4)
     peak = measure_peak(lambda: op(*tensors, 0.0, True, 4))
-    assert workspace_bytes(node) == pytest.approx(peak, rel=0.01)
+    assert by_formula(node) == pytest.approx(peak, rel=0.01)
 
 
 def test_other_kernels_have_none():
-    assert workspace_bytes(node_of(torch.ops.aten.mm.default, (8, 8), (8, 8))) == 0
+    assert by_formula(node_of(torch.ops.aten.mm.default, (8, 8), (8, 8))) == 0

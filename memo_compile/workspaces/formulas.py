@@ -1,7 +1,4 @@
-"""Bytes that a fallback kernel allocates for itself while it runs, beyond its outputs.
-
-They lie outside every arena, and count. A formula an op, each from the kernel's source; an op without one counts 0.
-"""
+"""Formulas of what a fallback kernel allocates for itself while it runs, beyond its outputs, each from its source."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ import torch.fx as fx
 from memo_compile.runtime.attention import heads_of_piece
 
 
-def workspace_bytes(node: fx.Node) -> int:
-    """The scratch of one call; threads are those that torch has now."""
+def by_formula(node: fx.Node) -> int | None:
+    """The scratch of one call, in bytes; threads are those that torch has now. None for an op without a formula."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
         return _flash_on_cpu(node.args[0], node.args[1], backward=False)
@@ -30,7 +27,22 @@ def workspace_bytes(node: fx.Node) -> int:
         return _cudnn_backward(node.args[1])
     if name == "aten::_scaled_dot_product_efficient_attention_backward":
         return _efficient_backward_on_cuda(node.args[0], node.args[1], node.args[3])
-    return 0
+    return 0 if name in _NONE else None
+
+
+# These allocate their results alone (cuBLAS's own workspace is the process's, and stays).
+_NONE = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::copy_",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+    }
+)
 
 
 def _a_piece_on_cpu(node: fx.Node, made: list[Any], key: Any, *, backward: bool) -> int:

@@ -100,7 +100,7 @@ def _passes(
 ) -> Iterator[Replayed]:
     placeholders = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
     profile = from_fields(record["profile"])
-    known = {w.node: w.bytes for w in dumped.workspaces}
+    known = {w.node: w for w in dumped.workspaces}
     p = prepare(
         *(joint, (placeholders, []), raw["num_forward_outputs"], raw["static_inputs"], profile),
         fused=record["fused"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
@@ -28,13 +28,13 @@ class Workspaces:
     """Where to look for what calls take.
 
     With `fused`, a compiler makes loops of all that it can, and only what it leaves to kernels takes any. `measure`
-    says whether ops may be called to be measured: not where a plan is made for another machine. `given` are bytes by
-    node that are known already.
+    says whether ops may be called to be measured: not where a plan is made for another machine. Where `given`, by node,
+    there is nothing else.
     """
 
     fused: bool
     measure: bool = True
-    given: Mapping[str, int] = field(default_factory=dict)
+    given: Mapping[str, Workspace] | None = None
 
     def annotate(self, gm: fx.GraphModule) -> fx.GraphModule:
         """Find out for each node of `gm`, and of the graphs that its nodes call."""
@@ -45,8 +45,9 @@ class Workspaces:
 
     def of(self, node: fx.Node) -> tuple[int, str]:
         """The bytes of one call beyond its results, and how they are known; "" where there is nothing to know."""
-        if node.name in self.given:
-            return self.given[node.name], "given"
+        if self.given is not None:
+            known = self.given.get(node.name)
+            return (0, "") if known is None else (known.bytes, known.how)
         if not isinstance(node.target, torch._ops.OpOverload):
             inner = self._of_subgraphs(node)
             return (0, "") if inner is None else (inner, "its subgraph")

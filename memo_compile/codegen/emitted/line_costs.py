@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.codegen.emitted.body import flatten
-from memo_compile.hardware.profiles import DeviceProfile, share_at
+from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.passes.analysis.costs import node_cost, node_flops
 
 _FREE = ("empty_strided_", "reinterpret_tensor", "alloc_from_pool", "assert_", "get_raw_stream", "torch.cuda.")
@@ -77,11 +77,10 @@ def _of_matmul(call: ast.Call, op: str, profile: DeviceProfile) -> float:
     into = op.endswith("into_")
     operands = [_shape(a) for a in call.args]
     left, right = operands[-2:] if not into else operands[2 if op.startswith("add") else 1 :][:2]
-    rows, dtype = left, _dtype(call.args)
-    flops = 2.0 * math.prod(rows) * (right[-1] if right else 0)
-    if not flops:
+    if len(left) < 2 or not right:
         return _traffic(call, profile)
-    rate = profile.flops(dtype) * share_at(profile.matmul_efficiency, flops)
+    flops = 2.0 * math.prod(left) * right[-1]
+    rate = profile.flops(_dtype(call.args)) * profile.product_share(flops, min(*left[-2:], right[-1]))
     return max(flops / rate, _traffic(call, profile) - profile.launch_overhead) + profile.launch_overhead
 
 

@@ -23,13 +23,13 @@ from torch._subclasses import FakeTensorMode
 
 from bench.common import save
 from memo_compile.codegen import compiler
+from memo_compile.codegen.planned_step import plan_step
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.forecast import arena as offline_arena
 from memo_compile.forecast import forecast
 from memo_compile.forecast.forecast import Asked
 from memo_compile.forecast.parallel import layout
 from memo_compile.placement import kernel
-from memo_compile.trace.offline import plan_step
 from tests.helpers import zoo
 
 BUDGETS: tuple[float | str, ...] = (1.0, 0.6, 0.4, "min")

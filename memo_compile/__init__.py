@@ -17,8 +17,8 @@ _HOMES = {
     "MemoError": "memo_compile.errors",
     "Options": "memo_compile.options",
     "Plan": "memo_compile.schema",
-    "empty_cache": "memo_compile.api",
-    "explain": "memo_compile.report.explanation",
+    "empty_cache": "memo_compile.runtime.memory_usage",
+    "explain": "memo_compile.report.explain",
     "measure_peak": "memo_compile.runtime.memory_usage",
     "plan": "memo_compile.api",
     "plans": "memo_compile.api",
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from memo_compile import errors as errors
     from memo_compile import models as models
     from memo_compile import placement as placement
-    from memo_compile.api import empty_cache, plan, plans, reset
+    from memo_compile.api import plan, plans, reset
     from memo_compile.errors import BudgetTooSmall, MemoError
     from memo_compile.options import Options
-    from memo_compile.report.explanation import explain
-    from memo_compile.runtime.memory_usage import measure_peak
+    from memo_compile.report.explain import explain
+    from memo_compile.runtime.memory_usage import empty_cache, measure_peak
     from memo_compile.runtime.ops import transfer_stats
     from memo_compile.schema import Plan
 

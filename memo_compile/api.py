@@ -17,20 +17,9 @@ def plans() -> list[Plan]:
     return list(registry().plans)
 
 
-def empty_cache() -> None:
-    """Give idle host blocks back to the system, and idle device memory where a GPU is in use."""
-    import torch
-
-    from memo_compile.runtime.ops import pool
-
-    pool().drop_idle()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
 def reset() -> None:
     """Forget all plans and free all that memo holds; what a call still holds is freed when the call lets go."""
-    from memo_compile.runtime.ops import pool
+    from memo_compile.runtime.ops import pool  # loads torch
 
     registry().clear()
     pool().reset()
@@ -56,7 +45,7 @@ def plan(
     Raises:
         MemoError: the model does not trace into one graph, or a mistake in the options.
     """
-    from memo_compile.trace.offline import plan_offline
+    from memo_compile.trace.offline import plan_offline  # loads torch
 
     if isinstance(options, Mapping):  # anything else is refused with the backend's message
         options = {key: value for key, value in options.items() if key != "dump"}

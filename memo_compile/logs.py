@@ -24,7 +24,7 @@ def logger(name: str) -> logging.Logger:
 
 def first_rank(_: logging.LogRecord) -> bool:
     """Whether this process is the first rank, or alone."""
-    from torch import distributed
+    from torch import distributed  # loads torch
 
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0)
 

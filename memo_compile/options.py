@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from memo_compile.errors import InvalidOption, UnknownOption
+from memo_compile.hardware.profiles import resolve
 
 _UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgt", start=1):
@@ -207,8 +208,6 @@ def _seconds(key: str, value: Any) -> float:
 
 def _hardware(key: str, value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
-        from memo_compile.hardware.profiles import resolve
-
         if str(value) != "auto":
             resolve(str(value))
         return str(value)
@@ -244,7 +243,7 @@ _SET_BY_MEMO = {
 def _patches(key: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         raise InvalidOption(key, value, "a dict of Inductor config names and values")
-    from torch._inductor import config as inductor
+    from torch._inductor import config as inductor  # loads Inductor
 
     config: Any = inductor  # torch adds its methods at run time
     known = config.get_config_copy()
@@ -276,7 +275,7 @@ def _is_a(kind: type, value: Any) -> bool:
 def _mode(key: str, value: Any) -> str | None:
     if value is None:
         return None
-    from torch._inductor import list_mode_options
+    from torch._inductor import list_mode_options  # loads Inductor
 
     if not isinstance(value, str) or value not in list_mode_options():
         raise InvalidOption(key, value, f"None or one of {', '.join(sorted(list_mode_options()))}")

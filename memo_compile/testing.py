@@ -37,8 +37,8 @@ def memo_check(pytestconfig: pytest.Config) -> Callable[..., None]:
         tolerance: Sequence[str] = (),
     ) -> None:
         from memo_compile.regression.baseline import tolerances
+        from memo_compile.regression.changes import text
         from memo_compile.regression.check import check
-        from memo_compile.report.changes import text
         from memo_compile.trace.targets import load_target
 
         function = load_target(make) if isinstance(make, str) else make

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from memo_compile.regression.baseline import tolerances
+from memo_compile.regression.changes import as_json, github, text
 from memo_compile.regression.check import check, location
-from memo_compile.report.changes import as_json, github, text
 from memo_compile.trace.targets import load_target
 
 HELP = "plan models without a GPU, and exit 1 where memory or time regress against a baseline"

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import memo_compile
 from memo_compile.errors import BudgetTooSmall, InvalidOption, MemoError, memo_error
 from memo_compile.options import Options
 
@@ -61,7 +62,7 @@ class Run:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print the table; 1 where a budget cannot be kept, and the table is of the other runs."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse at once what would fail only after something has been trained."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     from memo_compile.models import LlamaConfig
 
@@ -143,7 +144,7 @@ def _budget(text: str, inductor_peak: int) -> int | str:
 
 def _batches(steps: int, tokens: int, device: str) -> list[torch.Tensor]:
     """One sequence of bytes for each step."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     text = b""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
@@ -163,10 +164,9 @@ def _train(
     progress: Progress,
     wrap: Callable[[Any], Any],
 ) -> Run:
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
-    import memo_compile
-    from memo_compile.models import Llama, LlamaConfig
+    from memo_compile.models import Llama, LlamaConfig  # loads torch
 
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def _train(
 
 
 def _table(runs: list[Run]) -> Any:
-    from rich.table import Table
+    from rich.table import Table  # loads rich
 
     table = Table(title="One model, one seed, one text")
     table.add_column("")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from memo_compile.errors import InvalidOption, MemoError
+from memo_compile.errors import InvalidOption, MemoError, UnsupportedTorch
+from memo_compile.hardware.profiles import free_host_memory, memory_limit, resolve, save, stored_profile
 
 if TYPE_CHECKING:
     from memo_compile.hardware.efficiency import Efficiency
@@ -43,7 +44,7 @@ class Finding:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 1 where something stops memo."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
     from rich.console import Console
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -54,15 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         _measure(device, Console(stderr=True))
     findings = list(examine(device))
     console.print(_table(findings))
-    from memo_compile.hardware.profiles import resolve
 
     console.print(_profile(resolve("auto", device)))
     return int(any(f.stops for f in findings))
 
 
 def _measure(device: str, console: Any) -> None:
-    from memo_compile.hardware.calibration import measure
-    from memo_compile.hardware.profiles import save, stored_profile
+    from memo_compile.hardware.calibration import measure  # loads torch
 
     with console.status("measuring") as status:
         profile = measure(device, lambda text: status.update(f"measuring {text}"))
@@ -97,8 +96,7 @@ def _library(name: str, device: str) -> Iterator[Finding]:
 
 
 def _torch_supported() -> Finding:
-    from memo_compile.errors import UnsupportedTorch
-    from memo_compile.versions import check_torch
+    from memo_compile.versions import check_torch  # loads torch
 
     try:
         check_torch()
@@ -118,7 +116,7 @@ def _compiler() -> Finding:
 
 
 def _devices(device: str) -> Iterator[Finding]:
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     if device == "cpu":
         advice = "" if torch.version.cuda is None else "this torch is built for CUDA, but no GPU is visible"
@@ -133,8 +131,6 @@ def _devices(device: str) -> Iterator[Finding]:
 
 
 def _host_memory() -> Finding:
-    from memo_compile.hardware.profiles import free_host_memory, memory_limit
-
     free, limit = free_host_memory(), memory_limit()
     found = f"{free / 2**30:.1f} GiB free" + (f", limit of the cgroup {limit / 2**30:.1f} GiB" if limit else "")
     if free >= LITTLE:
@@ -153,7 +149,7 @@ def _locked_memory(device: str) -> Finding:
 
 
 def _table(findings: list[Finding]) -> Any:
-    from rich import box
+    from rich import box  # loads rich
     from rich.table import Table
 
     table = Table(title="This machine", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -166,7 +162,7 @@ def _table(findings: list[Finding]) -> Any:
 
 
 def _profile(p: DeviceProfile) -> Any:
-    from rich import box
+    from rich import box  # loads rich
     from rich.table import Table
 
     table = Table(title=f"Profile for costs: {p.name}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_table(buffers: list[Buffer], answer: Placement, capacity: int | None) -> None:
-    from rich.console import Console
+    from rich.console import Console  # loads rich
     from rich.table import Table
 
     table = Table(show_header=False, title=f"{len(buffers)} buffers")

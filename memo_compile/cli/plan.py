@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memo_compile.errors import InvalidOption
+from memo_compile.forecast.parallel import layout
+from memo_compile.hardware.profiles import resolve
 from memo_compile.options import parse_bytes
+from memo_compile.trace.targets import load_target, made_of_fakes
 
 if TYPE_CHECKING:
     from memo_compile.forecast.forecast import Asked, Forecast, Home, Say
@@ -55,10 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, and print the table; 1 where nothing fits, and the table is of the plan that needs least."""
-    from rich.console import Console
+    from rich.console import Console  # loads rich
 
     from memo_compile.forecast.forecast import TRACED, Asked
-    from memo_compile.forecast.parallel import layout
 
     if arguments.json is not None and (not arguments.json.absolute().parent.is_dir() or arguments.json.is_dir()):
         raise InvalidOption("--json", str(arguments.json), "a file in a folder that exists")
@@ -99,10 +101,9 @@ def _size(option: str, text: str | None) -> int | None:
 
 
 def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
-    from torch._subclasses import FakeTensorMode
+    from torch._subclasses import FakeTensorMode  # loads torch
 
     from memo_compile.forecast.forecast import forecast_model, forecast_preset
-    from memo_compile.trace.targets import load_target, made_of_fakes
 
     timer = _timer(asked.hardware) if arguments.measure_kernels else None
     if arguments.preset is not None:
@@ -114,10 +115,9 @@ def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
 
 
 def _timer(hardware: str) -> KernelTimer:
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
-    from memo_compile.hardware.profiles import resolve
-    from memo_compile.passes.analysis.costs import KernelTimer
+    from memo_compile.passes.analysis.costs import KernelTimer  # loads torch
 
     profile = resolve(hardware)
     if profile.device == "cuda" and not torch.cuda.is_available():
@@ -138,7 +138,7 @@ def _report(f: Forecast) -> list[Any]:
 
 
 def _table(title: str, *columns: str) -> Any:
-    from rich import box
+    from rich import box  # loads rich
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

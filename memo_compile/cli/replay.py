@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 where every pass did what the dump says, 1 where one did not."""
-    from rich.console import Console
+    from rich.console import Console  # loads rich
     from rich.markup import escape
 
     from memo_compile.report.replay import graph_folders, replay

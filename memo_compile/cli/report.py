@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from memo_compile.report.units import human
+
 HELP = "turn a dump into an HTML report"
 
 
@@ -16,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report, and say where."""
-    from memo_compile.report.page import page, read_reports
-    from memo_compile.report.units import human
+    from memo_compile.report.page import page, read_reports  # loads torch
 
     out: Path = arguments.out or arguments.dump / "report.html"
     text = page(read_reports(arguments.dump))

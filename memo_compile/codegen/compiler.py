@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._functorch import config as functorch_config
 
 from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, handed_on, plan_arena
 from memo_compile.codegen.arrange import Arrangement, arrangement_of, rearranged, step_seconds
@@ -44,8 +45,8 @@ from memo_compile.codegen.wrapper import Emission, Hooks, arena_wrapper
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
 from memo_compile.options import Options
-from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.fx.facts import check_sizes, nbytes
+from memo_compile.passes.fx.meta import LAYER
 from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import num_mutated_outputs, received
 from memo_compile.planning.fit_budget import WORTHWHILE, Settled, settle
@@ -121,8 +122,7 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked 
 def _through_inductor(
     run: _Compilation, inner: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    from torch._functorch import config as functorch_config
-    from torch._inductor import list_mode_options
+    from torch._inductor import list_mode_options  # loads Inductor
     from torch._inductor.compile_fx import compile_fx
 
     options = run.setting.options
@@ -149,7 +149,7 @@ def _num_outputs(gm: fx.GraphModule) -> int:
 
 
 def _partitioner(run: _Compilation) -> Any:
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn  # loads Inductor
 
     class Partitioner(CustomPartitionerFn):
         def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
@@ -340,7 +340,7 @@ class _Compilation:
 
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Compile one graph; called by Inductor in place of `compile_fx_inner`."""
-        from torch._inductor import config
+        from torch._inductor import config  # loads Inductor
         from torch._inductor.compile_fx import compile_fx_inner
 
         if self.decided is None:  # an inference graph: nothing lives beyond the call
@@ -506,7 +506,7 @@ def _donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> lis
 @contextlib.contextmanager
 def _settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
     """Products and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
-    from torch._inductor import config
+    from torch._inductor import config  # loads Inductor
 
     moves = any(h.offloaded for h in decided.homes.values())
     place = place_transfers(planned_steps(graph)) if moves else None

@@ -16,7 +16,7 @@ from typing import Any
 
 def nothing_donated() -> None:
     """Call this while the forward is compiled, with torch's own donation turned off."""
-    from torch._guards import TracingContext
+    from torch._guards import TracingContext  # loads torch
 
     metadata: Any = TracingContext.get().fw_metadata
     metadata.bw_donated_idxs = []
@@ -25,7 +25,7 @@ def nothing_donated() -> None:
 @contextlib.contextmanager
 def donating(indices: list[int]) -> Iterator[None]:
     """Within, Inductor may write in place over these inputs of the backward."""
-    from torch._guards import TracingContext
+    from torch._guards import TracingContext  # loads torch
 
     context: Any = TracingContext.get()
     before = context.fw_metadata

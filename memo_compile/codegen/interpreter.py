@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._functorch import config
 
 from memo_compile.codegen.donation import nothing_donated
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
@@ -25,8 +26,7 @@ from memo_compile.trace.setting import Setting, check_planned, limits_for, recor
 
 def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     """Trace forward and backward, plan them, and return a callable that runs both through autograd."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch import config
+    from torch._dynamo.backends.common import aot_autograd  # loads Dynamo
 
     inside = takes_gradients(gm)
     kept: list[Kept | None] = []

@@ -17,7 +17,7 @@ from typing import Any
 @contextlib.contextmanager
 def kernels_beside() -> Iterator[None]:
     """Within, emitted modules are loaded without waiting for their kernels; all are there when it ends."""
-    from torch._inductor import async_compile
+    from torch._inductor import async_compile  # loads Inductor
 
     compilers: Any = async_compile.AsyncCompile
     waiting: list[tuple[Any, dict[str, Any]]] = []

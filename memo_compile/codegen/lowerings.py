@@ -28,7 +28,7 @@ def register_lowerings() -> None:
     `aten.clone` would not do: Inductor drops it where the copy would have the strides of the view that it copies
     (`remove_noop_ops`), and the rows that stay then hold the whole value.
     """
-    from torch._inductor import lowering
+    from torch._inductor import lowering  # loads Inductor
 
     ops, module = torch.ops.memo, lowering
     untyped: dict[str, Any] = {"type_promotion_kind": None}
@@ -53,7 +53,7 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
     looked, and a value that the graph has made of it before may not be computed yet.
     With `verify="poison"` all are, and the originals are filled: a reader that was not seen shows.
     """
-    from torch._inductor import ir
+    from torch._inductor import ir  # loads Inductor
     from torch._inductor.virtualized import V
 
     graph: Any = V.graph
@@ -82,7 +82,7 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
 
 
 def _storage(value: Any) -> Any:
-    from torch._inductor import ir
+    from torch._inductor import ir  # loads Inductor
 
     return ir.as_storage_and_layout(value, freeze=False)[0]
 
@@ -107,7 +107,7 @@ def _is_read_later(node: fx.Node, name: str, env: dict[fx.Node, Any]) -> bool:
 
 def _touched(value: Any) -> Collection[str]:
     """Names of the buffers that reading a lowered value reads."""
-    from torch._inductor import ir
+    from torch._inductor import ir  # loads Inductor
 
     if not isinstance(value, (ir.TensorBox, ir.StorageBox, ir.BaseView, ir.Buffer)):
         return ()

@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 @contextlib.contextmanager
 def readers_before_writers() -> Iterator[None]:
     """Within, whatever was made of a buffer is computed before an op that mutates it."""
-    from torch._inductor import ir
+    from torch._inductor import ir  # loads Inductor
 
     kernel: Any = ir.FallbackKernel
     original = kernel.__dict__["create"]
@@ -49,7 +49,7 @@ def _mutated(op: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> list[A
 
 
 def _compute_readers(value: Any) -> None:
-    from torch._inductor import ir
+    from torch._inductor import ir  # loads Inductor
     from torch._inductor.virtualized import V
 
     if isinstance(value, (ir.TensorBox, ir.StorageBox, ir.BaseView, ir.Buffer)):

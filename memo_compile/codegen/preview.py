@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from memo_compile.codegen.emitted.body import Body, Storage
 from memo_compile.codegen.wrapper import BodyCaptured, Emission, Hooks, arena_wrapper
@@ -44,10 +45,9 @@ def dry_emission(
             reads and writes does not depend on them, except that rarely two loops that share a local buffer are not
             joined: the caller compares with what is emitted in the end.
     """
-    from torch._inductor import config
+    from torch._inductor import config  # loads Inductor
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
-    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
     graph = copy.deepcopy(gm.graph)
     with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written behind every pass

@@ -17,9 +17,9 @@ import torch.fx as fx
 
 from memo_compile.codegen.arena.layout import ALIGNMENT
 from memo_compile.forecast.repeat_layers import Long, repeated_ranges
-from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes
 from memo_compile.passes.fx.facts import storage_of
+from memo_compile.passes.fx.meta import LAYER
 from memo_compile.placement import Buffer, place_layers
 from memo_compile.placement.bounds import lower_bound
 from memo_compile.planning.planner import Prepared

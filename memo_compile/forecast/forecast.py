@@ -17,6 +17,7 @@ import torch.fx as fx
 from memo_compile.errors import InvalidOption, ModelTooLarge
 from memo_compile.forecast.arena import OfflineArena, offline_arena
 from memo_compile.forecast.parallel import Layout, ModelState, model_state
+from memo_compile.forecast.presets import build, preset
 from memo_compile.forecast.repeat_layers import Long, lengthened
 from memo_compile.forecast.strategies import STRATEGIES as BASELINES
 from memo_compile.forecast.strategies import Stack, alone
@@ -27,6 +28,7 @@ from memo_compile.passes.fx.facts import is_view, nbytes, op_name, source_line, 
 from memo_compile.planning.anchors import anchor_sets, bottlenecks
 from memo_compile.planning.planner import Limits, Prepared, best_of
 from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
+from memo_compile.trace.offline import trace
 
 MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
 TRACED = 4  # layers of a preset; the others are like the second
@@ -143,8 +145,6 @@ def forecast_preset(
         InvalidOption: no such preset, strategy or hardware, or sizes that do not go together.
         ModelTooLarge: the model's state alone does not fit.
     """
-    from memo_compile.forecast.presets import build, preset
-
     started = time.perf_counter()
     _check(asked)
     found = preset(asked.name)
@@ -191,8 +191,6 @@ def _check(asked: Asked) -> None:
 def _traced(
     model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hardware: str, timer: Timer | None
 ) -> Prepared:
-    from memo_compile.trace.offline import trace
-
     return trace(model, args, kwargs, {"hardware": hardware}, timer=timer)[0]
 
 

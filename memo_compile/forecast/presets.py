@@ -112,7 +112,7 @@ def build(name: str, tokens: int, *, ranks: int = 1, layers: int | None = None) 
     Raises:
         InvalidOption: no such preset, or ranks that do not divide its heads or the tokens.
     """
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     found = preset(name)
     _check(found, tokens, ranks, layers)
@@ -134,7 +134,7 @@ def _check(found: Preset, tokens: int, ranks: int, layers: int | None) -> None:
 
 
 def _rank_model(found: Preset, ranks: int, layers: int) -> Any:
-    from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig, Shard
+    from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig, Shard  # loads torch
 
     vocab = -(-found.vocab // (PAD * ranks)) * PAD * ranks
     shard = Shard(ranks)
@@ -149,7 +149,7 @@ def _rank_model(found: Preset, ranks: int, layers: int) -> Any:
 @contextmanager
 def fake_tensors(dtype: Any = None) -> Iterator[None]:
     """Tensors made in here have shapes and no data; with `dtype`, floating-point ones are of that type by default."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     before = torch.get_default_dtype()

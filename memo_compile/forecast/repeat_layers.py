@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch.fx as fx
 
 from memo_compile.errors import NothingToPlan
-from memo_compile.passes.analysis.layers import META, LayerInfo, LayerReport, annotate_layers
+from memo_compile.passes.analysis.layers import LayerInfo, LayerReport, annotate_layers
 from memo_compile.passes.fx.facts import nbytes, storage_of
+from memo_compile.passes.fx.meta import LAYER
 from memo_compile.planning.planner import Limits, Prepared, View, view_of
 from memo_compile.planning.residency import Activation
 
@@ -70,7 +71,7 @@ def lengthened(p: Prepared, limits: Limits, layers: int) -> Long:
         NothingToPlan: the trace has other layers than are asked for, and no four of one kind in a row.
     """
     report = annotate_layers(p.joint)
-    infos = {n.name: n.meta[META] for n in p.joint.graph.nodes if META in n.meta}
+    infos = {n.name: n.meta[LAYER] for n in p.joint.graph.nodes if LAYER in n.meta}
     view = view_of(p, limits)
     view = replace(view, problem=replace(view.problem, base_bytes=_without_gradients(p, view.problem.base_bytes)))
     flops = [

@@ -248,7 +248,7 @@ def measured_here(device: str) -> DeviceProfile | None:
 def machine_name(device: str) -> str:
     """What tells a device from others of its type: its model, and for a CPU the number of cores."""
     if device == "cuda":
-        import torch
+        import torch  # takes a second, and not every caller needs it
 
         return torch.cuda.get_device_name()
     return (
@@ -269,7 +269,7 @@ def _processor() -> str:
 def _detect(device: str) -> str:
     if device != "cuda":
         return "cpu"
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     name = torch.cuda.get_device_name().lower()
     for key in ("h200", "b200", "h100", "a800", "a100"):

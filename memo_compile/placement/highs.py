@@ -12,7 +12,7 @@ from typing import Any
 
 def quiet_highs(time_limit: float) -> Any:
     """A solver that prints nothing, uses one thread and a fixed seed, and stops after `time_limit` seconds."""
-    import highspy
+    import highspy  # loads HiGHS
 
     _print_banner_nowhere()
     highs = highspy.Highs()
@@ -25,7 +25,7 @@ def quiet_highs(time_limit: float) -> Any:
 @cache
 def _print_banner_nowhere() -> None:
     """The first solver of a process writes a banner to the C library's stdout, before any option can be set."""
-    import highspy
+    import highspy  # loads HiGHS
 
     with _no_stdout():
         highspy.Highs()

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from memo_compile.placement.core import Core, Ints
 from memo_compile.placement.deadline import Deadline
+from memo_compile.placement.highs import quiet_highs
 
 if TYPE_CHECKING:
     import highspy
@@ -85,9 +86,7 @@ class _Program:
     """Columns: offsets 0…n−1, then the peak, then one binary a pair."""
 
     def __init__(self, core: Core, least: int, peak: int, tricks: Tricks, nodes: int | None) -> None:
-        import highspy
-
-        from memo_compile.placement.highs import quiet_highs
+        import highspy  # loads HiGHS
 
         self._core, self._peak, self._tricks = core, peak, tricks
         n = core.n
@@ -113,7 +112,7 @@ class _Program:
             self._break_symmetry()
 
     def _add_pair(self, i: int, j: int) -> None:
-        import highspy
+        import highspy  # loads HiGHS
 
         core, inf = self._core, float(highspy.kHighsInf)
         column = self.h.getNumCol()
@@ -159,7 +158,7 @@ class _Program:
 
     def run(self, start: Ints | None, deadline: Deadline) -> tuple[Ints | None, bool]:
         """Offsets if any, and whether the answer (that they are best, or that there is none) is proved."""
-        import highspy
+        import highspy  # loads HiGHS
 
         if self._tricks.live_sets and not self._separate(deadline):
             return None, True
@@ -190,7 +189,7 @@ class _Program:
         return (i, j) in self.pair and bool(values[self.pair[i, j]] < 0.5)
 
     def _warm_start(self, offsets: Ints) -> None:
-        import highspy
+        import highspy  # loads HiGHS
 
         solution = highspy.HighsSolution()
         values = np.zeros(self.h.getNumCol())
@@ -203,7 +202,7 @@ class _Program:
 
     def _separate(self, deadline: Deadline) -> bool:
         """Add violated live-set inequalities to the relaxation. False: even the relaxation has no solution."""
-        import highspy
+        import highspy  # loads HiGHS
 
         self._set_kind(highspy.HighsVarType.kContinuous)
         for _ in range(CUT_ROUNDS):
@@ -249,7 +248,7 @@ class _Program:
 
     def _add_live_set(self, i: int, members: Ints, upper: bool) -> None:
         """o_i ≥ Σ s_j · below(j, i), or H − o_i − s_i ≥ Σ s_j · below(i, j), over the members of a live set."""
-        import highspy
+        import highspy  # loads HiGHS
 
         core = self._core
         columns, values = ([core.n, i], [1.0, -1.0]) if upper else ([i], [1.0])

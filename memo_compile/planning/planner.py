@@ -19,12 +19,11 @@ from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.logs import logger
 from memo_compile.passes.analysis.bit_sensitive import any_decides, deciding
 from memo_compile.passes.analysis.costs import Cost, Timer, graph_costs
-from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.analysis.layers import LayerReport, annotate_layers
 from memo_compile.passes.analysis.liveness import last_reads, lifetimes
 from memo_compile.passes.analysis.peak_tensors import obstacles
-from memo_compile.passes.analysis.token_rules import TokenAxis
-from memo_compile.passes.analysis.tokens import META, TokenInfo, TokenReport, annotate_tokens
+from memo_compile.passes.analysis.token_axis import TokenAxis
+from memo_compile.passes.analysis.tokens import TokenInfo, TokenReport, annotate_tokens
 from memo_compile.passes.fx.facts import (
     HOST_LEASE,
     draws_from_seed,
@@ -36,6 +35,7 @@ from memo_compile.passes.fx.facts import (
     source_line,
     storage_of,
 )
+from memo_compile.passes.fx.meta import LAYER, TOKENS
 from memo_compile.passes.fx.user_checkpoints import Policies, drop_suggestions, policies_of
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.masks import share_masks
@@ -306,7 +306,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
     activations = {}
     axes: dict[str, TokenAxis | None] = {}
     for name, node in movable.items():
-        info: TokenInfo | None = node.meta.get(META)
+        info: TokenInfo | None = node.meta.get(TOKENS)
         axis = info.axis if info is not None and info.axis.tokens > 1 else None
         axes[name] = axis
         must_leave = bool(limits.offload) and name in p.policies.offloaded
@@ -685,7 +685,7 @@ def _reason(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> str:
         return "whole: no token axis reaches it"
     if p.chains[node.name] is None and limits.recompute:
         return "sliced; not recomputed: its last bits decide something, or it must not run twice"
-    info: TokenInfo = node.meta[META]
+    info: TokenInfo = node.meta[TOKENS]
     return "sliced" if info.sliceable else f"sliced; recomputed whole or not at all: {info.reason}"
 
 

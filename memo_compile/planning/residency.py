@@ -393,7 +393,7 @@ def _solution(highs: Any, model: Any, time_limit: float) -> Any | None:
     Raises:
         SolverOutOfTime: time ran out before anything feasible was found.
     """
-    import highspy
+    import highspy  # loads HiGHS
 
     statuses = highspy.HighsModelStatus
     highs.passModel(model)
@@ -626,7 +626,7 @@ def _model(
     integral: np.ndarray[Any, Any],
     rows: _Rows,
 ) -> Any:
-    import highspy
+    import highspy  # loads HiGHS
 
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(cost), len(rows.lower)

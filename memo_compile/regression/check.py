@@ -14,8 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from memo_compile.codegen.arena.layout import ALIGNMENT
 from memo_compile.errors import InvalidBaseline, InvalidOption
+from memo_compile.hardware.profiles import PROFILES, resolve
 from memo_compile.logs import NO_AXIS, logger
+from memo_compile.placement import Buffer
+from memo_compile.placement.bounds import lower_bound
 from memo_compile.regression.baseline import Baseline, Change, Figures, Tensor, compare, load, save
 from memo_compile.schema import ActivationPlan, Plan
 from memo_compile.trace.targets import load_target, made_of_fakes
@@ -48,8 +52,6 @@ def check(
     old = load(path) if path.exists() or not update else None
     hardware = hardware or (old.hardware if old is not None else None)
     if hardware is None:
-        from memo_compile.hardware.profiles import PROFILES
-
         raise InvalidOption("--hardware", None, f"the device to plan for: {', '.join(PROFILES)}, or a profile's file")
     if not update:
         assert old is not None
@@ -74,7 +76,7 @@ def _fits(baseline: Baseline, path: Path, targets: Mapping[str, Any], hardware: 
 
 
 def _torch_version() -> str:
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     return torch.__version__.partition("+")[0]
 
@@ -93,11 +95,10 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
         InvalidTarget: `make` fails, or returns something else than a model and its inputs.
         MemoError: the model cannot be planned, or a mistake in its options.
     """
-    import torch
+    import torch  # takes a second, and not every caller needs it
     from torch._subclasses import FakeTensorMode
 
-    from memo_compile.hardware.profiles import resolve
-    from memo_compile.trace.offline import plan_step
+    from memo_compile.codegen.planned_step import plan_step
 
     threads = torch.get_num_threads()
     profile = resolve(hardware)
@@ -140,11 +141,11 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
 @cache
 def _warm_up() -> None:
     """What is done once in a process (imports, tables of lowerings) is no target's planning."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
     from torch._subclasses import FakeTensorMode
 
+    from memo_compile.codegen.planned_step import plan_step
     from memo_compile.models import Llama, LlamaConfig
-    from memo_compile.trace.offline import plan_step
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -187,10 +188,6 @@ def _portable(source: str) -> str:
 
 def _loose_segments(plan: Plan) -> Iterator[str]:
     """Segments that are larger than the bytes that live in them, the loosest first, with what lies at their end."""
-    from memo_compile.codegen.arena.layout import ALIGNMENT
-    from memo_compile.placement import Buffer
-    from memo_compile.placement.bounds import lower_bound
-
     loose = []
     for segment in plan.segments:
         inside = [b for b in plan.buffers if b.segment == segment.name]

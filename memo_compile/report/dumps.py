@@ -28,14 +28,16 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import distributed
+from torch._functorch import config as functorch
 
 from memo_compile import __version__
 from memo_compile.errors import NotReplayable
 from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
-from memo_compile.passes.analysis.tokens import META
 from memo_compile.passes.fx.facts import nbytes, source_line
+from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.planning.planner import Decided, Prepared
 from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.measured import profiled
@@ -164,8 +166,6 @@ os.register_at_fork(after_in_child=_own_folder.cache_clear)  # what the parent h
 
 def _rank() -> str:
     """What tells the ranks of a distributed run apart: they plan the same graphs and share a folder."""
-    from torch import distributed
-
     alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
     return "" if alone else f"rank_{distributed.get_rank()}_"
 
@@ -178,8 +178,7 @@ def _plain(value: Any) -> Any:
 
 def torch_config() -> dict[str, dict[str, Any]]:
     """The settings of torch that its partitioner and dead code elimination read: numbers and flags."""
-    from torch._functorch import config as functorch
-    from torch._inductor import config as inductor
+    from torch._inductor import config as inductor  # loads Inductor
 
     plain = {k: v for k, v in functorch.get_config_copy().items() if isinstance(v, (bool, int, float, str))}
     return {"functorch": plain, "inductor": {"fallback_random": inductor.fallback_random}}
@@ -216,7 +215,7 @@ def annotated(p: Prepared, decided: Decided) -> str:
     lines = [f"# token axis: {p.tokens.axis}"]
     for node in p.joint.graph.nodes:
         facts = [f"{nbytes(node):,} bytes"] if nbytes(node) else []
-        info = node.meta.get(META)
+        info = node.meta.get(TOKENS)
         if info is not None:
             how = "token-mixing" if info.mixing else "token-wise" if info.sliceable else info.reason
             facts.append(f"tokens {info.axis.tokens} in dim {info.axis.dim}, {how}")

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from memo_compile.errors import NotReplayable
 
@@ -148,14 +150,10 @@ def graph_from_json(data: Mapping[str, Any]) -> fx.GraphModule:
     Raises:
         NotReplayable: the data names an op or a kind of value that this torch does not have.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     return _graph(data, FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def _graph(data: Mapping[str, Any], mode: Any) -> fx.GraphModule:
-    from torch.fx.passes.shape_prop import _extract_tensor_metadata
-
     graph = fx.Graph()
     root = torch.nn.Module()
     nodes: dict[str, fx.Node] = {}

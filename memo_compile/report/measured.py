@@ -22,7 +22,7 @@ def profiled(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
     calls = itertools.count()
 
     def run(*args: Any) -> Any:
-        import torch
+        import torch  # takes a second, and not every caller needs it
 
         cuda = torch.cuda.is_initialized()
         capturing = cuda and torch.cuda.is_current_stream_capturing()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import META, TokenInfo
+from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import nbytes, op_name, source_line
-from memo_compile.passes.fx.provenance import WHY
+from memo_compile.passes.fx.meta import TOKENS, WHY
 from memo_compile.planning.planner import Decided, Prepared, carry_out
 
 
@@ -125,7 +125,7 @@ def _clean_up(before: Snapshot, after: Snapshot) -> str:
 
 
 def _tokens(p: Prepared) -> str:
-    infos: list[tuple[fx.Node, TokenInfo]] = [(n, n.meta[META]) for n in p.joint.graph.nodes if META in n.meta]
+    infos: list[tuple[fx.Node, TokenInfo]] = [(n, n.meta[TOKENS]) for n in p.joint.graph.nodes if TOKENS in n.meta]
     mixing = sum(1 for _, info in infos if info.mixing)
     lines = [
         "nothing is added or moved; each value's token axis is noted",

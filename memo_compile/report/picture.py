@@ -15,8 +15,8 @@ import torch.fx as fx
 
 from memo_compile.logs import logger
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes, reaches_memory
-from memo_compile.passes.fx.facts import is_view, nbytes, source_line, storage_of
-from memo_compile.passes.fx.provenance import FOR
+from memo_compile.passes.fx.facts import is_view, nbytes, schema_name, source_line, storage_of
+from memo_compile.passes.fx.meta import FOR
 from memo_compile.passes.transforms.slices import Homes
 from memo_compile.planning.planner import Decided, Prepared
 
@@ -118,7 +118,7 @@ def _legend() -> str:
 
 def _label(node: fx.Node, live: LiveRange | None, home: Homes | None, saved: frozenset[str], fused: bool) -> str:
     target = node.target
-    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    name = schema_name(node)
     kind = "saved" if node.name in saved else "transient"
     if name.startswith("memo::"):
         kind = "transfer"

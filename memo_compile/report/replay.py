@@ -8,6 +8,7 @@ Passes that act get the dump's decision, so that a difference shows at the pass 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,22 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._functorch import config as functorch
+from torch._guards import TracingContext, tracing
 
 from memo_compile import __version__
+from memo_compile.codegen.arena.layout import Link, plan_arena
+from memo_compile.codegen.emitted.body import Body, Storage
 from memo_compile.errors import NotReplayable
 from memo_compile.hardware.profiles import from_fields
-from memo_compile.passes.analysis.tokens import META, fake_mode
+from memo_compile.passes.fx.build import fake_mode
+from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.transforms.slices import Homes
 from memo_compile.planning.planner import Decided, Limits, Prepared, carry_out, decide, prepare
 from memo_compile.report.dumps import DUMP_VERSION
 from memo_compile.report.graph_io import graph_from_json
 from memo_compile.report.pass_log import readable
+from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
 from memo_compile.workspaces.annotate import Workspaces
 
@@ -65,8 +72,6 @@ def replay(folder: Path) -> Iterator[Replayed]:
         NotReplayable: files are missing, or of another version, or the graph needs an op that this torch lacks.
     """
 
-    from memo_compile.runtime.ops import register
-
     register()
     record, raw = _read(folder / "compilation.json"), _read(folder / "joint.json")
     dumped = Plan.from_json(_text(folder / "plan.json"))
@@ -82,9 +87,7 @@ def _as_when_compiled(joint: fx.GraphModule, settings: Mapping[str, dict[str, An
     """The surroundings in which torch's partitioner ran: its settings, and a tracing context, without which random
     ops are not taken for dead.
     """
-    from torch._functorch import config as functorch
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config as inductor
+    from torch._inductor import config as inductor  # loads Inductor
 
     known = functorch.get_config_copy()
     with (
@@ -156,7 +159,7 @@ def _prepared(p: Prepared, record: Mapping[str, Any], folder: Path, timer: _Time
     differences = _graph(p.joint, folder / "passes/1-clean_up/joint.after.py")
     yield timer.done("clean_up", f"{len(p.joint.graph.nodes)} nodes left", differences)
     tokens = json.loads(json.dumps(asdict(p.tokens)))
-    reached = sum(1 for n in p.joint.graph.nodes if META in n.meta)
+    reached = sum(1 for n in p.joint.graph.nodes if TOKENS in n.meta)
     yield timer.done("tokens", f"{p.tokens.tokens} tokens, {reached} nodes", _fields("", record["tokens"], tokens))
     differences = _names("saved by min-cut", record["unplanned_saved"], list(p.unplanned.saved))
     differences += _names("saved", record["saved"], [n.name for n in p.saved])
@@ -214,7 +217,7 @@ def _in_words(home: Sequence[int] | None) -> str:
 
 
 def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path, timer: _Timer) -> Iterator[Replayed]:
-    axes = {n.name: n.meta[META].axis for n in p.saved if META in n.meta}
+    axes = {n.name: n.meta[TOKENS].axis for n in p.saved if TOKENS in n.meta}
     homes = {
         name: Homes(tokens, kept, away, again, axes.get(name) if tokens > 1 else None)
         for name, (tokens, kept, away, again) in record["homes"].items()
@@ -242,8 +245,6 @@ def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path
 
 def _graph(gm: fx.GraphModule, path: Path) -> list[str]:
     """The first lines in which a graph differs from a dumped one."""
-    import difflib
-
     before, now = _statements(_text(path)), _statements(readable(gm))
     if before == now:
         return []
@@ -263,8 +264,6 @@ def _statements(text: str) -> list[str]:
 
 
 def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
-    from memo_compile.codegen.arena.layout import Link, plan_arena
-
     arguments: dict[str, Any] = dict(raw)
     for name in ("forward", "backward"):
         arguments[name] = _body(raw[name])
@@ -281,8 +280,6 @@ def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
 
 
 def _body(raw: Mapping[str, Any]) -> Any:
-    from memo_compile.codegen.emitted.body import Body, Storage
-
     storages = {name: Storage(**s) for name, s in raw["storages"].items()}
     strides = tuple(None if s is None else tuple(s) for s in raw["strides"])
     rest: dict[str, Any] = {

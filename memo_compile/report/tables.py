@@ -12,7 +12,7 @@ MIB = 2**20
 
 def layer_table(plan: Plan, width: int = 160) -> str:
     """Saved activations by the source line that makes them, the largest first, with the share of bytes in each home."""
-    from rich.console import Console
+    from rich.console import Console  # loads rich
     from rich.table import Table
 
     table = Table(title=f"{plan.name}: saved activations")

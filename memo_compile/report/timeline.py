@@ -14,10 +14,9 @@ import torch
 import torch.fx as fx
 
 from memo_compile.codegen.emitted.body import Body
-from memo_compile.passes.analysis.layers import META as LAYER
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line, storage_of
-from memo_compile.passes.fx.provenance import FOR, WHY
+from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, WHY
 from memo_compile.passes.transforms.slices import Homes
 from memo_compile.placement import Buffer, place
 from memo_compile.planning.planner import Decided, Prepared
@@ -98,7 +97,7 @@ class _Facts:
     def row(self, node: fx.Node | None, name: str, category: str, size: int, start: int, end: int) -> list[Any]:
         """[key, name, category, bytes, start, end, op, shape, layer, source, why]; texts by index."""
         text = self.strings
-        key = str(node.meta.get(FOR) or node.meta.get("memo_part_of") or node.name) if node is not None else name
+        key = str(node.meta.get(FOR) or node.meta.get(PART_OF) or node.name) if node is not None else name
         key = key.removesuffix("_kept")
         value = node.meta.get("val") if node is not None else None
         shape = ""

@@ -10,14 +10,14 @@ from pathlib import PurePath
 
 def tracing() -> bool:
     """Whether `TORCH_TRACE` asks for a structured trace."""
-    from torch._logging._internal import trace_log
+    from torch._logging._internal import trace_log  # loads torch
 
     return bool(trace_log.handlers)
 
 
 def artifact(file: str, text: str) -> None:
     """Put `text` into the trace, as the artifact `memo_FILE` of the graph that is being compiled."""
-    from torch._logging._internal import trace_structured
+    from torch._logging._internal import trace_structured  # loads torch
 
     path = PurePath(file)
     encoding = "json" if path.suffix == ".json" else "string"

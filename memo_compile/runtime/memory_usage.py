@@ -13,6 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from memo_compile.runtime.ops import pool
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -20,6 +25,13 @@ class Usage:
 
     peak: int
     held: int
+
+
+def empty_cache() -> None:
+    """Give idle host blocks back to the system, and idle device memory where a GPU is in use."""
+    pool().drop_idle()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -32,10 +44,6 @@ def measure_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     itself are not seen, and what they release of this thread's counts as held: measure in the thread that allocates
     (pytorch#192290: `profile_all_threads` records no memory). On CUDA all threads count.
     """
-    import torch
-
-    from memo_compile import empty_cache
-
     gc.collect()  # what is freed while `fn` runs would hide as much of what it allocates
     empty_cache()
     if not torch.cuda.is_initialized():
@@ -53,8 +61,6 @@ def usage(fn: Callable[..., Any], *args: Any) -> tuple[Any, Usage | None]:
 
     A running profiler is left alone, and so are CUDA's statistics: a peak below an earlier one is not seen there.
     """
-    import torch
-
     if torch.cuda.is_initialized():
         before, highest = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         result = fn(*args)
@@ -67,8 +73,6 @@ def usage(fn: Callable[..., Any], *args: Any) -> tuple[Any, Usage | None]:
 
 def _recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Usage]:
     """The result of `fn`, and what the profiler saw allocated on the CPU."""
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = fn(*args, **kwargs)
     recorded: Any = profiler.profiler.kineto_results.events()
@@ -78,8 +82,6 @@ def _recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, U
 
 def _lightly_recorded(fn: Callable[..., Any], *args: Any) -> tuple[Any, Usage]:
     """As `_recorded`, of this thread alone."""
-    import torch
-
     profiler: Any = torch.autograd
     shapes, memory, stack, flops, modules = False, True, False, False, False
     experimental = torch._C._profiler._ExperimentalConfig()

@@ -34,7 +34,7 @@ def verified(planned: Callable[..., Any], plain: fx.GraphModule, backend: str) -
 
 
 def _reference(plain: fx.GraphModule, args: Sequence[Any], backend: str) -> Callable[..., Any]:
-    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.backends.registry import lookup_backend  # loads Dynamo
 
     compiled: Callable[..., Any] = lookup_backend(backend)(plain, list(args))
     return compiled

@@ -7,24 +7,28 @@ Private torch APIs, tried with torch 2.11 to 2.15: `torch._inductor.fx_passes.re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.fx as fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from memo_compile.errors import NothingToPlan, memo_error
 from memo_compile.options import Options
 from memo_compile.passes.analysis.costs import Timer
 from memo_compile.passes.fx.facts import check_sizes
 from memo_compile.planning.fit_budget import settle
-from memo_compile.planning.planner import Decided, Prepared, prepare
+from memo_compile.planning.planner import Prepared, prepare
+from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
 from memo_compile.trace.setting import Setting, limits_for, setting_for
 from memo_compile.versions import check_torch
 from memo_compile.workspaces.annotate import Workspaces
 
 if TYPE_CHECKING:
-    from torch._subclasses import FakeTensorMode
+    pass
 
 
 class _Traced(BaseException):
@@ -56,12 +60,9 @@ def trace(
     Raises:
         MemoError: the model does not trace into one graph, needs no gradient, or a mistake in the options.
     """
-    import torch
-    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.common import aot_autograd  # loads Dynamo
     from torch._dynamo.exc import BackendCompilerFailed, Unsupported
     from torch._inductor.decomposition import select_decomp_table
-
-    from memo_compile.runtime.ops import register
 
     check_torch()
     parsed = Options.parse(options)
@@ -107,7 +108,6 @@ def trace(
 
 def _with_real_tensors(timer: Timer | None) -> Timer | None:
     """The same timer, for use while tensors are fake."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     def timed(node: fx.Node) -> float | None:
         with unset_fake_temporarily():
@@ -118,93 +118,9 @@ def _with_real_tensors(timer: Timer | None) -> Timer | None:
 
 def _draw_from_seeds(joint: fx.GraphModule) -> None:
     """What Inductor does before it partitions: from a seed, a dropout's mask can be made again."""
-    from torch._guards import detect_fake_mode
-    from torch._inductor.fx_passes.replace_random import replace_random_passes
+    from torch._inductor.fx_passes.replace_random import replace_random_passes  # loads Inductor
     from torch._inductor.virtualized import V
 
     mode: Any = detect_fake_mode([n.meta.get("val") for n in joint.graph.find_nodes(op="placeholder")])
     with V.set_fake_mode(mode):
         replace_random_passes(joint)
-
-
-@dataclass(frozen=True)
-class PlannedGraph:
-    """One graph of a step: its plan, placed as Inductor would emit it, and the bytes that its transfers move."""
-
-    plan: Plan
-    bytes_out: int
-    bytes_in: int
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """All graphs of a training step, in order, and the reasons why Dynamo broke between them."""
-
-    graphs: tuple[PlannedGraph, ...]
-    breaks: tuple[str, ...]
-
-
-def plan_step(
-    mode: FakeTensorMode,
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    options: Mapping[str, Any] | None,
-) -> PlannedStep:
-    """Plan every graph of one forward of `model` and its backward, with arenas from dry runs of Inductor.
-
-    Args:
-        mode: what the model and its inputs were made in. Each graph is run in it, so that the forward reaches the next.
-        model, args, kwargs: fake tensors throughout: nothing is allocated.
-
-    Raises:
-        MemoError: no graph needs gradients, a budget that cannot be kept, or a mistake in the options.
-    """
-    import torch
-    from torch._dynamo.exc import BackendCompilerFailed
-    from torch._dynamo.utils import counters
-
-    from memo_compile.codegen.compiler import look
-    from memo_compile.runtime.ops import register
-
-    check_torch()
-    parsed = Options.parse(options)
-    register()
-    graphs: list[PlannedGraph] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        looked = look(gm, inputs, parsed)
-        if looked is not None:
-            graphs.append(PlannedGraph(looked.plan, *_moved(looked.decided)))
-
-        def forward(*values: Any) -> Any:
-            with mode:
-                return gm(*values)
-
-        return forward
-
-    torch._dynamo.reset()
-    broken = counters["graph_break"].copy()
-    try:
-        torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        mistake = memo_error(error)
-        if mistake is None:
-            raise
-        raise mistake from None
-    finally:
-        torch._dynamo.reset()
-    if not graphs:
-        raise NothingToPlan("the model traced into no graph that needs gradients.")
-    now = counters["graph_break"]
-    return PlannedStep(tuple(graphs), tuple(why for why in now for _ in range(now[why] - broken[why])))
-
-
-def _moved(decided: Decided) -> tuple[int, int]:
-    """Bytes that the graphs copy to the host, and back."""
-
-    def total(graph: fx.GraphModule, op: str) -> int:
-        values = [n.args[0].meta["val"] for n in graph.graph.nodes if str(n.target) == op]
-        return sum(v.numel() * v.element_size() for v in values)
-
-    return total(decided.forward, "memo.offload.default"), total(decided.backward, "memo.prefetch_.default")

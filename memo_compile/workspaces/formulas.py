@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.fx.facts import schema_name
 from memo_compile.runtime.attention import heads_of_piece
 
 
 def by_formula(node: fx.Node) -> int | None:
     """The scratch of one call, in bytes; threads are those that torch has now. None for an op without a formula."""
-    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    name = schema_name(node)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
         return _flash_on_cpu(node.args[0], node.args[1], backward=False)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from memo_compile.codegen import arrange, compiler
+from memo_compile.codegen.planned_step import plan_step
 from memo_compile.models import Llama, LlamaConfig
 from memo_compile.runtime.ops import register
-from memo_compile.trace.offline import plan_step
 
 register()
 

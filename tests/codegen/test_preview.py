@@ -9,11 +9,11 @@ import zoo
 
 import memo_compile
 from memo_compile.codegen import compiler
+from memo_compile.codegen.planned_step import plan_step
 from memo_compile.codegen.preview import dry_emission, dry_run
 from memo_compile.models import Llama, LlamaConfig
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 from memo_compile.runtime.ops import register
-from memo_compile.trace.offline import plan_step
 
 register()
 ROWS, KEPT, WIDTH = 64, 16, 32

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memo_compile.errors import InvalidBaseline, InvalidOption
 from memo_compile.regression.baseline import METRICS, Baseline, Figures, Tensor, compare, load, save, tolerances
-from memo_compile.report.changes import as_json, github, in_words, text
+from memo_compile.regression.changes import as_json, github, in_words, text
 
 DEFAULT = tolerances([])
 TENSORS = (Tensor("mm", "model.py:1: y = w @ x", 1000, 400, 600, 0, 0), Tensor("gelu", "model.py:2", 500, 500, 0, 0, 0))

@@ -34,7 +34,7 @@ SMALL = 2**18  # bytes: below that a kernel of its own costs more than it saves
 
 def wait_for_products(nodes: list[Any]) -> list[Any]:
     """Of scheduler nodes before fusion: what reads the same as another, and comes behind a product, waits."""
-    from torch._inductor.dependencies import WeakDep
+    from torch._inductor.dependencies import WeakDep  # loads Inductor
 
     seen = _Seen.of(nodes)
     changed = False

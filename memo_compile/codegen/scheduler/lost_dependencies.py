@@ -21,7 +21,7 @@ Waits = dict[str, list[Any]]  # by the name of a kernel's operation, the depende
 
 def added_waits(nodes: list[Any]) -> Waits:
     """Of scheduler nodes before fusion: what only orders them."""
-    from torch._inductor.dependencies import WeakDep
+    from torch._inductor.dependencies import WeakDep  # loads Inductor
 
     return {n.get_name(): [d for d in n.read_writes.reads if isinstance(d, WeakDep)] for n in nodes}
 
@@ -32,7 +32,7 @@ def restored(nodes: list[Any], waits: Waits) -> list[Any]:
     Raises:
         EmittedOrderChanged: there is none: without a dependency, Inductor has fused what must not be one kernel.
     """
-    from torch._inductor.scheduler import SchedulerNode, refresh_group_node_dependencies
+    from torch._inductor.scheduler import SchedulerNode, refresh_group_node_dependencies  # loads Inductor
 
     changed = False
     for node in nodes:

@@ -282,7 +282,7 @@ def _offset(node: Any) -> int:
 
 def node_index() -> dict[str, int]:
     """Where each node stands in the post-grad graph that Inductor is lowering, by name."""
-    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import V  # loads Inductor
 
     graph: Any = V.graph.module.graph
     return {node.name: i for i, node in enumerate(graph.nodes)}

@@ -24,7 +24,7 @@ import torch.fx as fx
 from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.models.collectives import NAMESPACE
 from memo_compile.passes.analysis.liveness import reaches_memory
-from memo_compile.passes.fx.facts import is_view, nbytes, op_name, storage_of
+from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, storage_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _dtype(node: fx.Node) -> str:
 
 def _name(node: fx.Node) -> str:
     """`aten::mm` and the like."""
-    return getattr(getattr(node.target, "_schema", None), "name", str(node.target))
+    return schema_name(node) or str(node.target)
 
 
 # Arithmetic.
@@ -189,7 +189,7 @@ _ATTENTION = (
 
 @cache
 def _registry() -> dict[Any, Any]:
-    from torch.utils.flop_counter import flop_registry
+    from torch.utils.flop_counter import flop_registry  # loads torch
 
     return dict(flop_registry)
 

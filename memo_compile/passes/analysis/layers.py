@@ -22,8 +22,7 @@ import numpy as np
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, storage_of, tensors
-
-META = "memo_layer"
+from memo_compile.passes.fx.meta import LAYER
 
 PERIODS = 48  # candidates tried: the distances that equal labels are most often apart
 SMALLEST = 4  # nodes: a shorter repeat is no layer
@@ -74,7 +73,7 @@ class _Span:
 def annotate_layers(gm: fx.GraphModule) -> LayerReport:
     """Find repeating layers in a forward or joint graph, and write `LayerInfo` to their nodes."""
     for node in gm.graph.nodes:
-        node.meta.pop(META, None)
+        node.meta.pop(LAYER, None)
     forward, backward = _halves(gm)
     labels = _labels(forward)
     spans = sorted(_spans(_row(forward, labels)), key=lambda s: s.start)
@@ -82,7 +81,7 @@ def annotate_layers(gm: fx.GraphModule) -> LayerReport:
     classes = tuple(known.setdefault(labels[s.start : s.end].tobytes(), len(known)) for s in spans)
     for index, span in enumerate(spans):
         for position, node in enumerate(forward[span.start : span.end]):
-            node.meta[META] = LayerInfo(index, classes[index], position)
+            node.meta[LAYER] = LayerInfo(index, classes[index], position)
     _annotate_backward(gm, forward, backward, spans, classes)
     return LayerReport(classes)
 
@@ -275,5 +274,5 @@ def _annotate_backward(
         current = min([current, *([max(reads)] if reads else [])])
         index = layer_of.get(current)
         if index is not None:
-            node.meta[META] = LayerInfo(index, classes[index], counts[index])
+            node.meta[LAYER] = LayerInfo(index, classes[index], counts[index])
             counts[index] += 1

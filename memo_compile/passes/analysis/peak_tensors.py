@@ -8,7 +8,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line
-from memo_compile.passes.fx.provenance import FOR
+from memo_compile.passes.fx.meta import FOR
 
 MOST = 6
 

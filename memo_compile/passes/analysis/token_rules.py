@@ -7,51 +7,25 @@ sizes that happen to be equal, so that a wrong seed can make slicing worse but n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.facts import has_tag, is_random
-
-
-@dataclass(frozen=True)
-class TokenAxis:
-    """Dimension `dim` of a value is the flattening of (outer, tokens, inner): token t is the rows [o, t, i].
-
-    In a graph for a range of lengths the numbers are those at its upper end, and `length` is the symbolic number of
-    tokens; None where it is no symbol.
-    """
-
-    dim: int
-    outer: int
-    tokens: int
-    inner: int
-    length: Any = field(default=None, compare=False)
-
-    def at(self, dim: int) -> TokenAxis:
-        """The same axis at another dimension."""
-        return replace(self, dim=dim)
-
-
-@dataclass(frozen=True)
-class Flow:
-    """A rule's answer. `needs[i]` is the axis along which the i-th input node must be sliced, None: needed whole.
-
-    `outputs` are the axes of the op's results, one for an op with one. `mixing` says that rows of the output depend on
-    other rows of the operands: the axis then only says how the result can be stored in slices.
-    """
-
-    outputs: tuple[TokenAxis | None, ...]
-    needs: tuple[TokenAxis | None, ...]
-    mixing: bool = False
-
-
-Axes = Mapping[fx.Node, TokenAxis]
-Rule = Callable[[fx.Node, Axes], Flow | None]
+from memo_compile.passes.analysis.token_axis import (
+    Axes,
+    Flow,
+    Rule,
+    TokenAxis,
+    is_tensor,
+    need_of,
+    shape_of,
+    through_view,
+    wrapped,
+)
+from memo_compile.passes.fx.facts import has_tag, is_random, schema_name
 
 
 def flow(node: fx.Node, axes: Axes) -> Flow | str:
@@ -61,7 +35,7 @@ def flow(node: fx.Node, axes: Axes) -> Flow | str:
         return f"no rule for {target}"
     if target is torch.ops.aten.view.dtype:  # of the same name as the view of another shape, and no such view
         return f"no rule for {target}"
-    rule = RULES.get(target._schema.name)
+    rule = RULES.get(schema_name(node))
     if rule is None and is_elementwise(node):
         rule = pointwise
     if rule is None:
@@ -72,7 +46,7 @@ def flow(node: fx.Node, axes: Axes) -> Flow | str:
 
 def is_elementwise(node: fx.Node) -> bool:
     """Whether every element of the result reads the elements of the operands at its own place, broadcast."""
-    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    name = schema_name(node)
     return has_tag(node, torch.Tag.pointwise) or name in _ELEMENTWISE
 
 
@@ -91,33 +65,9 @@ _ELEMENTWISE = frozenset(
 )
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The static shape of a node's tensor."""
-    return tuple(int(s) for s in node.meta["val"].shape)
-
-
-def _tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _wrap(dim: int, rank: int) -> int:
-    return dim % rank if rank else 0
-
-
-def _need(operand: fx.Node, out_rank: int, axis: TokenAxis) -> TokenAxis | None:
-    """What a broadcasting op needs of an operand for rows of its output: the aligned dimension, or all of it."""
-    if not _tensor(operand):
-        return None
-    shape = shape_of(operand)
-    dim = axis.dim - (out_rank - len(shape))
-    if dim < 0 or shape[dim] == 1:
-        return None
-    return axis.at(dim)
-
-
 def pointwise(node: fx.Node, axes: Axes) -> Flow | None:
     """Elementwise with broadcasting: row i of the output reads row i of each operand that has the dimension."""
-    if not _tensor(node):
+    if not is_tensor(node):
         return None
     rank = len(shape_of(node))
     for operand in node.all_input_nodes:
@@ -133,104 +83,65 @@ def pointwise(node: fx.Node, axes: Axes) -> Flow | None:
 def needs_of_pointwise(node: fx.Node, out: TokenAxis) -> tuple[TokenAxis | None, ...]:
     """What rows of an elementwise result need of each operand."""
     rank = len(shape_of(node))
-    return tuple(_need(o, rank, out) for o in node.all_input_nodes)
+    return tuple(need_of(o, rank, out) for o in node.all_input_nodes)
 
 
-def _first(node: fx.Node, axes: Axes) -> tuple[fx.Node, TokenAxis] | None:
-    source = node.args[0]
-    if isinstance(source, fx.Node) and source in axes:
-        return source, axes[source]
-    return None
+def _of_first_operand(rule: Callable[[fx.Node, fx.Node, TokenAxis], Flow | None]) -> Rule:
+    """A rule for ops whose rows follow those of their first operand, given with its axis; no axis, no flow."""
+
+    @wraps(rule)
+    def asked(node: fx.Node, axes: Axes) -> Flow | None:
+        source = node.args[0]
+        return rule(node, source, axes[source]) if isinstance(source, fx.Node) and source in axes else None
+
+    return asked
 
 
 def _only(node: fx.Node, source: fx.Node, need: TokenAxis) -> tuple[TokenAxis | None, ...]:
     return tuple(need if n is source else None for n in node.all_input_nodes)
 
 
-def through_view(shape: Sequence[int], axis: TokenAxis, out_shape: Sequence[int]) -> TokenAxis | None:
-    """The axis after a view from `shape` to `out_shape`; None where no dimension holds the token factor whole.
-
-    >>> through_view((3, 8, 4), TokenAxis(1, 1, 8, 1), (24, 4))
-    TokenAxis(dim=0, outer=3, tokens=8, inner=1)
-    >>> through_view((24, 4), TokenAxis(0, 3, 8, 1), (3, 2, 4, 4)) is None
-    True
-    """
-    before = math.prod(shape[: axis.dim]) * axis.outer
-    passed = 1
-    for dim, size in enumerate(out_shape):
-        if passed <= before and before % passed == 0 and size > 1:
-            outer = before // passed
-            if size % (outer * axis.tokens) == 0:
-                return TokenAxis(dim, outer, axis.tokens, size // (outer * axis.tokens))
-        passed *= size
-    return None
-
-
-def _view(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _view(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     out = through_view(shape_of(source), axis, shape_of(node))
     return None if out is None else Flow((out,), _only(node, source, axis))
 
 
-def _permutation(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _permutation(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     rank = len(shape_of(source))
     order = list(range(rank))
-    name = node.target._schema.name  # type: ignore[union-attr]
+    name = schema_name(node)
     args: Any = node.args
     if name == "aten::permute":
-        order = [_wrap(d, rank) for d in args[1]]
+        order = [wrapped(d, rank) for d in args[1]]
     else:
-        a, b = (0, rank - 1) if name == "aten::t" else (_wrap(args[1], rank), _wrap(args[2], rank))
+        a, b = (0, rank - 1) if name == "aten::t" else (wrapped(args[1], rank), wrapped(args[2], rank))
         if name == "aten::t" and rank < 2:
             a = b = 0
         order[a], order[b] = order[b], order[a]
     return Flow((axis.at(order.index(axis.dim)),), _only(node, source, axis))
 
 
-def _expand(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _expand(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     return Flow((axis.at(axis.dim + len(shape_of(node)) - len(shape_of(source))),), _only(node, source, axis))
 
 
-def _unsqueeze(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _unsqueeze(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
-    at = _wrap(args[1], len(shape_of(source)) + 1)
+    at = wrapped(args[1], len(shape_of(source)) + 1)
     return Flow((axis.at(axis.dim + (at <= axis.dim)),), _only(node, source, axis))
-
-
-def _squeeze(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
-    out = through_view(shape_of(source), axis, shape_of(node))
-    return None if out is None else Flow((out,), _only(node, source, axis))
 
 
 def _along(position: int, default: int = 0) -> Rule:
     """Ops that work along one dimension, given as argument `position`: another than the token's leaves rows alone."""
 
-    def rule(node: fx.Node, axes: Axes) -> Flow | None:
-        found = _first(node, axes)
-        if found is None:
-            return None
-        source, axis = found
+    @_of_first_operand
+    def rule(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
         args: Any = node.args
-        dim = _wrap(args[position] if len(args) > position else default, len(shape_of(source)))
+        dim = wrapped(args[position] if len(args) > position else default, len(shape_of(source)))
         if dim == axis.dim:
             return None
         count = len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else 1
@@ -239,13 +150,10 @@ def _along(position: int, default: int = 0) -> Rule:
     return rule
 
 
-def _slice(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _slice(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
-    dim = _wrap(args[1] if len(args) > 1 else 0, len(shape_of(source)))
+    dim = wrapped(args[1] if len(args) > 1 else 0, len(shape_of(source)))
     if dim == axis.dim and shape_of(node) != shape_of(source):
         return _fresh(node, axis)
     return Flow((axis,), _only(node, source, axis))
@@ -259,25 +167,19 @@ def _fresh(node: fx.Node, axis: TokenAxis) -> Flow | None:
     return Flow((TokenAxis(axis.dim, 1, tokens, 1),), (None,) * len(node.all_input_nodes), mixing=True)
 
 
-def _select(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _select(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
-    dim = _wrap(args[1], len(shape_of(source)))
+    dim = wrapped(args[1], len(shape_of(source)))
     if dim == axis.dim:
         return None
     return Flow((axis.at(axis.dim - (dim < axis.dim)),), _only(node, source, axis))
 
 
-def _unbind(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _unbind(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
-    dim = _wrap(args[1] if len(args) > 1 else 0, len(shape_of(source)))
+    dim = wrapped(args[1] if len(args) > 1 else 0, len(shape_of(source)))
     if dim == axis.dim:
         return None
     return Flow((axis.at(axis.dim - (dim < axis.dim)),) * len(node.meta["val"]), _only(node, source, axis))
@@ -287,7 +189,7 @@ def _cat(node: fx.Node, axes: Axes) -> Flow | None:
     args: Any = node.args
     parts = [p for p in args[0] if isinstance(p, fx.Node)]
     rank = len(shape_of(node))
-    dim = _wrap(args[1] if len(args) > 1 else 0, rank)
+    dim = wrapped(args[1] if len(args) > 1 else 0, rank)
     for part in parts:
         axis = axes.get(part)
         if axis is not None and axis.dim != dim:
@@ -298,18 +200,15 @@ def _cat(node: fx.Node, axes: Axes) -> Flow | None:
     return None
 
 
-def _reduction(node: fx.Node, axes: Axes) -> Flow | None:
+@_of_first_operand
+def _reduction(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     """sum, mean, amax, var_mean, …: rows survive where the token dimension is not reduced."""
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
     args: Any = node.args
     rank = len(shape_of(source))
     dims: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
     if dims is None or dims == []:
         return None
-    reduced = {_wrap(d, rank) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    reduced = {wrapped(d, rank) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
     if axis.dim in reduced:
         return None
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
@@ -332,7 +231,7 @@ def _mm(node: fx.Node, axes: Axes) -> Flow | None:
         for operand in node.all_input_nodes:
             wanted = [n for o, n in ((left, need_left), (right, need_right)) if o is operand]
             if not wanted:
-                needs.append(_need(operand, out_rank, out))  # the bias of addmm broadcasts
+                needs.append(need_of(operand, out_rank, out))  # the bias of addmm broadcasts
             else:
                 needs.append(wanted[0] if all(w == wanted[0] for w in wanted) else None)
         return Flow((out,), tuple(needs))
@@ -350,11 +249,8 @@ def _mm(node: fx.Node, axes: Axes) -> Flow | None:
     return None
 
 
-def _layer_norm(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _layer_norm(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     if axis.dim >= len(shape_of(source)) - len(args[1]):
         return None
@@ -376,16 +272,13 @@ def _gather(node: fx.Node, axes: Axes) -> Flow | None:
     for operand in (index, source):
         axis = axes.get(operand)
         same = axis is not None and shape_of(source)[axis.dim] == shape_of(index)[axis.dim]
-        if axis is not None and same and axis.dim != _wrap(dim, rank):
+        if axis is not None and same and axis.dim != wrapped(dim, rank):
             return Flow((axis,), tuple(axis if n in (source, index) else None for n in node.all_input_nodes))
     return None
 
 
-def _pad(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _pad(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     from_end = 2 * (len(shape_of(source)) - 1 - axis.dim)
     if any(args[1][from_end : from_end + 2]):
@@ -410,22 +303,19 @@ def _attention(node: fx.Node, axes: Axes) -> Flow | None:
         outputs.append(axis if fits and int(value.shape[axis.dim]) == size else None)
     if axis.dim == 0:
         rank = len(shape_of(query))
-        needs = tuple(_need(n, rank, axis) for n in node.all_input_nodes)
+        needs = tuple(need_of(n, rank, axis) for n in node.all_input_nodes)
         return Flow(tuple(outputs), needs)
     # What no data input reaches, the mask, can at least be stored by rows of the query.
-    stored = (None if n in axes else _need(n, len(shape_of(query)), axis) for n in node.all_input_nodes)
+    stored = (None if n in axes else need_of(n, len(shape_of(query)), axis) for n in node.all_input_nodes)
     return Flow(tuple(outputs), tuple(stored), mixing=True)
 
 
-def _collective(node: fx.Node, axes: Axes) -> Flow | None:
+@_of_first_operand
+def _collective(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     """Gathering rows of all ranks, or sharing them out: dimension `dim` is the flattening of (ranks, rows of one)."""
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
     args: Any = node.args
     before, after = shape_of(source), shape_of(node)
-    dim = _wrap(args[1], len(before)) if before != after else axis.dim
+    dim = wrapped(args[1], len(before)) if before != after else axis.dim
     if dim != axis.dim or before == after:
         return Flow((axis,), _only(node, source, axis))
     outer, left = divmod(axis.outer * after[dim], before[dim])
@@ -436,20 +326,16 @@ def _collective(node: fx.Node, axes: Axes) -> Flow | None:
     )
 
 
-def _dropout(node: fx.Node, axes: Axes) -> Flow | None:
-    found = _first(node, axes)
-    if found is None:
-        return None
-    source, axis = found
+@_of_first_operand
+def _dropout(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     return Flow((axis, axis), _only(node, source, axis))
 
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), _view),
+    **dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::squeeze"), _view),
     **dict.fromkeys(("aten::t", "aten::transpose", "aten::permute"), _permutation),
     "aten::expand": _expand,
     "aten::unsqueeze": _unsqueeze,
-    **dict.fromkeys(("aten::squeeze",), _squeeze),
     **dict.fromkeys(("aten::split", "aten::split_with_sizes"), _along(2)),
     "aten::unbind": _unbind,
     "aten::slice": _slice,
@@ -458,7 +344,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("aten::_softmax", "aten::_safe_softmax", "aten::_log_softmax", "aten::softmax", "aten::log_softmax"), _along(1)
     ),
-    **dict.fromkeys(("aten::cumsum",), _along(1)),
+    "aten::cumsum": _along(1),
     **dict.fromkeys(
         (
             "aten::sum",
@@ -488,8 +374,10 @@ RULES: Mapping[str, Rule] = {
         _attention,
     ),
     "aten::native_dropout": _dropout,
-    **dict.fromkeys(("memo_collectives::all_gather", "memo_collectives::reduce_scatter"), _collective),
-    "memo_collectives::all_reduce": _collective,
+    **dict.fromkeys(
+        ("memo_collectives::all_gather", "memo_collectives::reduce_scatter", "memo_collectives::all_reduce"),
+        _collective,
+    ),
     # Ops with the pointwise look whose operands do not broadcast.
     **dict.fromkeys(
         ("aten::index", "aten::index_put", "aten::slice_backward", "aten::select_backward"), lambda n, a: None

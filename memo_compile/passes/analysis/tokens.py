@@ -1,33 +1,18 @@
-"""Follows the token axis through a graph, and cuts values and ops into token slices along it.
-
-`annotate_tokens` writes `node.meta["memo_tokens"]`; `slice_value`, `sliced_copy` and `concat_tokens` act on it.
-"""
+"""Follows the token axis through a graph: `annotate_tokens` writes what it finds into `node.meta["memo_tokens"]`."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.token_rules import (
-    Axes,
-    Flow,
-    TokenAxis,
-    flow,
-    is_elementwise,
-    needs_of_pointwise,
-    shape_of,
-    sliceable,
-)
+from memo_compile.passes.analysis.token_axis import Axes, Flow, TokenAxis, shape_of
+from memo_compile.passes.analysis.token_rules import flow, is_elementwise, needs_of_pointwise, sliceable
 from memo_compile.passes.fx.facts import is_pure, nbytes, op_name, source_line
-
-META = "memo_tokens"
-
-_VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::squeeze"})
+from memo_compile.passes.fx.meta import TOKENS
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,7 @@ def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenRepor
         inputs: placeholders that hold data (no parameters).
     """
     for node in gm.graph.nodes:
-        node.meta.pop(META, None)
+        node.meta.pop(TOKENS, None)
     best: tuple[float, int, int, dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
     for dim, size in _candidates(inputs):
         infos, stops = _follow(gm, _seed(inputs, dim, size))
@@ -87,7 +72,7 @@ def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenRepor
         return TokenReport("none: no data input has a dimension that counts tokens", 0, ())
     _, dim, size, infos, stops = best
     for node, info in infos.items():
-        node.meta[META] = info
+        node.meta[TOKENS] = info
     return TokenReport(f"dimension {dim} of the data inputs ({size} tokens)", size, tuple(stops))
 
 
@@ -189,104 +174,3 @@ def _from_readers(gm: fx.GraphModule, axes: Mapping[fx.Node, TokenAxis], infos: 
             else:
                 reason = f"{op_name(operand)} is made from no data input: its rows are not computed alone"
                 infos[operand] = TokenInfo(need, (None,) * len(operand.all_input_nodes), False, False, reason)
-
-
-def slice_value(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
-    """Insert nodes that compute token rows [lo, hi) of a value."""
-    shape = shape_of(node)
-    rows = slice_view(graph, node, axis, lo, hi)
-    if axis.outer == 1:
-        return rows
-    folded = list(shape)
-    folded[axis.dim] = axis.outer * (hi - lo) * axis.inner
-    return call(graph, torch.ops.aten.reshape.default, (rows, folded))
-
-
-def slice_view(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
-    """Insert nodes that view token rows [lo, hi) of a dense value where they lie: nothing is copied.
-
-    Where the axis has an outer factor the rows are no view of the value's own rank; the result has two dimensions more.
-    """
-    shape = shape_of(node)
-    if axis.outer == 1:
-        return call(graph, torch.ops.aten.slice.Tensor, (node, axis.dim, lo * axis.inner, hi * axis.inner))
-    unfolded = [*shape[: axis.dim], axis.outer, axis.tokens, axis.inner, *shape[axis.dim + 1 :]]
-    wide = call(graph, torch.ops.aten.reshape.default, (node, unfolded))
-    return call(graph, torch.ops.aten.slice.Tensor, (wide, axis.dim + 1, lo, hi))
-
-
-def concat_tokens(graph: fx.Graph, parts: Sequence[fx.Node], axis: TokenAxis) -> fx.Node:
-    """Insert nodes that join token slices, in order, into the whole value."""
-    if axis.outer == 1:
-        return call(graph, torch.ops.aten.cat.default, (list(parts), axis.dim))
-    wide = []
-    for part in parts:
-        shape = shape_of(part)
-        rows = shape[axis.dim] // (axis.outer * axis.inner)
-        unfolded = [*shape[: axis.dim], axis.outer, rows, axis.inner, *shape[axis.dim + 1 :]]
-        wide.append(call(graph, torch.ops.aten.reshape.default, (part, unfolded)))
-    whole = call(graph, torch.ops.aten.cat.default, (wide, axis.dim + 1))
-    folded = list(shape_of(parts[0]))
-    folded[axis.dim] = axis.outer * axis.tokens * axis.inner
-    return call(graph, torch.ops.aten.reshape.default, (whole, folded))
-
-
-def sliced_copy(
-    graph: fx.Graph, node: fx.Node, info: TokenInfo, args: Mapping[fx.Node, fx.Node], lo: int, hi: int
-) -> fx.Node:
-    """Insert a copy of `node` that computes token rows [lo, hi) from `args`, its operands sliced or whole."""
-    rows = info.axis.outer * (hi - lo) * info.axis.inner
-    target: Any = node.target
-    new_args: Any = fx.node.map_arg(node.args, lambda n: args[n])
-    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
-    if name in _VIEWS:
-        sizes = list(shape_of(node))
-        sizes[info.axis.dim] = rows
-        target, new_args = torch.ops.aten.reshape.default, (new_args[0], sizes)
-    elif name == "aten::expand":
-        sizes = list(shape_of(node))
-        sizes[info.axis.dim] = rows
-        new_args = (new_args[0], sizes)
-    elif name == "aten::slice" and shape_of(node) == shape_of(node.all_input_nodes[0]):
-        return new_args[0]
-    kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: args[n])
-    copy = call(graph, target, new_args, kwargs)
-    for key in ("stack_trace", "nn_module_stack", "original_aten", "from_node", "seq_nr"):
-        if key in node.meta:
-            copy.meta[key] = node.meta[key]
-    return copy
-
-
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-    """Insert a call and compute its fake value."""
-    kwargs = kwargs or {}
-    node = graph.call_function(target, args, kwargs)
-    values: Any = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with fake_mode(graph), torch.no_grad():
-        node.meta["val"] = target(*values[0], **values[1])
-    return node
-
-
-def fake_mode(graph: fx.Graph) -> Any:
-    """The fake tensor mode that a graph was traced with."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
-            return value.fake_mode
-    raise AssertionError("a graph without fake tensors")
-
-
-__all__ = [
-    "META",
-    "TokenAxis",
-    "TokenInfo",
-    "TokenReport",
-    "TokenStop",
-    "annotate_tokens",
-    "call",
-    "concat_tokens",
-    "fake_mode",
-    "slice_value",
-    "slice_view",
-    "sliced_copy",
-]

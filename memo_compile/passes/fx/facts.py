@@ -52,7 +52,7 @@ def nbytes(node: fx.Node) -> int:
 
 def is_on_host(node: fx.Node) -> bool:
     """Whether the value is a lease on the host arena: its bytes are not the device's."""
-    return node.name == HOST_LEASE or getattr(getattr(node.target, "_schema", None), "name", "") == "memo::host_lease"
+    return node.name == HOST_LEASE or schema_name(node) == "memo::host_lease"
 
 
 def is_dense(node: fx.Node) -> bool:
@@ -87,6 +87,16 @@ def source_line(node: fx.Node) -> str:
 def op_name(node: fx.Node) -> str:
     """`aten.mm.default` and the like; the node's op where it calls nothing."""
     return str(node.target) if node.op == "call_function" else node.op
+
+
+def schema_name(node: fx.Node) -> str:
+    """The name of an op's schema, such as "aten::mm"; "" for what is no op of torch."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether an op's schema says that it writes to an argument."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def is_view(node: fx.Node) -> bool:
@@ -159,12 +169,12 @@ def argument(node: fx.Node, name: str) -> object:
 
 def is_seed(node: fx.Node) -> bool:
     """Whether the value is what Inductor's random numbers are a function of: few bytes, drawn afresh at each run."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _SEEDS
+    return schema_name(node) in _SEEDS
 
 
 def draws_from_seed(node: fx.Node) -> bool:
     """Whether the op gives random numbers that are a function of a seed and of their place in the whole draw."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _DRAWS
+    return schema_name(node) in _DRAWS
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -245,7 +255,7 @@ _REDUCTIONS = frozenset(
 
 def is_reduction(node: fx.Node) -> bool:
     """Reductions that a compiler emits as loops, into which pointwise producers are fused."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _REDUCTIONS
+    return schema_name(node) in _REDUCTIONS
 
 
 _COSTLY = frozenset({"aten::cat", "aten::embedding", "aten::index", *_DRAWS})
@@ -257,7 +267,7 @@ def is_cheap(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return _is_item_of_view(node)
-    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    name = schema_name(node)
     return is_view(node) or (is_pointwise(node) and name not in _COSTLY)
 
 

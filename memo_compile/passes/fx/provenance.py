@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import torch.fx as fx
 
-WHY = "memo_why"
-FOR = "memo_for"  # the name of the saved activation that the node serves
+from memo_compile.passes.fx.meta import FOR, WHY
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import argument, nbytes, storage_of
-from memo_compile.passes.fx.provenance import WHY
+from memo_compile.passes.fx.meta import WHY
 
 PIECES = 4  # calls for one attention, at most: more would save little, and leave threads idle
 

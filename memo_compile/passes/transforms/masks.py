@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import argument, storage_of
 from memo_compile.passes.fx.provenance import because
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 
 FAR = 16  # nodes between a product and its sum: beyond that its operands would be held for long
 

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import DrawnTwice
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import (
     is_cheap,
     is_pure,
@@ -24,7 +24,9 @@ from memo_compile.passes.fx.facts import (
     is_seed,
     is_view,
     nbytes,
+    schema_name,
     storage_of,
+    writes_in_place,
 )
 from memo_compile.passes.fx.provenance import because
 from memo_compile.passes.fx.user_checkpoints import NO_POLICIES, Policies
@@ -46,7 +48,7 @@ class Split:
 
 
 def _torch_partitioner() -> Any:
-    from torch._functorch import partitioners
+    from torch._functorch import partitioners  # loads Inductor
 
     return partitioners
 
@@ -156,7 +158,7 @@ def _keep(joint: fx.GraphModule, node: fx.Node, as_it_was: fx.Node, first: fx.No
 
 
 def _writes_to(user: fx.Node, node: fx.Node) -> bool:
-    return bool(getattr(getattr(user.target, "_schema", None), "is_mutable", False)) and user.args[:1] == (node,)
+    return writes_in_place(user) and user.args[:1] == (node,)
 
 
 def _is_generator_state(node: fx.Node) -> bool:
@@ -222,7 +224,7 @@ def readable_inputs(joint: fx.GraphModule) -> set[fx.Node]:
     described = {d.mutated_input for d in _output_descriptors(joint) if hasattr(d, "mutated_input")}
     mutated = {n for n in placeholders if n.meta.get("desc") in described}
     for node in joint.graph.nodes:
-        if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if node.op == "call_function" and writes_in_place(node):
             mutated.update(a for a in node.all_input_nodes[:1] if a.op == "placeholder")
     return {n for n in placeholders if "tangents" not in str(n.target)} - mutated
 
@@ -313,5 +315,5 @@ def _is_statistic(node: fx.Node) -> bool:
 
 
 def _is_copy(node: fx.Node) -> bool:
-    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    name = schema_name(node)
     return name in {"prims::convert_element_type", "aten::_to_copy", "aten::clone"}

@@ -18,17 +18,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import (
-    TokenAxis,
-    TokenInfo,
-    call,
-    concat_tokens,
-    fake_mode,
-    slice_value,
-    slice_view,
-    sliced_copy,
-)
+from memo_compile.passes.analysis.token_axis import TokenAxis
+from memo_compile.passes.analysis.tokens import TokenInfo
+from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
+from memo_compile.passes.fx.meta import PART_OF, TOKENS
 from memo_compile.passes.fx.provenance import because
 from memo_compile.passes.transforms.partition import (
     SYMBOL,
@@ -40,6 +34,7 @@ from memo_compile.passes.transforms.partition import (
     recompute_chain,
     saved_kind,
 )
+from memo_compile.passes.transforms.token_slices import concat_tokens, slice_value, slice_view, sliced_copy
 from memo_compile.placement import Buffer, place
 
 HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
@@ -208,7 +203,7 @@ def _rewrite_forward(
             with graph.inserting_before(_after(_last_use(value, value))), because(split.forward, why, value.name):
                 rows = _physical_rows(graph, value, plan, plan.tokens - plan.kept, plan.tokens)
                 copy = call(graph, torch.ops.memo.keep.default, (rows,))
-                copy.meta["memo_part_of"] = value.name
+                copy.meta[PART_OF] = value.name
                 copy.meta.update({key: value.meta[key] for key in (UNCHECKED,) if key in value.meta})
                 kept.append(copy)
     saved = [*kept, *([lease] if lease is not None else [])]
@@ -230,7 +225,7 @@ def _rows(name: str, plan: Homes, lo: int, hi: int) -> str:
 
 
 def _descriptions(old: list[Any], forward_outputs: int, saved: int) -> list[Any]:
-    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput  # loads torch
 
     return list(old[:forward_outputs]) + [SavedForBackwardsAOTOutput(i) for i in range(saved)]
 
@@ -352,7 +347,7 @@ def _sliced_chain(
         return whole[node]
 
     def make_rows(node: fx.Node, axis: TokenAxis) -> fx.Node:
-        info: TokenInfo | None = node.meta.get("memo_tokens")
+        info: TokenInfo | None = node.meta.get(TOKENS)
         # An item of a tuple that the backward holds whole is cut itself: a tuple cannot be.
         held = node not in in_chain or (node.target is operator.getitem and node.args[0] not in in_chain)
         if held or info is None or not info.sliceable or info.axis != axis:
@@ -365,7 +360,7 @@ def _sliced_chain(
             sliced[node] = sliced_copy(graph, node, info, arguments, lo, hi)
         return sliced[node]
 
-    return make_rows(value, value.meta["memo_tokens"].axis)
+    return make_rows(value, value.meta[TOKENS].axis)
 
 
 # Physical order: slices are cut and joined along memory, so that a whole value has the strides that its readers expect.

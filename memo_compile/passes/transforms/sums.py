@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import nbytes
 from memo_compile.passes.fx.provenance import because
 

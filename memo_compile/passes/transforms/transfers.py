@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.tokens import call, fake_mode
+from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import nbytes, storage_of
-from memo_compile.passes.fx.provenance import FOR, WHY
+from memo_compile.passes.fx.meta import FOR, WHY
 from memo_compile.passes.transforms.slices import fetch
 
 SLACK = 0.03  # of a graph's seconds: about a layer of a deep model

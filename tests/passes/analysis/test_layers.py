@@ -11,12 +11,13 @@ import zoo
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memo_compile.passes.analysis.layers import META, annotate_layers
+from memo_compile.passes.analysis.layers import annotate_layers
+from memo_compile.passes.fx.meta import LAYER
 
 
 def found(joint):
     report = annotate_layers(joint)
-    return report, [n for n in joint.graph.nodes if META in n.meta]
+    return report, [n for n in joint.graph.nodes if LAYER in n.meta]
 
 
 def forward_only(fn, *args):
@@ -25,7 +26,7 @@ def forward_only(fn, *args):
 
 
 def in_layer(nodes, index, op):
-    return [n for n in nodes if n.meta[META].index == index and op in str(n.target)]
+    return [n for n in nodes if n.meta[LAYER].index == index and op in str(n.target)]
 
 
 def hf_t5():
@@ -91,15 +92,15 @@ def test_layers_of_one_class_are_equal_node_by_node(name):
     assert report.classes == (0, 0)
     tangent = next(i for i, n in enumerate(joint.graph.nodes) if any("tangents" in a.name for a in n.all_input_nodes))
     calls = set(list(joint.graph.nodes)[:tangent])
-    first, second = ([n for n in nodes if n in calls and n.meta[META].index == i] for i in range(2))
+    first, second = ([n for n in nodes if n in calls and n.meta[LAYER].index == i] for i in range(2))
     assert [str(n.target) for n in first] == [str(n.target) for n in second]
-    assert [n.meta[META].position for n in first] == list(range(len(first)))
+    assert [n.meta[LAYER].position for n in first] == list(range(len(first)))
 
 
 def test_a_llama_layer_begins_with_its_first_norm():
     x = zoo.batch(1)
     _, nodes = found(graphs.joint_of(zoo.make("llama"), x, labels=x))
-    firsts = [next(n for n in nodes if n.meta[META].index == i) for i in range(2)]
+    firsts = [next(n for n in nodes if n.meta[LAYER].index == i) for i in range(2)]
     assert [n.target for n in firsts] == [torch.ops.aten.pow.Tensor_Scalar] * 2
 
 
@@ -111,9 +112,9 @@ def test_gradients_belong_to_the_layer_whose_weights_they_are_of():
     (output,) = joint.graph.find_nodes(op="output")
     placeholders = joint.graph.find_nodes(op="placeholder")
     gradients = output.args[0][1:]
-    layers_of_gradients = [g.meta[META].index if g is not None and META in g.meta else None for g in gradients]
+    layers_of_gradients = [g.meta[LAYER].index if g is not None and LAYER in g.meta else None for g in gradients]
     for placeholder, layer in zip(placeholders, layers_of_gradients, strict=False):
-        users = {n.meta[META].index for n in placeholder.users if META in n.meta}
+        users = {n.meta[LAYER].index for n in placeholder.users if LAYER in n.meta}
         name = str(placeholder.target)
         if "primals" in name and layer is not None and len(users) == 1:
             assert users == {layer}, name

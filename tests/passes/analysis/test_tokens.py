@@ -13,12 +13,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import memo_compile
-from memo_compile.passes.analysis.tokens import META, annotate_tokens, slice_value, sliced_copy
+from memo_compile.passes.analysis.tokens import annotate_tokens
+from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
 from memo_compile.planning.planner import view_of
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for
 
-TOKENS, WIDTH = 6, 4
+ROWS, WIDTH = 6, 4
 
 
 def annotated(fn, *args, decompositions=None):
@@ -116,22 +118,22 @@ def test_slices_of_random_chains_equal_slices_of_the_whole(begin, before, mixing
             values.append((TOKENWISE | MIXING)[name](values[-1]))
         return values
 
-    x = torch.randn(batch, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch, ROWS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gm, _ = annotated(chain, x, decompositions=select_decomp_table() if inductors else None)
     (output,) = gm.graph.find_nodes(op="output")
     if inductors or "cross-entropy" not in before:  # there is a rule for what Inductor makes of it
         assert all(is_sliceable(n) or n.op == "placeholder" for n in output.args[0][: len(before) + 1])
     drawn = {}
     for node in filter(is_sliceable, gm.graph.nodes):
-        lo = data.draw(st.integers(0, node.meta[META].axis.tokens - 1))
-        drawn[node] = lo, data.draw(st.integers(lo + 1, node.meta[META].axis.tokens))
+        lo = data.draw(st.integers(0, node.meta[TOKENS].axis.tokens - 1))
+        drawn[node] = lo, data.draw(st.integers(lo + 1, node.meta[TOKENS].axis.tokens))
     for whole, rows in computed(gm, drawn, x):
         torch.testing.assert_close(rows, whole, rtol=1e-12, atol=1e-12)
 
 
 def is_sliceable(node):
     """A tuple is sliced through its items."""
-    return META in node.meta and node.meta[META].sliceable and isinstance(node.meta["val"], torch.Tensor)
+    return TOKENS in node.meta and node.meta[TOKENS].sliceable and isinstance(node.meta["val"], torch.Tensor)
 
 
 def computed(gm, drawn, x):
@@ -149,12 +151,14 @@ def computed(gm, drawn, x):
         return slice_value(graph, copies[node], need, lo, hi) if node not in tuples else rows_of(node, lo, hi)
 
     def rows_of(node, lo, hi):
-        info = node.meta[META]
+        info = node.meta[TOKENS]
         needed = zip(node.all_input_nodes, info.operands, strict=True)
         return sliced_copy(graph, node, info, {a: operand(a, need, lo, hi) for a, need in needed}, lo, hi)
 
     tuples = {n for n in gm.graph.nodes if isinstance(n.meta.get("val"), (tuple, list))}
-    pairs = [(slice_value(graph, copies[n], n.meta[META].axis, *rows), rows_of(n, *rows)) for n, rows in drawn.items()]
+    pairs = [
+        (slice_value(graph, copies[n], n.meta[TOKENS].axis, *rows), rows_of(n, *rows)) for n, rows in drawn.items()
+    ]
     graph.output(tuple(pairs))
     return torch.fx.GraphModule(gm, graph)(x)
 
@@ -167,7 +171,7 @@ def test_the_sequence_is_the_axis_at_batch_one():
 def test_a_mixing_op_ends_the_axis_and_says_where():
     gm, report = annotated(lambda x: x.cumsum(1).cos(), torch.ones(1, 16, 4))
     assert [stop.op for stop in report.stops] == ["aten.cumsum.default"]
-    assert all(META not in n.meta for n in gm.graph.nodes if n.op == "call_function")
+    assert all(TOKENS not in n.meta for n in gm.graph.nodes if n.op == "call_function")
 
 
 def test_an_unknown_op_ends_the_axis():
@@ -199,7 +203,7 @@ def test_equal_sizes_do_not_fool_it():
     """A square product's other dimension has as many columns as there are tokens, and is not the token axis."""
     gm, _ = annotated(lambda x: (x @ x.new_ones(16, 16)).transpose(0, 1), torch.ones(16, 16))
     last = [n for n in gm.graph.nodes if n.op == "call_function"][-1]
-    assert last.meta[META].axis.dim == 1
+    assert last.meta[TOKENS].axis.dim == 1
 
 
 def of_attention(node):

@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from memo_compile.models import GPT, GPTConfig
-from memo_compile.passes.analysis.tokens import call
+from memo_compile.passes.fx.build import call
 from memo_compile.passes.transforms.slices import fetch
 from memo_compile.passes.transforms.transfers import schedule_offloads, schedule_prefetches
 from memo_compile.planning.planner import carry_out, decide

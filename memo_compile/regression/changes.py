@@ -37,7 +37,7 @@ def _number(change: Change, value: float) -> str:
 
 def text(changes: Sequence[Change], *, width: int = 120) -> str:
     """A table of what changed, and below it what each regression comes from. Planning noise is left out."""
-    from rich.console import Console
+    from rich.console import Console  # loads rich
     from rich.table import Table
 
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ class HostPool:
         with self._lock:
             self._serial += 1
             self._age()
-            block = self._take(self._fitting(nbytes, device.type, WASTE * nbytes))
+            block = self._reuse(nbytes, budget, device.type)
         self._release()
         if block is None:
             block = self._grow(nbytes, budget, device)
@@ -113,7 +113,7 @@ class HostPool:
         """Return the idle blocks to the system."""
         self.settle()
         with self._lock:
-            self._leave(self._idle)
+            self._shrink(0)
         self._release()
 
     def reset(self) -> None:
@@ -148,7 +148,7 @@ class HostPool:
         """A block where no idle one fits: a larger one where there is no room, else a new one for smaller ones."""
         try:
             with self._lock:
-                larger = self._take(self._fitting(nbytes, device.type)) if self._short(nbytes, budget) > 0 else None
+                larger = self._take(self._fitting(nbytes, device.type)) if self._short(nbytes, budget) else None
                 if larger is not None:
                     return larger
                 self._trade(nbytes, device.type)
@@ -192,9 +192,10 @@ class HostPool:
         with self._lock:
             self._views.pop(block.address, None)
             self._leased -= block.nbytes
-            self._idle.append((block, self._serial))
-            if generation != self._generation:
-                self._leave([self._idle[-1]])
+            if generation == self._generation:
+                self._idle.append((block, self._serial))
+            else:
+                self._leave(block)
 
     def _fitting(self, nbytes: int, kind: str, most: int | None = None) -> Block | None:
         """The smallest idle block of at least `nbytes` bytes, and at most `most`; of its like the last one used."""
@@ -206,39 +207,53 @@ class HostPool:
         self._idle = [entry for entry in self._idle if entry[0] is not block]
         return block
 
-    def _short(self, nbytes: int, budget: int) -> int:
-        """Bytes by which a new block would be too much."""
-        over = self._held + nbytes - budget if budget != NO_LIMIT else 0
-        return max(over, nbytes - free_host_memory())
+    def _reuse(self, nbytes: int, budget: int, kind: str) -> Block | None:
+        """An idle block, unless a new one of the very size keeps the budget and this one does not."""
+        block = self._take(self._fitting(nbytes, kind, WASTE * nbytes))
+        if block is not None and budget != NO_LIMIT:
+            self._shrink(budget)
+            if self._held > budget >= self._held - block.nbytes + nbytes:
+                self._leave(block)
+                return None
+        return block
+
+    def _short(self, nbytes: int, budget: int) -> bool:
+        """Whether a larger idle block is better than a new one: that would be too much, and what is there is not."""
+        limit = self._held + nbytes if budget == NO_LIMIT else budget
+        return self._held <= limit and (self._held + nbytes > limit or nbytes > free_host_memory())
 
     def _trade(self, nbytes: int, kind: str) -> None:
         """Give back idle blocks that were too small, up to the bytes that the new one takes."""
         left = nbytes
-        for entry in sorted(self._idle, key=lambda e: -e[0].nbytes):
-            if entry[0].kind == kind and entry[0].nbytes < nbytes and entry[0].nbytes <= left:
-                left -= entry[0].nbytes
-                self._leave([entry])
+        for block in sorted((b for b, _ in self._idle), key=lambda b: -b.nbytes):
+            if block.kind == kind and block.nbytes < nbytes and block.nbytes <= left:
+                left -= block.nbytes
+                self._leave(block)
 
     def _make_room(self, nbytes: int, budget: int) -> None:
-        """Give back idle blocks, those first that were used longest ago, until `nbytes` more are allowed."""
-        freed, free = 0, free_host_memory()
-        for entry in list(self._idle):
-            over = budget != NO_LIMIT and self._held + nbytes > budget
-            if over or nbytes > free + freed:
-                freed += entry[0].nbytes
-                self._leave([entry])
-        if budget != NO_LIMIT and self._held + nbytes > budget:
-            raise HostBudgetExceeded(nbytes, self._held, budget)
+        """Give back idle blocks until `nbytes` more are allowed, by the budget and by the system."""
+        if budget != NO_LIMIT:
+            self._shrink(budget - nbytes)
+            if self._held + nbytes > budget:
+                raise HostBudgetExceeded(nbytes, self._held, budget)
+        self._shrink(self._held - max(0, nbytes - free_host_memory()))
+
+    def _shrink(self, most: int) -> None:
+        """Give back idle blocks, the longest unused first, until `most` bytes are held or none is idle."""
+        for block, _ in list(self._idle):
+            if self._held > most:
+                self._leave(block)
 
     def _age(self) -> None:
         if self._serial % ROUND == 0:
-            self._leave([entry for entry in self._idle if entry[1] <= self._serial - ROUND])
+            for block, used in list(self._idle):
+                if used <= self._serial - ROUND:
+                    self._leave(block)
 
-    def _leave(self, entries: Iterable[tuple[Block, int]]) -> None:
-        for block, _ in list(entries):
-            self._held -= block.nbytes
-            self._leaving.append(block)
-            self._take(block)
+    def _leave(self, block: Block) -> None:
+        self._take(block)
+        self._held -= block.nbytes
+        self._leaving.append(block)
 
     def _release(self) -> None:
         """Without the lock: give blocks that leave to the system, when no copy touches them any more."""

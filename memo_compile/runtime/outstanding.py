@@ -5,6 +5,7 @@ A call counts as long as one of the tensors that it keeps is alive, whether a ba
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,14 @@ def _same(a: torch.device, b: torch.device) -> bool:
 def ledger() -> Ledger:
     """The process's ledger."""
     return Ledger()
+
+
+def _lock_anew() -> None:
+    """In a forked child: a thread that is not there may hold the lock. What calls hold, the child has copies of."""
+    ledger().lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_lock_anew)
 
 
 def kept_by(forward: fx.GraphModule, num_forward_outputs: int) -> Kept | None:

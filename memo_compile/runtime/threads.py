@@ -118,7 +118,7 @@ def _work(jobs: _Jobs, recorder: Recorder) -> None:
 def _run(job: _Job, recorder: Recorder) -> None:
     if job.after is not None:
         job.after.done.wait()
-        if job.after.error is not None:
+        if job.after.error is not None and job.kind == "H2D":  # what is written over need not have been read well
             raise TransferFailed(f"what it waits for failed: {job.after.error}")
     if job.delay is not None:
         time.sleep(job.delay(job.kind))

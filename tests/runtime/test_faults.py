@@ -76,6 +76,21 @@ def test_an_exception_in_a_copy_worker_says_which_copy(trained):
         fn(rows())
 
 
+def test_a_failed_read_of_a_block_does_not_stop_who_writes_to_it_next(trained):
+    _, fn = trained
+
+    def fail(kind):
+        if kind == "H2D":
+            raise OSError("the link is down")
+        return 0
+
+    with (
+        engine(CPU).delays(fail),
+        pytest.raises(errors.TransferFailed, match=r"H2D copy of .* failed: the link is down"),
+    ):
+        fn(rows()).square().mean().backward()
+
+
 def test_an_exception_in_a_hook(trained):
     _, fn = trained
     x = rows().requires_grad_()

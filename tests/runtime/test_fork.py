@@ -4,10 +4,12 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from memo_compile import registry
 from memo_compile.errors import LeaseOfAnotherProcess
 from memo_compile.placement import kernel
 from memo_compile.report import dumps
-from memo_compile.runtime import blocks, ops
+from memo_compile.runtime import blocks, ops, outstanding
 from memo_compile.runtime.host import HostPool
 
 CPU = torch.device("cpu")
@@ -103,6 +105,11 @@ def test_a_lock_that_another_thread_holds_is_not_the_childs(lock):
 
     with held_by_another_thread(lock()):
         assert in_child(child)
+
+
+def test_the_ledgers_lock_is_not_the_childs():
+    with held_by_another_thread(outstanding.ledger().lock):
+        assert in_child(lambda: outstanding.ledger().held(CPU) >= 0)
 
 
 def test_the_registrys_lock_is_not_the_childs_and_its_plans_are():
@@ -232,3 +239,24 @@ assert not wrong and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 def test_parent_and_child_train_on_different_data_and_a_forward_of_the_parents_is_refused():
     done = subprocess.run([sys.executable, "-c", SERVED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_each_module_that_makes_a_lock_or_a_thread_says_what_a_child_does_without():
+    """Those of one call's life alone are named here, with what they belong to."""
+    of_one_call = {
+        "hardware/calibration.py",  # workers within one measurement
+        "placement/deadline.py",  # a timer within one solver's context
+        "placement/search.py",  # workers within one search
+        "runtime/ahead.py",  # of the devices' engines, which ops.py drops
+        "runtime/engine.py",
+        "runtime/host.py",
+        "runtime/threads.py",
+    }
+    package = Path(blocks.__file__).parents[1]
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"threading\.(R?Lock|Thread|Timer|local|Condition)\b|PoolExecutor\(", path.read_text())
+        and "register_at_fork" not in path.read_text()
+    }
+    assert found <= of_one_call, "see docs/internals.md"

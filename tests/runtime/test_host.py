@@ -116,8 +116,12 @@ def test_lengths_at_random_hold_at_most_twice_the_longest():
 def test_what_was_not_used_for_long_goes_back(monkeypatch):
     monkeypatch.setattr(host, "ROUND", 10)
     pool = HostPool()
+    pool.lease(1000)
     pool.lease(100)
-    for _ in range(30):
+    for _ in range(9):
+        pool.lease(1000)
+    assert pool.held_bytes == 1100
+    for _ in range(10):
         pool.lease(1000)
     assert pool.held_bytes == 1000
 
@@ -149,6 +153,29 @@ def test_large_blocks_ask_for_huge_pages_and_none_is_a_childs(monkeypatch):
         blocks.map_block(nbytes, torch.device("cpu"))
     wipe = blocks._WIPE_ON_FORK
     assert advice == [(4096, wipe), (4 << 20, wipe), (4 << 20, mmap.MADV_HUGEPAGE)]
+
+
+def test_the_budget_counts_what_a_block_has_and_not_what_is_asked_of_it():
+    """Blocks that a call with a larger budget has left."""
+    pool = HostPool()
+    for left in ((1500,), (1000, 900), (3000, 1000)):
+        for n in left:
+            pool.lease(n)
+        pool.lease(800, budget=1000)
+        assert pool.held_bytes <= 1000, left
+        pool.drop_idle()
+    pool.lease(3000)
+    pool.lease(300, budget=1000)
+    assert pool.held_bytes == 300
+
+
+def test_what_other_calls_hold_beyond_a_budget_stops_no_call_that_takes_nothing_new():
+    pool = HostPool()
+    other, idle = pool.lease(5000), pool.lease(800)
+    del idle
+    assert pool.lease(800, budget=1000).numel() == 800
+    assert pool.held_bytes == 5800
+    del other
 
 
 def test_reset_returns_idle_blocks_now_and_leased_ones_later():

@@ -262,5 +262,15 @@ class NoReport(MemoError):
     """A folder that holds nothing to make a report of."""
 
 
+class RanksDisagree(MemoError):
+    """Ranks that run one graph together would carry out different plans of it."""
+
+    def __init__(self, difference: str) -> None:
+        super().__init__(
+            f"{difference}. The graph has collectives, so that its ranks must run one plan, or they wait "
+            "for each other for ever. Give all ranks the same options and the same program; free memory may differ."
+        )
+
+
 class RecompileLimit(MemoError):
     """Too many input shapes: Dynamo would silently run eagerly from here on."""

@@ -58,6 +58,7 @@ from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.outstanding import noted
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
 from memo_compile.trace.captured import takes_gradients
+from memo_compile.trace.ranks import together
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record, setting_for
 
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
@@ -220,9 +221,11 @@ class _Compilation:
         # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.
         if isinstance(budget, float) or (isinstance(budget, int) and budget > WORTHWHILE * p.unplanned_peak):
             p = replace(p, unplanned_peak=self._unplanned_peak(p))
-        limits = limits_for(self.setting, p.unplanned_peak)
-        self.budget = limits.budget
-        settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
+        with together(joint) as ranks:
+            limits = ranks.agree(limits_for(self.setting, p.unplanned_peak))
+            self.budget = limits.budget
+            settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
+            ranks.confirm(settled.decided)
         check_planned(self.setting, limits, settled.decided, settled.peak)
         if limits.budget is not None and settled.peak > limits.budget:
             self.budget = None  # the least that there is was taken

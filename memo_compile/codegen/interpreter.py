@@ -21,6 +21,7 @@ from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
+from memo_compile.trace.ranks import together
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record
 
 
@@ -73,9 +74,11 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     dump = Dump.open(setting.options.dump, setting.name)
     dump.joint(joint, num_outputs, static)
     p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
-    limits = limits_for(setting, p.unplanned_peak)
-    settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
-    decided = settled.decided
+    with together(joint) as ranks:
+        limits = ranks.agree(limits_for(setting, p.unplanned_peak))
+        settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
+        decided = settled.decided
+        ranks.confirm(decided)
     check_planned(setting, limits, decided, settled.peak)
     plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
     record(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,13 @@ def _host_budget(options: Options) -> int:
         return options.host_budget
     from memo_compile.runtime.ops import pool
 
-    return pool().held_bytes + int(free_host_memory() * HOST_SHARE)
+    return pool().held_bytes + int(free_host_memory() * HOST_SHARE) // local_ranks()
+
+
+def local_ranks() -> int:
+    """Processes that share this machine's memory, as torchrun tells: each has its share of what is free."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdecimal() else 1
 
 
 def limits_for(setting: Setting, unplanned_peak: int) -> Limits:

@@ -73,13 +73,13 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting)
 
 
 def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
-    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name), gradients_inside=takes_gradients(gm))
+    run = _Compilation(setting, _num_outputs(gm), setting.first_step, gradients_inside=takes_gradients(gm))
     try:
         compiled: Any = _through_inductor(run, run.inner, gm, inputs)
     except _Exceeded:
         log.info("%s: what was emitted is not what dry runs showed; planned again from closer ones", setting.name)
         rounds = run.plan.rounds if run.plan is not None else 0
-        run = replace(run, first_step=FirstStep(setting.name), scalar=False, rounds=rounds)
+        run = replace(run, scalar=False, rounds=rounds)
         compiled = _through_inductor(run, run.inner, gm, inputs)
     if run.dump is not None:
         compiled = run.dump.measured("forward", compiled, setting.device)
@@ -107,7 +107,7 @@ class _Exceeded(BaseException):
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked | None:
     """Plan a Dynamo graph as `compile_planned` does, from dry runs, and stop; None where it needs no gradient."""
     setting = setting_for(options, inputs)
-    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
+    run = _Compilation(setting, _num_outputs(gm), setting.first_step)
 
     def stop(*_: Any, **__: Any) -> Any:
         raise _Planned
@@ -232,7 +232,7 @@ class _Compilation:
         self.prepared, self.decided, self.evidence = p, settled.decided, settled.evidence
         self.plan = replace(
             self.decided.plan,
-            budget=limits.budget,
+            budget=limits.given(settled.peak),
             rounds=self.rounds + settled.rounds,
             seconds=time.perf_counter() - started,
         )

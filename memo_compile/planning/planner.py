@@ -89,6 +89,10 @@ class Limits:
     beside: int = 0
     promised: bool = True
 
+    def given(self, peak: int) -> int | None:
+        """The budget of a plan that holds `peak` bytes: it is given what it needs where nothing was promised."""
+        return None if self.budget is None else max(self.budget, peak)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -215,7 +215,7 @@ class _Compilation:
         write_numbers(joint)
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
         self.dump.joint(joint, num_forward_outputs, static)
-        p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
+        p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True, watch=self.dump.watch)
         self.layers = {n.name: n.meta[LAYER].index for n in joint.graph.nodes if LAYER in n.meta}
         budget = self.setting.options.memory_budget
         # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.

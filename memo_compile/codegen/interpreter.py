@@ -71,7 +71,7 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     write_numbers(joint)
     dump = Dump.open(setting.options.dump, setting.name)
     dump.joint(joint, num_outputs, static)
-    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
+    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
     with together(joint) as ranks:
         limits = ranks.agree(limits_for(setting, p.unplanned_peak))
         settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")

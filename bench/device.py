@@ -48,7 +48,7 @@ from bench.worker import Runner, end
 
 KINDS = ("tests", "fuzz", "rows", "probes")
 WORKERS = 12
-FUZZ_MINUTES = 0.75
+FUZZ_MINUTES, FUZZ_JOBS, FUZZ_LAST = 0.75, 8, 20.0  # seconds for what has begun by then
 SPARE = 8.0  # seconds at the end, for the page
 HOW = "PASSED|FAILED|ERROR|SKIPPED"
 TAIL = 3000  # characters of a log that are stored with its part
@@ -104,13 +104,17 @@ def outcomes(log: str) -> Row:
 
 
 def fuzz(seconds: float, device: str) -> tuple[bool, Row, str]:
-    """Whether the fuzzer had its time, and what it said."""
+    """Whether the fuzzer had its time, and what it said. Each commit draws its own programs, by `seed`."""
     if find_spec("bench.fuzz") is None:
         return True, {"skipped": "there is no bench.fuzz"}, ""
-    minutes = min(FUZZ_MINUTES, seconds / 60)
-    command = [sys.executable, "-m", "bench.fuzz", "--device", device, "--minutes", f"{minutes:.2f}"]
-    ran = run_within(command, seconds)
-    return ran.code is not None, {"exit": ran.code, "log": ran.text[-TAIL:]}, ran.text
+    minutes, seed = min(FUZZ_MINUTES, seconds / 60), roster.part_code()
+    jobs = str(min(FUZZ_JOBS, os.cpu_count() or 1))
+    with tempfile.TemporaryDirectory(prefix="memo-fuzz-") as runs:
+        many = ["--cases", "100000", "--jobs", jobs, "--no-reduction", "--runs", runs]
+        command = ["--backend", "memo", "--device", device, "--minutes", f"{minutes:.2f}", "--seed", seed, *many]
+        ran = run_within([sys.executable, "-m", "bench.fuzz", *command], min(seconds, 60 * minutes + FUZZ_LAST))
+    said = {"exit": ran.code, "seed": seed, "last": ran.text.strip().splitlines()[-1:], "log": ran.text[-TAIL:]}
+    return ran.code != 2, said, ran.text
 
 
 def probe(name: str, seconds: float, device: str) -> tuple[bool, Row, str]:

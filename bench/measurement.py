@@ -1,6 +1,6 @@
 """One row: a few training steps of one model at one length by one peer, and what they took.
 
-    python -m bench.measurement   # reads a case as a line of JSON, writes a row as one
+    python -m bench.measurement FILE   # reads a case as a line of JSON, writes the row to the file
 
 Figures: tokens/s, MFU with causal attention, peak bytes allocated and reserved, host bytes, seconds to compile, loss.
 `bench.worker` gives each row a process of its own, where nothing is left of other peers, and empty compiler caches, so
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,13 +206,16 @@ def _peak_flops(cuda: bool) -> float:
     return built_in("cuda").flops("bfloat16") if cuda else built_in("cpu").flops("float32")
 
 
-def main(read: Callable[[], str] = sys.stdin.readline) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Wait for a case, with all imports done; nothing touches the device before it is there."""
     import torch._inductor.compile_fx  # noqa: F401  (seconds that no row should pay for)
 
-    line = read()
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    line = sys.stdin.readline()
     if line.strip():
-        print(json.dumps(measure(Case(**json.loads(line)))), flush=True)
+        beside = Path(path).with_suffix(".part")
+        beside.write_text(json.dumps(measure(Case(**json.loads(line)))))
+        os.replace(beside, path)  # the file is there when the row is whole
     return 0
 
 

@@ -397,7 +397,7 @@ def _gaps(spans: Sequence[tuple[float, float]]) -> float:
     >>> _gaps([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
     2.0
     """
-    idle, until = 0.0, spans[0][0] if spans else 0.0
+    idle, until = 0.0, min((start for start, _ in spans), default=0.0)
     for start, end in sorted(spans):
         idle += max(0.0, start - until)
         until = max(until, end)

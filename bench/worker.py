@@ -20,6 +20,7 @@ from bench.measurement import Case, measure
 from bench.provenance import made
 from bench.rows import NothingToStandOn, Row, Rows, within
 
+TICK = 0.05  # seconds between looks for a row
 WAIT = 10.0  # seconds that a process which is told to end may take
 
 
@@ -37,14 +38,14 @@ class Worker:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
-        self._errors = folder / "errors"
-        with self._errors.open("w") as errors:
+        self._row, self._said = folder / "row.json", folder / "said"
+        with self._said.open("w") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.measurement"],
+                [sys.executable, "-m", "bench.measurement", str(self._row)],
                 env=environment,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                stdout=said,
+                stderr=said,
                 text=True,
                 start_new_session=True,
             )
@@ -57,25 +58,24 @@ class Worker:
             self._process.stdin.flush()
 
     def result(self, case: Case, seconds: float) -> Row | None:
-        """The row; None where it was not there in time. The process has ended."""
+        """The row; None where it was not there in time. The process has ended, and does not take its time to do so."""
+        until = time.monotonic() + seconds
         try:
-            out, _ = self._process.communicate(timeout=max(0.1, seconds))
-        except subprocess.TimeoutExpired:
-            return None
-        else:
-            lines = [line for line in out.splitlines() if line.startswith("{")]
-            row: Row = json.loads(lines[-1]) if lines else _died(case, self._errors.read_text()[-600:])
-            return row
+            while self._process.poll() is None and not self._row.exists() and time.monotonic() < until:
+                time.sleep(TICK)
+            if self._row.exists():
+                row: Row = json.loads(self._row.read_text())
+                return row
+            return None if self._process.poll() is None else _died(case, self._said.read_text()[-600:])
         finally:
             self.end()
 
     def end(self) -> None:
         """End the process, and what it started."""
         end(self._process)
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                if pipe is not None:
-                    pipe.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._folder.cleanup()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("bench.device", reason="the benchmarks lie beside the package, not in it")
 
-from bench import agenda, device, pages, provenance, roster, rows, worker
+from bench import agenda, device, pages, probes, provenance, roster, rows, worker
 from bench.agenda import Item
 from bench.measurement import Case
 
@@ -103,6 +103,25 @@ def test_a_row_that_outlasts_its_time_is_ended_and_begun_again_next_time(stored)
     runner.close()
     assert time.monotonic() - started < 60
     assert not stored.rows
+
+
+def test_a_process_that_dies_says_its_last_words(monkeypatch):
+    case = Case("llama-8b", 1, 128, "checkpoint", tiny=True, device="cpu", steps=1)
+    mine = worker.Worker()
+    mine.start(replace(case, model="no such model"))
+    row = mine.result(case, 120.0)
+    assert row["failed"] == "died"
+    assert "no such model" in row["said"]
+    assert row["peer"] == "checkpoint"
+
+
+def test_a_row_comes_back_from_a_process_of_its_own(stored):
+    runner = worker.Runner(stored, "a card")
+    case = Case("llama-8b", 1, 128, "checkpoint", tiny=True, device="cpu", steps=1)
+    row = runner.measure(case, 120.0)
+    runner.close()
+    assert row["losses"]
+    assert stored.current("a card", case)["wall_seconds"] > 0
 
 
 def test_a_row_of_another_card_does_not_count_here_and_comes_last(stored):
@@ -222,3 +241,14 @@ def test_a_probe_that_cannot_run_says_why(monkeypatch, tmp_path):
 def test_rows_and_answers_that_are_committed_are_taken_over(tmp_path):
     device._take_over(tmp_path)
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads((device.RESULTS / "gpu.json").read_text())
+
+
+def test_gaps_are_when_no_kernel_ran():
+    assert probes._gaps([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (7.0, 7.5)]) == 2.0 + 1.0
+    assert [probes._kind(n) for n in ("Memcpy DtoH", "nvjet_tst_128", "triton_poi_0", "fmha_cutlassF", "x")] == [
+        "copies",
+        "products",
+        "fused",
+        "attention",
+        "other",
+    ]

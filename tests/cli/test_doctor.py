@@ -29,7 +29,7 @@ def test_an_unsupported_torch_stops_it(monkeypatch):
 
 
 def test_little_memory_and_no_locking_are_told(monkeypatch):
-    monkeypatch.setattr("memo_compile.hardware.profiles.free_host_memory", lambda: 2**20)
+    monkeypatch.setattr(doctor, "free_host_memory", lambda: 2**20)
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (8 * 2**20, 8 * 2**20))
     assert "little room" in doctor._host_memory().advice
     assert "ulimit" in doctor._locked_memory("cuda").advice

@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Of this checkout alone: in a shared cache, a compiler that was stopped half-way leaves broken files behind.
 export TORCHINDUCTOR_CACHE_DIR ?= $(abspath $(VENV))/inductor
 
-.PHONY: demo test test-all test-compat check check-update lint clean
+.PHONY: demo fuzz test test-all test-compat check check-update lint clean
 
 # What the demo needs.
 $(RUNS): pyproject.toml
@@ -62,6 +62,13 @@ check: $(STAMP)
 
 check-update: $(STAMP)
 	$(BIN)/memo check --baseline bench/baselines/h100.json --hardware h100 --update $(ZOO)
+
+# Programs drawn from a seed: hours, on all cores. Stopped, it goes on where it was.
+SEED ?= 1
+fuzz: $(STAMP)
+	-OMP_NUM_THREADS=1 $(BIN)/python -m bench.fuzz --cases 10000 --seed $(SEED) --jobs 2
+	-OMP_NUM_THREADS=1 $(BIN)/python -m bench.fuzz --cases 1000 --seed $(SEED) --jobs 2 --backend memo
+	$(BIN)/python -m bench.fuzz --report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,7 +18,10 @@ def plans() -> list[Plan]:
 
 
 def reset() -> None:
-    """Forget all plans and free all that memo holds; what a call still holds is freed when the call lets go."""
+    """Forget all plans and free all that memo holds; what a call still holds is freed when the call lets go.
+
+    Host memory that a CUDA graph has captured stays until the process ends: its replays copy there.
+    """
     from memo_compile.runtime.ops import pool  # loads torch
 
     registry().clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from memo_compile.trace.frames import note_graph_break, note_shapes
 from memo_compile.versions import check_torch
 
 if TYPE_CHECKING:
+    from memo_compile.runtime.first_step import FirstStep
     from memo_compile.trace.setting import Setting
 
 Compiled = Callable[..., Any]
@@ -84,6 +86,7 @@ def _compiled(
     reference: str,
 ) -> Compiled:
     from memo_compile.passes.fx.ranges import NoRange
+    from memo_compile.runtime.kept_budgets import kept, twin
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)
@@ -91,11 +94,17 @@ def _compiled(
     if not setting.asks and any(is_symbolic(size) for size in sizes_of(inputs)):
         return unplanned(gm, inputs, options)
     plain = copy.deepcopy(gm) if options.verify is True else None
+    spare = twin(gm)
     try:
         compiled = planned(gm, inputs, setting)
     except NoRange:
         _specialize(inputs)
         compiled = planned(gm, inputs, setting)
+
+    def again(step: FirstStep, args: list[Any]) -> Compiled:
+        return planned(twin(spare), args, replace(setting, first_step=step))
+
+    compiled = kept(compiled, setting.first_step, again)
     return compiled if plain is None else verified(compiled, plain, reference)
 
 

@@ -100,6 +100,25 @@ class CompiledAutograd(MemoError):
         )
 
 
+class BudgetExceeded(MemoError):
+    """A step held more than the budget that its plan was to keep. `budget`, `held` and `taken` are bytes.
+
+    `op` took most for itself of what nobody knew of; "" where none did.
+    """
+
+    def __init__(self, budget: int, held: int, op: str, taken: int) -> None:
+        self.budget, self.held, self.op, self.taken = budget, held, op, taken
+        cause = f"{op} took {taken:,} bytes for itself" if op else "no op took it for itself"
+        super().__init__(
+            f"memory_budget = {budget:,} bytes was not kept: the first step held {held:,} bytes, and {cause}. No plan "
+            f"within the budget allows for that: raise memory_budget to at least {held:,} bytes, or shorten the "
+            "sequence or the batch."
+        )
+
+    def __reduce__(self) -> tuple[type[BudgetExceeded], tuple[int, int, str, int]]:
+        return type(self), (self.budget, self.held, self.op, self.taken)
+
+
 class ReserveTooLarge(MemoError):
     """With memory_budget="auto": `reserve` and the margin leave nothing of what is free. All are bytes."""
 
@@ -260,6 +279,16 @@ class NotReplayable(MemoError):
 
 class NoReport(MemoError):
     """A folder that holds nothing to make a report of."""
+
+
+class RanksDisagree(MemoError):
+    """Ranks that run one graph together would carry out different plans of it."""
+
+    def __init__(self, difference: str) -> None:
+        super().__init__(
+            f"{difference}. The graph has collectives, so that its ranks must run one plan, or they wait "
+            "for each other for ever. Give all ranks the same options and the same program; free memory may differ."
+        )
 
 
 class RecompileLimit(MemoError):

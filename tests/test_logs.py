@@ -118,7 +118,7 @@ def test_a_running_profiler_is_left_alone(info):
 
 
 def test_nothing_is_measured_without_info(monkeypatch):
-    monkeypatch.setattr("memo_compile.runtime.first_step.usage", None)
+    monkeypatch.setattr("memo_compile.runtime.first_step.recorded", None)
     train({}, zoo.batch(1))
 
 

@@ -58,6 +58,7 @@ from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.outstanding import noted
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
 from memo_compile.trace.captured import takes_gradients
+from memo_compile.trace.ranks import together
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record, setting_for
 
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
@@ -72,13 +73,13 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting)
 
 
 def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
-    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name), gradients_inside=takes_gradients(gm))
+    run = _Compilation(setting, _num_outputs(gm), setting.first_step, gradients_inside=takes_gradients(gm))
     try:
         compiled: Any = _through_inductor(run, run.inner, gm, inputs)
     except _Exceeded:
         log.info("%s: what was emitted is not what dry runs showed; planned again from closer ones", setting.name)
         rounds = run.plan.rounds if run.plan is not None else 0
-        run = replace(run, first_step=FirstStep(setting.name), scalar=False, rounds=rounds)
+        run = replace(run, scalar=False, rounds=rounds)
         compiled = _through_inductor(run, run.inner, gm, inputs)
     if run.dump is not None:
         compiled = run.dump.measured("forward", compiled, setting.device)
@@ -106,7 +107,7 @@ class _Exceeded(BaseException):
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked | None:
     """Plan a Dynamo graph as `compile_planned` does, from dry runs, and stop; None where it needs no gradient."""
     setting = setting_for(options, inputs)
-    run = _Compilation(setting, _num_outputs(gm), FirstStep(setting.name))
+    run = _Compilation(setting, _num_outputs(gm), setting.first_step)
 
     def stop(*_: Any, **__: Any) -> Any:
         raise _Planned
@@ -214,22 +215,24 @@ class _Compilation:
         write_numbers(joint)
         self.dump = Dump.open(self.setting.options.dump, self.setting.name)
         self.dump.joint(joint, num_forward_outputs, static)
-        p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True)
+        p = prepare(joint, inputs, num_forward_outputs, static, self.setting.profile, fused=True, watch=self.dump.watch)
         self.layers = {n.name: n.meta[LAYER].index for n in joint.graph.nodes if LAYER in n.meta}
         budget = self.setting.options.memory_budget
         # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.
         if isinstance(budget, float) or (isinstance(budget, int) and budget > WORTHWHILE * p.unplanned_peak):
             p = replace(p, unplanned_peak=self._unplanned_peak(p))
-        limits = limits_for(self.setting, p.unplanned_peak)
-        self.budget = limits.budget
-        settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
+        with together(joint) as ranks:
+            limits = ranks.agree(limits_for(self.setting, p.unplanned_peak))
+            self.budget = limits.budget
+            settled: Settled[_Evidence] = settle(p, limits, self._looked_at, name=self.setting.name, backend="memo")
+            ranks.confirm(settled.decided)
         check_planned(self.setting, limits, settled.decided, settled.peak)
         if limits.budget is not None and settled.peak > limits.budget:
             self.budget = None  # the least that there is was taken
         self.prepared, self.decided, self.evidence = p, settled.decided, settled.evidence
         self.plan = replace(
             self.decided.plan,
-            budget=limits.budget,
+            budget=limits.given(settled.peak),
             rounds=self.rounds + settled.rounds,
             seconds=time.perf_counter() - started,
         )

@@ -17,10 +17,10 @@ from memo_compile.planning.fit_budget import settle
 from memo_compile.planning.planner import Decided, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
-from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
+from memo_compile.trace.ranks import together
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record
 
 
@@ -43,8 +43,7 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
         kept.append(setting.keeps(decided.forward, num_fwd_outputs))
         return decided.forward, decided.backward
 
-    first_step = FirstStep(setting.name)
-
+    first_step = setting.first_step
     poisoning = setting.options.verify == "poison"
 
     def backward(graph: fx.GraphModule, example: Sequence[Any]) -> Callable[[list[Any]], Any]:
@@ -72,12 +71,14 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     write_numbers(joint)
     dump = Dump.open(setting.options.dump, setting.name)
     dump.joint(joint, num_outputs, static)
-    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False)
-    limits = limits_for(setting, p.unplanned_peak)
-    settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
-    decided = settled.decided
+    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
+    with together(joint) as ranks:
+        limits = ranks.agree(limits_for(setting, p.unplanned_peak))
+        settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
+        decided = settled.decided
+        ranks.confirm(decided)
     check_planned(setting, limits, decided, settled.peak)
-    plan = replace(decided.plan, budget=limits.budget, rounds=settled.rounds)
+    plan = replace(decided.plan, budget=limits.given(settled.peak), rounds=settled.rounds)
     record(plan)
     dump.decided(p, decided, setting.options)
     dump.plan(plan)

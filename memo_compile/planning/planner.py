@@ -6,24 +6,24 @@ Pure: nothing is compiled, no tensor data is touched. `backend` and the `memo pl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch.fx as fx
 
-from memo_compile.errors import DrawnTwice, HostBudgetExceeded, SolverOutOfTime
+from memo_compile.errors import HostBudgetExceeded, SolverOutOfTime
 from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.logs import logger
-from memo_compile.passes.analysis.bit_sensitive import any_decides, deciding
-from memo_compile.passes.analysis.costs import Cost, Timer, graph_costs
-from memo_compile.passes.analysis.layers import LayerReport, annotate_layers
+from memo_compile.passes.analysis.costs import Cost, Timer
+from memo_compile.passes.analysis.layers import LayerReport
 from memo_compile.passes.analysis.liveness import last_reads, lifetimes
 from memo_compile.passes.analysis.peak_tensors import obstacles
 from memo_compile.passes.analysis.token_axis import TokenAxis
-from memo_compile.passes.analysis.tokens import TokenInfo, TokenReport, annotate_tokens
+from memo_compile.passes.analysis.tokens import TokenInfo, TokenReport
+from memo_compile.passes.analysis.user_checkpoints import Policies
 from memo_compile.passes.fx.facts import (
     HOST_LEASE,
     draws_from_seed,
@@ -36,24 +36,13 @@ from memo_compile.passes.fx.facts import (
     storage_of,
 )
 from memo_compile.passes.fx.meta import LAYER, TOKENS
-from memo_compile.passes.fx.user_checkpoints import Policies, drop_suggestions, policies_of
-from memo_compile.passes.transforms.attention import write_over_attention_inputs
-from memo_compile.passes.transforms.masks import share_masks
-from memo_compile.passes.transforms.matmuls import keep_early_products
+from memo_compile.passes.pipeline import Decision, Joint, Watch, act, annotate, unwatched
 from memo_compile.passes.transforms.partition import (
-    UNCHECKED,
     Split,
-    canonical_saved,
     order_backward,
-    readable_inputs,
-    recompute_chain,
-    saved_in,
-    split_as_torch,
-    split_saving,
 )
-from memo_compile.passes.transforms.slices import Homes, Sliced, apply_homes
-from memo_compile.passes.transforms.sums import add_as_they_come
-from memo_compile.passes.transforms.transfers import schedule_offloads, schedule_prefetches
+from memo_compile.passes.transforms.saved_set import SavedSet
+from memo_compile.passes.transforms.slices import Homes, Sliced
 from memo_compile.planning import residency
 from memo_compile.planning.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.schema import ActivationPlan, Plan, Stop
@@ -88,6 +77,10 @@ class Limits:
     objective: Literal["time", "memory"] = "time"
     beside: int = 0
     promised: bool = True
+
+    def given(self, peak: int) -> int | None:
+        """The budget of a plan that holds `peak` bytes: it is given what it needs where nothing was promised."""
+        return None if self.budget is None else max(self.budget, peak)
 
 
 @dataclass(frozen=True)
@@ -167,6 +160,7 @@ def prepare(
     fused: bool,
     timer: Timer | None = None,
     workspaces: Workspaces | None = None,
+    watch: Watch = unwatched,
 ) -> Prepared:
     """Annotate a joint graph: token axes, live ranges, costs, what may be recomputed and from what.
 
@@ -177,83 +171,50 @@ def prepare(
         fused: whether a fusing compiler runs the graphs.
         timer: seconds of nodes that were measured on a device, as `graph_costs` takes them.
         workspaces: where to look for what kernels take for themselves; by default also by calling them.
+        watch: is shown the joint graph after each pass, with the pass's name and what it found.
     """
     workspaces = workspaces or Workspaces(fused)
-    policies = policies_of(joint)
-    unplanned = start = split_as_torch(joint, inputs, num_forward_outputs, static_inputs)
-    if policies.suggested:  # the user's checkpoints say what may be recomputed; memo asks what would be saved without
-        drop_suggestions(joint, policies)
-        start = split_as_torch(joint, inputs, num_forward_outputs, static_inputs)
-    theirs = saved_in(joint, start)
-    if fused:
-        joint = add_as_they_come(joint)
-    tokens = annotate_tokens(joint, _data_inputs(joint, static_inputs))
-    layers = annotate_layers(joint)
-    saved, split = _own_split(joint, theirs, unplanned, policies)
-    plannable = split is not unplanned
-    if not plannable:
-        log.warning("nothing is planned: %s", DRAWN_AGAIN)
-    for graph in (unplanned.forward, unplanned.backward, split.forward, split.backward):
-        workspaces.annotate(graph)
-    costs = graph_costs(joint, profile, fused=fused, written=saved, timer=timer)
-    return Prepared(
-        joint,
-        num_forward_outputs,
-        unplanned,
-        # Seeds are read by the backward only where a plan makes a draw again.
-        tuple(n for n in saved if n.name in split.saved or is_seed(n)),
-        tokens,
-        layers,
-        split.forward,
-        order_backward(split.backward),
-        _chains(joint, saved, deciding(split.backward)),
-        costs,
-        {k: c.seconds for k, c in costs.items()},
-        {k: int(c.flops) for k, c in costs.items()},
-        fused,
-        profile,
-        graph_peak(unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused),
-        sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
-        plannable,
-        policies,
-        workspaces,
+    state = Joint(
+        graph=joint,
+        inputs=inputs,
+        num_forward_outputs=num_forward_outputs,
+        static_inputs=static_inputs,
+        profile=profile,
+        fused=fused,
+        timer=timer,
+        workspaces=workspaces.annotate,
     )
-
-
-def _own_split(
-    joint: fx.GraphModule, saved: list[fx.Node] | None, unplanned: Split, policies: Policies
-) -> tuple[list[fx.Node], Split]:
-    """What is saved, canonical, and the split that saves it; nothing and torch's own where only that is right."""
-    if saved is None:
-        return [], unplanned
-    saved = canonical_saved(joint, saved, policies)
-    try:
-        return saved, split_saving(joint, saved, unplanned.num_forward_outputs)
-    except DrawnTwice:  # in the user's own checkpoints, where torch's split keeps the generator's states
-        return [], unplanned
-
-
-def _data_inputs(joint: fx.GraphModule, static_inputs: list[int] | None) -> list[fx.Node]:
-    """Inputs that are no parameters: what torch does not hold at fixed addresses."""
-    static = set(static_inputs or ())
-    placeholders = [n for n in joint.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
-    return [n for i, n in enumerate(placeholders) if i not in static]
-
-
-def _chains(
-    joint: fx.GraphModule, saved: list[fx.Node], exact: frozenset[str]
-) -> dict[str, tuple[fx.Node, ...] | None]:
-    """What makes each saved value again; None also for those of which the last bits matter, `exact` among them.
-
-    Nothing is made from inputs that a user's function keeps by itself: autograd does not see when these are written to.
-    """
-    chains: dict[str, tuple[fx.Node, ...] | None] = {}
-    available = {n for n in {*saved, *readable_inputs(joint)} if UNCHECKED not in n.meta}
-    for node in saved:
-        once = node.op == "placeholder" or node.name in exact
-        chain = None if once else recompute_chain(node, available)
-        chains[node.name] = tuple(chain) if chain is not None and not any_decides(chain) else None
-    return chains
+    found = annotate(state, watch)
+    unplanned: Split = found["unplanned"].split
+    saved_set: SavedSet = found["saved_set"]
+    costs: Mapping[str, Cost] = found["costs"]
+    if not saved_set.plannable:
+        log.warning("nothing is planned: %s", DRAWN_AGAIN)
+    split = saved_set.split
+    return Prepared(
+        joint=joint,
+        num_forward_outputs=num_forward_outputs,
+        unplanned=unplanned,
+        # Seeds are read by the backward only where a plan makes a draw again.
+        saved=tuple(n for n in saved_set.values if n.name in split.saved or is_seed(n)),
+        tokens=found["tokens"],
+        layers=found["layers"],
+        forward=split.forward,
+        backward=order_backward(split.backward),
+        chains=found["recompute_chains"],
+        costs=costs,
+        seconds={k: c.seconds for k, c in costs.items()},
+        flops={k: int(c.flops) for k, c in costs.items()},
+        fused=fused,
+        profile=profile,
+        unplanned_peak=graph_peak(
+            unplanned.forward, unplanned.backward, unplanned.saved, num_forward_outputs, fused=fused
+        ),
+        forward_flops=sum(int(costs[n.name].flops) for n in split.forward.graph.nodes if n.name in costs),
+        plannable=saved_set.plannable,
+        policies=found["user_checkpoints"],
+        workspaces=workspaces,
+    )
 
 
 def graph_peak(
@@ -564,43 +525,26 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, in_the_way, limits, ahead, problem)
 
 
-Watch = Callable[[str, fx.GraphModule, fx.GraphModule], None]
-
-
 def carry_out(
-    p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int, watch: Watch | None = None
+    p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int, watch: Watch = unwatched
 ) -> Sliced:
     """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
 
     With `ahead`, transfers overlap with computation; without, nothing waits in memory for a link. `watch` is shown both
-    graphs behind each pass, with the pass's name; the next pass rewrites them in place.
+    graphs after each pass, with the pass's name; the next pass rewrites them in place.
     """
-    show: Watch = watch or (lambda *_: None)
-    dropped = {key for key, h in homes.items() if h.recomputed == h.tokens}
-    split = split_saving(p.joint, [n for n in p.saved if n.name not in dropped], p.num_forward_outputs)
-    show("partition", split.forward, split.backward)
-    sliced = apply_homes(p.joint, split, {k: h for k, h in homes.items() if k not in dropped}, host_budget)
-    show("slices", sliced.forward, sliced.backward)
-
-    def seconds(node: fx.Node) -> float:
-        return _step_seconds(p, node)
-
-    def live(graph: fx.GraphModule) -> list[int]:
-        return lifetimes(graph, fused=p.fused, owned_inputs=frozenset(sliced.saved)).live_bytes()
-
-    forward, backward = sliced.forward, sliced.backward
-    beside = live(backward)
-    forward = schedule_offloads(
-        forward, seconds, p.profile.d2h, ahead=ahead, live=live(forward), most=0 if ahead else max(beside, default=0)
+    decision = Decision(
+        joint=p.joint,
+        saved=p.saved,
+        homes=homes,
+        host_budget=host_budget,
+        overlap=ahead,
+        seconds=partial(_step_seconds, p),
+        profile=p.profile,
+        fused=p.fused,
+        workspaces=p.workspaces.annotate,
     )
-    backward = schedule_prefetches(backward, seconds, p.profile.h2d, ahead=ahead, live=beside)
-    backward = keep_early_products(backward)
-    show("transfers", forward, backward)
-    if p.fused:
-        forward, backward = (write_over_attention_inputs(share_masks(g)) for g in (forward, backward))
-        show("attention", forward, backward)
-    forward, backward = (p.workspaces.annotate(g) for g in (forward, backward))
-    return replace(sliced, forward=forward, backward=backward)
+    return act(decision, p.unplanned, watch)
 
 
 def _recomputed_flops(p: Prepared, homes: Mapping[str, Homes]) -> int:

@@ -2,7 +2,7 @@
 
     joint.py, forward.py, backward.py   graphs as Python
     annotated.py                        the joint graph with what the passes found
-    passes/N-NAME/                      each pass: its graphs before and after, and diff.txt
+    passes/N-NAME/                      each pass: its graphs before and after, diff.txt, found.json
     forward_code.py, backward_code.py   what Inductor emitted
     layer.dot, layer.svg                one layer with live ranges and homes
     layers.txt                          saved activations, those of one source line in one row
@@ -38,17 +38,18 @@ from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import nbytes, source_line
 from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.pipeline import Graphs
 from memo_compile.planning.planner import Decided, Prepared
 from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.measured import profiled
-from memo_compile.report.pass_log import Snapshot, as_files, pass_log, readable, snapshot
+from memo_compile.report.pass_log import Watched, as_files, pass_log, readable, snapshot
 from memo_compile.report.picture import layer_dot, render
 from memo_compile.report.tables import layer_table
 from memo_compile.report.timeline import report_data, simulated
 from memo_compile.report.traces import artifact, tracing
 from memo_compile.schema import Plan
 
-DUMP_VERSION = 1
+DUMP_VERSION = 2
 
 log = logger(__name__)
 
@@ -58,7 +59,7 @@ class Dump:
     """A folder for one graph, or None for no dump: without a trace either, every method does nothing."""
 
     folder: Path | None
-    incoming: Snapshot | None = None
+    passes: Watched | None = None
 
     @property
     def wanted(self) -> bool:
@@ -84,8 +85,8 @@ class Dump:
         """`joint.py` and `joint.json`: the joint graph as it came in, before a pass has touched it."""
         if not self.wanted:
             return
-        self.incoming = snapshot(gm)
-        self._show("joint.py", self.incoming.python)
+        self.passes = Watched({"joint": snapshot(gm)})
+        self._show("joint.py", readable(gm))
         try:
             graph = graph_to_json(gm)
         except NotReplayable as error:
@@ -94,15 +95,20 @@ class Dump:
         facts = {"num_forward_outputs": num_forward_outputs, "static_inputs": list(static_inputs or ())}
         self._write("joint.json", json.dumps({"version": DUMP_VERSION, **facts, "graph": graph}))
 
+    def watch(self, name: str, graphs: Graphs, found: Any) -> None:
+        """Note what a pass did to the graphs, and what it found."""
+        if self.passes is not None:
+            self.passes(name, graphs, found)
+
     def decided(self, p: Prepared, decided: Decided, options: Options) -> None:
         """What the passes found, decided and did."""
         if not self.wanted:
             return
-        assert self.incoming is not None
+        assert self.passes is not None
         self._show("annotated.py", annotated(p, decided))
         self._show("forward.py", readable(decided.forward))
         self._show("backward.py", readable(decided.backward))
-        for name, text in as_files(pass_log(self.incoming, p, decided)).items():
+        for name, text in as_files(pass_log(self.passes, p, decided)).items():
             self._show(name, text)
         picture = layer_dot(p, decided)
         if picture is not None:
@@ -197,10 +203,6 @@ def compilation_record(p: Prepared, decided: Decided, options: Options) -> dict[
         "limits": asdict(decided.limits) if decided.limits is not None else None,
         "ahead": decided.ahead,
         "unplanned_peak": p.unplanned_peak,
-        "tokens": asdict(p.tokens),
-        "unplanned_saved": list(p.unplanned.saved),
-        "saved": [n.name for n in p.saved],
-        "seconds": dict(p.seconds),
         "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.homes.items()},
         "decided": asdict(decided.plan),
     }

@@ -1,14 +1,14 @@
-"""What each pass did to the graphs: before and after as Python, and a diff in words.
+"""What each pass did to the graphs: before and after as Python, a diff in words, and what it found.
 
-The passes are run once more, on the decision that was taken, and their graphs are written down behind each.
+Passes that annotate are watched as they run. Those that act are run once more, on the decision that was taken.
 """
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ import torch.fx as fx
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import nbytes, op_name, source_line
 from memo_compile.passes.fx.meta import TOKENS, WHY
+from memo_compile.passes.pipeline import Graphs
 from memo_compile.planning.planner import Decided, Prepared, carry_out
+from memo_compile.report.plain import plain
+
+FOUND = "found.json"
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass. Graphs by name ("joint", or "forward" and "backward"); `summary` says what it did."""
+    """One pass. Graphs by name ("joint", or "forward" and "backward"); `found` as plain data, `summary` in words."""
 
     name: str
     before: Mapping[str, Snapshot]
     after: Mapping[str, Snapshot]
     summary: str
+    found: Any = None
 
 
 _HEADER = """import torch
@@ -85,43 +90,50 @@ def statement(node: fx.Node) -> str:
     return f"{node.name} = {op}({', '.join(arguments)})"
 
 
-def pass_log(joint: Snapshot, p: Prepared, decided: Decided) -> list[PassRecord]:
-    """The passes in order. `joint` is the joint graph as it came in."""
-    cleaned = snapshot(p.joint)
-    records = [
-        PassRecord("clean_up", {"joint": joint}, {"joint": cleaned}, _clean_up(joint, cleaned)),
-        PassRecord("tokens", {"joint": cleaned}, {"joint": cleaned}, _tokens(p)),
-    ]
-    states: list[tuple[str, dict[str, Snapshot]]] = []
+@dataclass
+class Watched:
+    """Notes graphs after each pass, beginning with the joint graph as it came in."""
 
-    def watch(name: str, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-        states.append((name, {"forward": snapshot(forward), "backward": snapshot(backward)}))
+    last: Mapping[str, Snapshot]
+    records: list[PassRecord] = field(default_factory=list)
 
+    def __call__(self, name: str, graphs: Graphs, found: Any) -> None:
+        """See `passes.pipeline.Watch`."""
+        after = {graph: snapshot(gm) for graph, gm in graphs.items()}
+        summary = "\n".join(
+            diff(graph, self.last[graph], after[graph], _MOVES.get((name, graph), ""))
+            for graph in after
+            if graph in self.last
+        )
+        if name in _NOTES:
+            summary = f"{_NOTES[name]}\n\n{summary}"
+        self.records.append(PassRecord(name, self.last, after, summary, plain(found)))
+        self.last = after
+
+
+def pass_log(annotating: Watched, p: Prepared, decided: Decided) -> list[PassRecord]:
+    """The passes in order, those that act from the decision; words of their own for those that make more of it."""
+    acting = Watched(annotating.last)
     if decided.homes and decided.limits is not None:
-        carry_out(p, decided.homes, ahead=decided.ahead, host_budget=decided.limits.host, watch=watch)
+        carry_out(p, decided.homes, ahead=decided.ahead, host_budget=decided.limits.host, watch=acting)
     else:
-        watch("partition", decided.forward, decided.backward)
-    name, split = states[0]
-    records.append(PassRecord(name, {"joint": cleaned}, split, _partition(p, decided, split)))
-    for (_, before), (name, after) in pairwise(states):
-        parts = [diff(graph, before[graph], after[graph], _MOVES[name, graph]) for graph in ("forward", "backward")]
-        records.append(PassRecord(name, before, after, "\n".join(parts)))
-    return records
+        acting("partition", {"forward": decided.forward, "backward": decided.backward}, None)
+    in_words: dict[str, Callable[[PassRecord], str]] = {
+        "tokens": lambda _: _tokens(p),
+        "partition": lambda record: _partition(p, decided, record.after),
+    }
+    return [
+        replace(r, summary=in_words[r.name](r)) if r.name in in_words else r
+        for r in (*annotating.records, *acting.records)
+    ]
 
 
+_NOTES = {"unplanned": "dead nodes and duplicates are dropped, as torch's own partitioner does"}
+# Why nodes of a graph move in a pass.
 _MOVES = {
-    ("slices", "forward"): "",
-    ("slices", "backward"): "made again directly before the first gradient that needs it",
-    ("transfers", "forward"): "waits where the link will have ended the copy",
-    ("transfers", "backward"): "",
-    ("attention", "forward"): "",
-    ("attention", "backward"): "",
+    ("slices", "backward"): "recomputed directly before the first gradient that needs it",
+    ("offloads", "forward"): "waits where the link will have ended the copy",
 }
-
-
-def _clean_up(before: Snapshot, after: Snapshot) -> str:
-    note = "dead nodes and duplicates are dropped, as torch's own partitioner does; partial sums are put in memory"
-    return f"{note}\n\n{diff('joint', before, after, '')}"
 
 
 def _tokens(p: Prepared) -> str:
@@ -142,16 +154,16 @@ def _partition(p: Prepared, decided: Decided, split: Mapping[str, Snapshot]) -> 
     front, back = ({line.name for line in split[g].lines} for g in ("forward", "backward"))
     nodes = [n for n in p.joint.graph.nodes if n.op == "call_function"]
     held = {line.name for line in split["backward"].lines if line.text.endswith(" = input")}
-    again = [n for n in nodes if n.name in front and n.name in back and n.name not in held]
+    twice = [n for n in nodes if n.name in front and n.name in back and n.name not in held]
     lines = [
         f"joint, {len(p.joint.graph.nodes)} nodes -> forward, {len(front)}, and backward, {len(back)}",
         f"saved for the backward: {len(held & front)} values",
-        f"run in both: {len(again)} nodes",
+        f"run in both: {len(twice)} nodes",
     ]
-    for n in again:
+    for n in twice:
         home = decided.homes.get(n.name)
         whole = home is not None and home.recomputed == home.tokens
-        why = "the plan recomputes it whole" if whole else "made again from what is saved"
+        why = "the plan recomputes it whole" if whole else "recomputed from what is saved"
         lines.append(f"  = {statement(n)}{_note(nbytes(n), source_line(n), why)}")
     return "\n".join(lines) + "\n"
 
@@ -223,12 +235,19 @@ def _at(source: str) -> str:
     return f", {source}" if source else ""
 
 
+def folder_of(number: int, name: str) -> str:
+    """Where the dump holds a pass, counted from one."""
+    return f"passes/{number}-{name}"
+
+
 def as_files(records: Sequence[PassRecord]) -> dict[str, str]:
-    """Relative paths and texts: a folder a pass, with `GRAPH.before.py`, `GRAPH.after.py` and `diff.txt`."""
+    """Relative paths and texts: a folder a pass, its graphs before and after, `diff.txt`, and what it found."""
     files: dict[str, Any] = {}
     for number, record in enumerate(records, start=1):
-        folder = f"passes/{number}-{record.name}"
+        folder = folder_of(number, record.name)
         for when, graphs in (("before", record.before), ("after", record.after)):
             files.update({f"{folder}/{graph}.{when}.py": shot.python for graph, shot in graphs.items()})
         files[f"{folder}/diff.txt"] = f"{record.name}\n\n{record.summary}"
+        if record.found is not None:
+            files[f"{folder}/{FOUND}"] = json.dumps(record.found)
     return files

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,17 +27,21 @@ from memo_compile.codegen.arena.layout import Link, plan_arena
 from memo_compile.codegen.emitted.body import Body, Storage
 from memo_compile.errors import NotReplayable
 from memo_compile.hardware.profiles import from_fields
+from memo_compile.passes import pipeline
 from memo_compile.passes.fx.build import fake_mode
 from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.pipeline import Graphs, Watch
 from memo_compile.passes.transforms.slices import Homes
 from memo_compile.planning.planner import Decided, Limits, Prepared, carry_out, decide, prepare
 from memo_compile.report.dumps import DUMP_VERSION
 from memo_compile.report.graph_io import graph_from_json
-from memo_compile.report.pass_log import readable
+from memo_compile.report.pass_log import FOUND, folder_of, readable
+from memo_compile.report.plain import plain
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
 from memo_compile.workspaces.annotate import Workspaces
 
+MOST_SHOWN = 24  # differences of one pass
 RELATIVE = 1e-9  # by which a sum of seconds may differ: another order of summation
 
 
@@ -104,12 +109,14 @@ def _passes(
     placeholders = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
     profile = from_fields(record["profile"])
     known = {w.node: w for w in dumped.workspaces}
+    done: list[Replayed] = []
     p = prepare(
         *(joint, (placeholders, []), raw["num_forward_outputs"], raw["static_inputs"], profile),
         fused=record["fused"],
         workspaces=Workspaces(record["fused"], measure=False, given=known),
+        watch=_watching(folder, timer, 0, done),
     )
-    yield from _prepared(p, record, folder, timer)
+    yield from done
     p = replace(p, unplanned_peak=record["unplanned_peak"])
     if record["limits"] is None:
         return
@@ -154,30 +161,22 @@ def _versions(record: Mapping[str, Any]) -> list[str]:
     return [f"the dump was made with {k} {record[k]}, this is {v}" for k, v in here.items() if record[k] != v]
 
 
-def _prepared(p: Prepared, record: Mapping[str, Any], folder: Path, timer: _Timer) -> Iterator[Replayed]:
-    """Everything that `prepare` finds out; its seconds stand with the first line."""
-    differences = _graph(p.joint, folder / "passes/1-clean_up/joint.after.py")
-    yield timer.done("clean_up", f"{len(p.joint.graph.nodes)} nodes left", differences)
-    tokens = json.loads(json.dumps(asdict(p.tokens)))
-    reached = sum(1 for n in p.joint.graph.nodes if TOKENS in n.meta)
-    yield timer.done("tokens", f"{p.tokens.tokens} tokens, {reached} nodes", _fields("", record["tokens"], tokens))
-    differences = _names("saved by min-cut", record["unplanned_saved"], list(p.unplanned.saved))
-    differences += _names("saved", record["saved"], [n.name for n in p.saved])
-    yield timer.done("saved", f"{len(p.saved)} values", differences)
-    seconds = {k: (v, p.seconds.get(k, 0.0)) for k, v in record["seconds"].items()}
-    differences = [f"{k}: {a:.3e} s in the dump, {b:.3e} s here" for k, (a, b) in seconds.items() if _differ(a, b)]
-    yield timer.done("cost", f"{sum(p.seconds.values()):.3e} s in all", differences)
+def _watching(folder: Path, timer: _Timer, after: int, done: list[Replayed]) -> Watch:
+    """Compares each pass with the dump, whose folders are counted from the pass `after` that number."""
+
+    def watch(name: str, graphs: Graphs, found: Any) -> None:
+        dumped = folder / folder_of(after + len(done) + 1, name)
+        differences = [d for g, gm in graphs.items() for d in _graph(gm, dumped / f"{g}.after.py")]
+        if found is not None:
+            differences += _fields("", json.loads(_text(dumped / FOUND)), plain(found))
+        note = f"{' + '.join(str(len(gm.graph.nodes)) for gm in graphs.values())} nodes"
+        done.append(timer.done(name, note, differences[:MOST_SHOWN]))
+
+    return watch
 
 
 def _differ(a: float, b: float) -> bool:
     return abs(a - b) > RELATIVE * max(abs(a), abs(b))
-
-
-def _names(what: str, before: Sequence[str], now: Sequence[str]) -> list[str]:
-    lost, found = [n for n in before if n not in now], [n for n in now if n not in before]
-    out = [f"{what} in the dump, not here: {', '.join(lost)}"] if lost else []
-    out += [f"{what} here, not in the dump: {', '.join(found)}"] if found else []
-    return out or ([f"{what}: the same in another order"] if list(before) != list(now) else [])
 
 
 def _fields(path: str, before: Any, now: Any) -> list[str]:
@@ -228,19 +227,10 @@ def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path
             "partition", "not run", [f"{name} has a home in the dump and is no saved value here" for name in lost]
         )
         return
-    found: list[Replayed] = []
-
-    def watch(name: str, forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-        number = 3 + len(found)
-        graphs = {"forward": forward, "backward": backward}
-        differences = [
-            d for g, gm in graphs.items() for d in _graph(gm, folder / f"passes/{number}-{name}/{g}.after.py")
-        ]
-        note = f"{len(forward.graph.nodes)} + {len(backward.graph.nodes)} nodes"
-        found.append(timer.done(name, note, differences))
-
+    done: list[Replayed] = []
+    watch = _watching(folder, timer, len(pipeline.ANNOTATING), done)
     carry_out(p, homes, ahead=record["ahead"], host_budget=limits.host, watch=watch)
-    yield from found
+    yield from done
 
 
 def _graph(gm: fx.GraphModule, path: Path) -> list[str]:
@@ -256,11 +246,13 @@ def _graph(gm: fx.GraphModule, path: Path) -> list[str]:
 
 
 def _statements(text: str) -> list[str]:
-    """A graph's calls: how it takes its inputs is a matter of its caller."""
+    """A graph's calls: how it takes its inputs and packs its outputs is a matter of its caller."""
     lines = [line.strip() for line in text.splitlines()]
-    return [
-        line.partition(";  ")[0] for line in lines if line and "fx_pytree" not in line and not line.startswith("def ")
-    ]
+    calls = [line for line in lines if line and "fx_pytree" not in line and not line.startswith("def ")]
+    return [_PACKED.sub(r"return \1", line.partition(";  ")[0]) for line in calls]
+
+
+_PACKED = re.compile(r"return pytree\.tree_unflatten\((.*), self\._out_spec\)")
 
 
 def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:

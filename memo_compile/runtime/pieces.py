@@ -6,8 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+
+Ints = tuple[int, ...]
 
 MOST_PIECES = 1024  # of one slice: each costs the host some microseconds
 WIDE = 4096  # bytes: rows of so much are worth their place in a copy in two dimensions, however many there are
@@ -33,7 +36,7 @@ class _Axis:
     src: int
 
 
-def planes(dst: torch.Tensor, src: torch.Tensor) -> tuple[Plane, ...]:
+def planes(dst: torch.Tensor, src: torch.Tensor) -> list[Plane]:
     """One copy as copies in two dimensions, such as the token rows of all heads.
 
     Empty where it is dense, and where a row is strided itself or rows overlap: then see `pieces`.
@@ -41,17 +44,25 @@ def planes(dst: torch.Tensor, src: torch.Tensor) -> tuple[Plane, ...]:
     >>> [(p.height, p.width) for p in planes(torch.zeros(2, 3, 4), torch.zeros(2, 8, 4)[:, :3])]
     [(2, 48)]
     """
-    outer = _outer_dims(dst, src)
-    width = math.prod(dst.shape[outer:]) * dst.element_size()
-    axes = _joined(_axes(dst, src, outer))
+    to, origin = dst.data_ptr(), src.data_ptr()
+    relative = _planes(tuple(dst.shape), dst.stride(), src.stride(), dst.element_size())
+    return [Plane(to + p.dst, origin + p.src, p.width, p.height, p.dst_pitch, p.src_pitch) for p in relative]
+
+
+@lru_cache(maxsize=4096)  # a step asks the same of each of its slices, and the host is in a hurry
+def _planes(shape: Ints, dst: Ints, src: Ints, element: int) -> tuple[Plane, ...]:
+    """`planes` of values at address 0, by their shape and strides (elements) and the bytes of an element."""
+    outer = _outer_dims(shape, dst, src)
+    width = math.prod(shape[outer:]) * element
+    axes = _joined([_Axis(n, d * element, s * element) for n, d, s in zip(shape, dst, src, strict=True)][:outer])
     rows = max((a for a in axes if _is_pitch(a, width)), key=lambda a: a.size, default=None)
-    if rows is None or outer == dst.dim() or not width or not _worth_it(axes, rows, width):
+    if rows is None or outer == len(shape) or not _worth_it(axes, rows, width):
         return ()
     others = [a for a in axes if a is not rows]
     return tuple(
         Plane(
-            dst.data_ptr() + sum(i * a.dst for i, a in zip(at, others, strict=True)),
-            src.data_ptr() + sum(i * a.src for i, a in zip(at, others, strict=True)),
+            sum(i * a.dst for i, a in zip(at, others, strict=True)),
+            sum(i * a.src for i, a in zip(at, others, strict=True)),
             *(width, rows.size, rows.dst, rows.src),
         )
         for at in itertools.product(*(range(a.size) for a in others))
@@ -69,20 +80,18 @@ def pieces(dst: torch.Tensor, src: torch.Tensor) -> list[tuple[torch.Tensor, tor
     >>> [tuple(to.shape) for to, _ in pieces(torch.zeros(2, 3, 4), whole[:, :3])]
     [(3, 4), (3, 4)]
     """
-    outer = _outer_dims(dst, src)
+    outer = _outer_dims(tuple(dst.shape), dst.stride(), src.stride())
     if outer == 0 or outer == dst.dim() or math.prod(dst.shape[:outer]) > MOST_PIECES:
         return [(dst, src)]
     return [(dst[at], src[at]) for at in itertools.product(*(range(size) for size in dst.shape[:outer]))]
 
 
-def _outer_dims(dst: torch.Tensor, src: torch.Tensor) -> int:
+def _outer_dims(shape: Ints, dst: Ints, src: Ints) -> int:
     """The least number of first dimensions behind which both sides are dense."""
-    if dst.numel() == 0:
-        return 0
-    return max(_strided_dims(side.shape, side.stride()) for side in (dst, src))
+    return max(_strided_dims(shape, side) for side in (dst, src)) if math.prod(shape) else 0
 
 
-def _strided_dims(shape: Sequence[int], stride: Sequence[int]) -> int:
+def _strided_dims(shape: Ints, stride: Ints) -> int:
     step = 1
     for dim in reversed(range(len(shape))):
         if shape[dim] != 1 and stride[dim] != step:
@@ -91,16 +100,10 @@ def _strided_dims(shape: Sequence[int], stride: Sequence[int]) -> int:
     return 0
 
 
-def _axes(dst: torch.Tensor, src: torch.Tensor, outer: int) -> list[_Axis]:
-    size = dst.element_size()
-    strides = zip(dst.shape[:outer], dst.stride()[:outer], src.stride()[:outer], strict=True)
-    return [_Axis(n, to * size, origin * size) for n, to, origin in strides if n != 1]
-
-
 def _joined(axes: Sequence[_Axis]) -> list[_Axis]:
     """With neighbours that one step can walk, on both sides, as one."""
     found: list[_Axis] = []
-    for axis in axes:
+    for axis in (a for a in axes if a.size != 1):
         before = found[-1] if found else None
         if before is not None and (before.dst, before.src) == (axis.size * axis.dst, axis.size * axis.src):
             found[-1] = _Axis(before.size * axis.size, axis.dst, axis.src)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.sizes import elements
 from memo_compile.planning.planner import Decided, Limits
 from memo_compile.registry import registry
+from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.outstanding import Kept, kept_by, ledger
 from memo_compile.schema import Plan
 from memo_compile.trace.captured import under_compiled_autograd
@@ -33,7 +35,10 @@ BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: wh
 
 @dataclass(frozen=True)
 class Setting:
-    """The surroundings of one graph's compilation. `frame` is the user's function, in words."""
+    """The surroundings of one graph's compilation. `frame` is the user's function, in words.
+
+    `first_step` is told what comes of it, and measures.
+    """
 
     name: str
     options: Options
@@ -42,6 +47,7 @@ class Setting:
     host: int
     trainable: int
     frame: str = ""
+    first_step: FirstStep = field(default_factory=lambda: FirstStep(""))
 
     @property
     def asks(self) -> bool:
@@ -75,7 +81,9 @@ def setting_for(options: Options, inputs: Sequence[Any]) -> Setting:
     device = device or torch.device("cpu")
     trainable = sum(elements(v.shape) for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
     profile = resolve(options.hardware, device.type)
-    return Setting(registry().next_name(), options, device, profile, _host_budget(options), trainable, frame_name())
+    name, promised = registry().next_name(), options.memory_budget not in ("auto", "min") or device.type == "cuda"
+    step = FirstStep(name, device.type, asks=promised)
+    return Setting(name, options, device, profile, _host_budget(options), trainable, frame_name(), step)
 
 
 def _host_budget(options: Options) -> int:
@@ -83,7 +91,13 @@ def _host_budget(options: Options) -> int:
         return options.host_budget
     from memo_compile.runtime.ops import pool
 
-    return pool().held_bytes + int(free_host_memory() * HOST_SHARE)
+    return pool().held_bytes + int(free_host_memory() * HOST_SHARE) // local_ranks()
+
+
+def local_ranks() -> int:
+    """Processes that share this machine's memory, as torchrun tells: each has its share of what is free."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdecimal() else 1
 
 
 def limits_for(setting: Setting, unplanned_peak: int) -> Limits:

@@ -51,12 +51,12 @@ class Workspaces:
         if not isinstance(node.target, torch._ops.OpOverload):
             inner = self._of_subgraphs(node)
             return (0, "") if inner is None else (inner, "its subgraph")
-        exact = by_formula(node)
-        if exact is not None:
-            return exact, "formula"
-        if not self._is_foreign(node):
-            return 0, ""
         before = seen().of(node) or 0
+        exact = by_formula(node)
+        if exact is not None and exact >= before:
+            return exact, "formula"
+        if exact is None and not before and not self._is_foreign(node):
+            return 0, ""
         called = by_call(node) if self.measure and node.target.namespace == "aten" else None
         if called is None and not before:
             return 0, UNKNOWN

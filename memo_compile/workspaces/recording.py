@@ -50,22 +50,29 @@ def recorded(fn: Callable[..., Any], *args: Any, device: str) -> tuple[Any, Reco
 
 
 def read_events(events: Sequence[Any], device: str) -> Record:
-    """What the profiler's events say, in the order in which they came."""
-    held = peak = depth = start = top = 0
+    """What the profiler's events say, in the order in which they came.
+
+    What is allocated counts for the outermost op: functions of Python's own that stand around it have no "::".
+    """
+    held = peak = start = top = 0
     taken: dict[Key, int] = {}
-    key: Key = ("", ())
+    around: list[Key | None] = []  # of what runs now, the outermost first: an op, or something else
     for event in events:
         kind = event.kind()
         if kind == "push":
-            if not depth:
-                start = top = held
-                key = event.name(), tuple(tuple(s) for s in event.shapes() if s)
-            depth += 1
+            inside = any(around)
+            around.append(None if inside or "::" not in event.name() else _key(event))
+            start, top = (start, top) if inside else (held, held)
         elif kind == "pop":
-            depth -= 1
-            if not depth and top > max(held, start):
-                taken[key] = max(taken.get(key, 0), top - max(held, start))
+            key = around.pop() if around else None
+            extra = top - max(held, start)
+            if key is not None and extra > 0:
+                taken[key] = max(taken.get(key, 0), extra)
         elif kind == "memory_alloc":
             held += event.cpu_memory_usage() if device == "cpu" else event.cuda_memory_usage()
             peak, top = max(peak, held), max(top, held)
     return Record(peak, held, taken)
+
+
+def _key(event: Any) -> Key:
+    return event.name(), tuple(tuple(s) for s in event.shapes() if s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,14 @@ class Seen:
 def seen() -> Seen:
     """The process's record."""
     return Seen()
+
+
+def _lock_anew() -> None:
+    """In a forked child: a thread that is not there may hold the lock. What was seen is true of the child, too."""
+    seen().lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_lock_anew)
 
 
 def key_of(node: fx.Node) -> Key:

@@ -20,6 +20,7 @@ from memo_compile.placement import kernel
 from memo_compile.report import dumps
 from memo_compile.runtime import blocks, ops, outstanding
 from memo_compile.runtime.host import HostPool
+from memo_compile.workspaces.seen import seen
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -107,9 +108,17 @@ def test_a_lock_that_another_thread_holds_is_not_the_childs(lock):
         assert in_child(child)
 
 
-def test_the_ledgers_lock_is_not_the_childs():
-    with held_by_another_thread(outstanding.ledger().lock):
-        assert in_child(lambda: outstanding.ledger().held(CPU) >= 0)
+@pytest.mark.parametrize(
+    ("lock", "work"),
+    [
+        (lambda: outstanding.ledger().lock, lambda: outstanding.ledger().held(CPU) >= 0),
+        (lambda: seen().lock, lambda: seen().add({}) is None),
+    ],
+    ids=["ledger", "seen"],
+)
+def test_what_is_known_of_calls_and_ops_has_a_lock_of_the_childs(lock, work):
+    with held_by_another_thread(lock()):
+        assert in_child(work)
 
 
 def test_the_registrys_lock_is_not_the_childs_and_its_plans_are():

@@ -1,7 +1,5 @@
 """The thread engine: copies beside the computation, in the order that its waits ask for."""
 
-import subprocess
-import sys
 import time
 
 import pytest
@@ -72,29 +70,3 @@ def test_drain_forgets_what_was_left_behind(engine):
     engine.offload(src, lease, 0)
     engine.drain()
     assert engine.pending == 0
-
-
-FORKED = """
-import os, signal
-import torch
-
-signal.alarm(100)
-torch.set_num_threads(1)
-weight = torch.randn(32, 32, requires_grad=True)
-step = torch.compile(lambda x: torch.tanh(torch.tanh(x @ weight) @ weight).sum(), backend="memo_eager",
-                     options={"offload": "all"})
-x = torch.randn(256, 32)
-step(x).backward()
-expected, weight.grad = weight.grad, None
-child = os.fork()
-step(x).backward()
-good = torch.equal(weight.grad, expected)
-if child == 0:
-    os._exit(0 if good else 1)
-assert good and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-
-
-def test_a_forked_child_copies_by_threads_of_its_own():
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]

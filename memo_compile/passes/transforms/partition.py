@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import DrawnTwice
+from memo_compile.passes.analysis.user_checkpoints import NO_POLICIES, Policies
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import (
     is_cheap,
@@ -29,7 +30,6 @@ from memo_compile.passes.fx.facts import (
     writes_in_place,
 )
 from memo_compile.passes.fx.provenance import because
-from memo_compile.passes.fx.user_checkpoints import NO_POLICIES, Policies
 
 NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
 UNCHECKED = "saved_tensor_with_no_vc_check"  # torch's mark of what an autograd function keeps by itself

@@ -1,8 +1,4 @@
-"""Puts transfers where they belong in the order: waits as late, prefetches as early as the links need.
-
-`slices` leaves each offload where its slice is final, its wait behind the last reader, and each slice that comes back
-as a mark where it is first needed. Here the marks become a landing place, the start of its prefetch and a wait, and the
-waits of offloads move to where the copy has ended. A slice lands where it is read: nothing copies it again.
+"""What scheduling of offloads and prefetches shares: when nodes begin, and where memory has room.
 
 Costs are estimates, and a copy may have to wait for its thread or its stream. So what memory has room for anyway begins
 earlier than the link needs, and is waited for later, by `SLACK` of the graph's time at most.
@@ -12,126 +8,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.build import call, fake_mode
-from memo_compile.passes.fx.facts import nbytes, storage_of
-from memo_compile.passes.fx.meta import FOR, WHY
-from memo_compile.passes.transforms.slices import fetch
-
 SLACK = 0.03  # of a graph's seconds: about a layer of a deep model
-FULL = (
-    0.85  # of the most bytes live: above, there is no room for slack, as what a compiler emits may hold a little more
-)
+# Of the most bytes live: above, there is no room for slack, as what a compiler emits may hold a little more.
+FULL = 0.85
 
 
-def schedule_offloads(
-    forward: fx.GraphModule,
-    seconds: Callable[[fx.Node], float],
-    rate: float,
-    *,
-    ahead: bool = True,
-    live: Sequence[int] = (),
-    most: int = 0,
-) -> fx.GraphModule:
-    """Move each `offload_wait` to the first step at which its copy, one after another at `rate` bytes/s, has ended.
-
-    Never before the last reader of the slice, after which `slices` has put it: until then nothing is gained. `live` are
-    the bytes live at each node, `most` what the other graph of the step holds at most: a wait moves on by the slack as
-    long as clearly less than the most of all is then live; without `live`, there is no slack. With `ahead=False` a wait
-    moves only as far as there is such room: what matters is the least memory, and a graph has little of it where the
-    other one sets the peak.
-    """
-    nodes = list(forward.graph.nodes)
-    begins = _begins(nodes, seconds)
-    position = {n: i for i, n in enumerate(nodes)}
-    room = _Room(live, most)
-    slack = SLACK * begins[nodes[-1]]
-    busy_until = 0.0
-    ends: dict[tuple[fx.Node, int], float] = {}
-    for node in nodes:
-        if node.target is torch.ops.memo.offload.default:
-            busy_until = max(busy_until, begins[node]) + _bytes(node.args[0]) / rate
-            ends[node.args[1], node.args[2]] = busy_until
-    last = len(nodes) - 1
-    for node in nodes:
-        if node.target is torch.ops.memo.offload_wait.default:
-            done, size = ends[node.args[1], node.args[2]], nbytes(storage_of(node.args[0]))
-            at = next((i for i in range(position[node] + 1, last) if begins[nodes[i]] >= done), last)
-            if not ahead:
-                at = next((i for i in range(position[node] + 1, at) if not room.has(size, i)), at)
-            room.hold(size, position[node] + 1, at)
-            while ahead and at < last and begins[nodes[at]] < done + slack and room.has(size, at):
-                room.hold(size, at, at + 1)
-                at += 1
-            nodes[at].prepend(node)
-    forward.recompile()
-    return forward
-
-
-def schedule_prefetches(
-    backward: fx.GraphModule,
-    seconds: Callable[[fx.Node], float],
-    rate: float,
-    *,
-    ahead: bool = True,
-    live: Sequence[int] = (),
-) -> fx.GraphModule:
-    """Replace each fetch mark by a landing buffer, a prefetch that starts early enough at `rate` bytes/s, and a wait.
-
-    With `ahead=False` a prefetch starts where it is needed: the least memory, and no overlap. `live` are the bytes live
-    at each node, values that come back counted from their marks on: a prefetch starts earlier by the slack as long as
-    clearly less than the most of them is then live; without `live`, there is no slack.
-    """
-    graph = backward.graph
-    nodes = list(graph.nodes)
-    marks = [n for n in nodes if n.target is fetch]
-    starts = _starts(nodes, marks, _begins(nodes, seconds), rate, _Room(live)) if ahead else marks
-    # All starts stand before a mark is replaced, in the order in which they are needed: so the link serves them.
-    landings = [(mark, _start(graph, mark, start)) for mark, start in zip(marks, starts, strict=True)]
-    for mark, landing in landings:
-        _land(graph, mark, landing)
-    backward.recompile()
-    return backward
-
-
-def _begins(nodes: list[fx.Node], seconds: Callable[[fx.Node], float]) -> dict[fx.Node, float]:
+def begins_of(nodes: list[fx.Node], seconds: Callable[[fx.Node], float]) -> dict[fx.Node, float]:
     """When each node begins, in seconds from the start of its graph."""
     return dict(zip(nodes, itertools.accumulate([seconds(n) for n in nodes], initial=0.0), strict=False))
 
 
-def _starts(
-    nodes: list[fx.Node], marks: list[fx.Node], begins: dict[fx.Node, float], rate: float, room: _Room
-) -> list[fx.Node]:
-    """Before which node each prefetch starts: when the link needs it to, and earlier where there is room."""
-    position = {n: i for i, n in enumerate(nodes)}
-    first = next(i for i, n in enumerate(nodes) if n.op != "placeholder")
-    needed: dict[fx.Node, int] = {}
-    link_free = float("inf")
-    for mark in reversed(marks):  # the last needed first: what is needed before it pushes it ahead
-        link_free = min(begins[mark], link_free) - _bytes(mark) / rate
-        start = position[mark]
-        while start > first and begins[nodes[start]] > link_free:
-            start -= 1
-        room.hold(_landing_bytes(mark), start, position[mark])
-        needed[mark] = start
-    earliest = first  # never before the start of what is needed sooner
-    starts: list[fx.Node] = []
-    for mark in marks:
-        start, size = needed[mark], _landing_bytes(mark)
-        latest = begins[nodes[start]] - SLACK * begins[nodes[-1]]
-        while start > earliest and begins[nodes[start]] > latest and room.has(size, start - 1):
-            start -= 1
-            room.hold(size, start, start + 1)
-        earliest = start
-        starts.append(nodes[start])
-    return starts
-
-
-class _Room:
+class Room:
     """Bytes live at each step. Room is what may be added without coming near the most of them; no steps, no room."""
 
     def __init__(self, live: Sequence[int], most: int = 0) -> None:
@@ -147,124 +38,6 @@ class _Room:
             self.live[step] += size
 
 
-def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
-    """Take the landing place and start the prefetch: where it is read, in its rows of the whole value."""
-    join = _join_of(mark)
-    with graph.inserting_before(start):
-        landing = _empty(graph, mark if join is None else join)
-        landing.meta.update({WHY: f"where they land: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
-        rows = landing if join is None else _rows(graph, landing, join, 0)
-        _transfer(graph, torch.ops.memo.prefetch_.default, rows, mark, "the copy starts, early enough for the link")
-    return landing
-
-
-def _land(graph: fx.Graph, mark: fx.Node, landing: fx.Node) -> None:
-    """Put the whole value together in the landing place, and wait for what was prefetched."""
-    join = _join_of(mark)
-    whole = mark if join is None else join
-    with graph.inserting_before(whole):
-        if join is not None:
-            for index in range(1, len(_parts(join))):
-                _write(graph, _parts(join)[index], _rows(graph, landing, join, index))
-        # Last: the other rows are made while these are on their way.
-        rows = landing if join is None else _rows(graph, landing, join, 0)
-        _transfer(graph, torch.ops.memo.wait_.default, rows, mark, "the copy must have ended")
-    whole.replace_all_uses_with(landing)
-    graph.erase_node(whole)
-    if join is not None:
-        _erase_unused(graph, mark)
-
-
-def _join_of(mark: fx.Node) -> fx.Node | None:
-    """The `cat` that joins a slice with rows of other homes, of which it is the first part."""
-    (reader,) = mark.users if len(mark.users) == 1 else (None,)
-    if reader is not None and reader.target is torch.ops.aten.reshape.default and len(reader.users) == 1:
-        (reader,) = reader.users
-    if reader is None or reader.target is not torch.ops.aten.cat.default:
-        return None
-    return reader if _base(_parts(reader)[0]) is mark else None
-
-
-def _base(part: fx.Node) -> fx.Node:
-    return part.all_input_nodes[0] if part.target is torch.ops.aten.reshape.default else part
-
-
-def _parts(join: fx.Node) -> list[fx.Node]:
-    parts: Any = join.args[0]
-    return list(parts)
-
-
-def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
-    value: torch.Tensor = like.meta["val"]
-    kwargs = {"dtype": value.dtype, "device": value.device}
-    return call(graph, torch.ops.aten.empty.memory_format, (list(value.shape),), kwargs)
-
-
-def _rows(graph: fx.Graph, landing: fx.Node, join: fx.Node, index: int) -> fx.Node:
-    """Where one part of a join lies in it."""
-    dim: Any = join.args[1]
-    sizes = [int(part.meta["val"].shape[dim]) for part in _parts(join)]
-    begin = sum(sizes[:index])
-    return call(graph, torch.ops.aten.slice.Tensor, (landing, dim, begin, begin + sizes[index]))
-
-
-def _transfer(graph: fx.Graph, target: Any, rows: fx.Node, mark: fx.Node, why: str) -> None:
-    lease, offset = mark.args[:2]
-    node = graph.call_function(target, (rows, lease, offset))
-    node.meta.update({"val": None, WHY: f"{why}: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
-
-
-def _write(graph: fx.Graph, part: fx.Node, rows: fx.Node) -> None:
-    """Write a part to its rows: a matrix product directly, everything else by a copy that a compiler fuses."""
-    product = _product_of(part)
-    place = _as_matrix(graph, rows, product.meta["val"].shape) if product is not None else None
-    if product is None or place is None:
-        call(graph, torch.ops.aten.copy_.default, (rows, part))
-        return
-    plain = product.target is torch.ops.aten.mm.default
-    target = torch.ops.memo.mm_into_.default if plain else torch.ops.memo.addmm_into_.default
-    graph.call_function(target, (place, *product.args)).meta["val"] = None
-
-
-def _product_of(part: fx.Node) -> fx.Node | None:
-    """The matrix product that a part is a view of, if it is that and nobody else reads it."""
-    node = part
-    while len(node.users) == 1 and node.target in _RESHAPES:
-        node = node.all_input_nodes[0]
-    product = node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return node if product and not node.kwargs and len(node.users) == 1 else None
-
-
-_RESHAPES = (
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.view.default,
-    torch.ops.aten._unsafe_view.default,
-)
-
-
-def _as_matrix(graph: fx.Graph, rows: fx.Node, shape: Any) -> fx.Node | None:
-    """Rows of a larger value as a matrix, None where they are no view of that shape."""
-    value: torch.Tensor = rows.meta["val"]
-    try:
-        with fake_mode(graph):
-            value.view(shape)
-    except (RuntimeError, ValueError):  # torch raises one or the other, by what a fake tensor knows of itself
-        return None
-    return call(graph, torch.ops.aten.view.default, (rows, [int(s) for s in shape]))
-
-
-def _erase_unused(graph: fx.Graph, mark: fx.Node) -> None:
-    for reader in list(mark.users):
-        assert not reader.users
-        graph.erase_node(reader)
-    graph.erase_node(mark)
-
-
-def _landing_bytes(mark: fx.Node) -> int:
-    """Of the place that the whole value takes, other rows than the mark's included."""
-    return _bytes(_join_of(mark) or mark)
-
-
-def _bytes(node: fx.Node) -> int:
+def size_of(node: fx.Node) -> int:
     value: torch.Tensor = node.meta["val"]
     return value.numel() * value.element_size()

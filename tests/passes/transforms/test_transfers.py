@@ -6,8 +6,9 @@ from torch import fx
 
 from memo_compile.models import GPT, GPTConfig
 from memo_compile.passes.fx.build import call
+from memo_compile.passes.transforms.offloads import schedule_offloads
+from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.slices import fetch
-from memo_compile.passes.transforms.transfers import schedule_offloads, schedule_prefetches
 from memo_compile.planning.planner import carry_out, decide
 from memo_compile.planning.residency import Residency
 from memo_compile.planning.simulate import simulate

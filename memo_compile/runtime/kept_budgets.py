@@ -1,0 +1,108 @@
+"""A budget that the first step exceeds: planned again once with what was seen, or refused with the op that took it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.fx as fx
+
+from memo_compile.errors import BudgetExceeded, BudgetTooSmall
+from memo_compile.logs import MIB, logger
+from memo_compile.registry import registry
+from memo_compile.runtime.first_step import FirstStep, Overrun
+from memo_compile.workspaces.seen import seen
+
+log = logger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+def kept(compiled: Compiled, step: FirstStep, again: Callable[[FirstStep, list[Any]], Compiled]) -> Compiled:
+    """`compiled`, until its first step is seen to exceed its budget.
+
+    Args:
+        again: plans and compiles once more, for the arguments of a call; the next call is the first that runs it. It
+            is not called where ranks run beside this one, which would have another plan.
+
+    Raises:
+        BudgetExceeded: by the call behind the step that held too much, where another plan cannot mend it.
+    """
+    current, latest, planned_again = compiled, step, False
+
+    def run(*args: Any) -> Any:
+        nonlocal current, latest, planned_again
+        overrun, latest.overrun = latest.overrun, None
+        if overrun is not None:
+            if planned_again or _ranks() > 1 or not _is_news(latest.name, overrun):
+                raise _refusal(latest.name, overrun)
+            log.warning(
+                "%s: the first step held %.1f MiB, over its budget of %.1f MiB; it is planned again with what was seen",
+                *(latest.name, overrun.held / MIB, overrun.budget / MIB),
+            )
+            seen().add(overrun.taken)
+            planned_again = True
+            latest = latest.another()
+            try:
+                with _as_dynamo_would():
+                    current = again(latest, list(args))
+            except BudgetTooSmall as error:
+                raise _refusal(latest.name, overrun) from error
+        return current(*args)
+
+    return run
+
+
+def twin(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph to compile later, with the same modules and parameters: compiling rewrites a graph.
+
+    Private torch APIs, tried with torch 2.13: what Dynamo leaves on a graph and its inputs, by which AOTAutograd knows
+    parameters (`torch/_functorch/_aot_autograd/frontend_utils.py`).
+    """
+    made = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    made.meta.update(gm.meta)
+    for node, original in zip(made.graph.nodes, gm.graph.nodes, strict=True):
+        node.__dict__.update({k: v for k, v in original.__dict__.items() if k == "_dynamo_source"})
+    if hasattr(gm, "_param_name_to_source"):
+        made._param_name_to_source = gm._param_name_to_source
+    return made
+
+
+@contextlib.contextmanager
+def _as_dynamo_would() -> Iterator[None]:
+    """What a compiler finds around it when Dynamo calls it; sizes are numbers by now."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with tracing(TracingContext(FakeTensorMode())):
+        yield
+
+
+def _ranks() -> int:
+    import torch
+
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return int(torch.distributed.get_world_size()) if distributed else 1
+
+
+def _is_news(name: str, overrun: Overrun) -> bool:
+    """Whether an op took more than the plan knew of."""
+    return any(excess > 0 for _, excess in _beyond(name, overrun))
+
+
+def _beyond(name: str, overrun: Overrun) -> list[tuple[str, int]]:
+    """For each op that took anything, by how much that was more than the plan has for it."""
+    plan = registry().named(name)
+    planned: dict[str, int] = {}
+    for workspace in plan.workspaces if plan is not None else ():
+        op = workspace.op.rpartition(".")[0].replace(".", "::")
+        planned[op] = max(workspace.bytes, planned.get(op, 0))
+    return [(op, size - planned.get(op, 0)) for (op, _), size in overrun.taken.items()]
+
+
+def _refusal(name: str, overrun: Overrun) -> BudgetExceeded:
+    op, _ = max(_beyond(name, overrun), key=lambda found: found[1], default=("", 0))
+    size = max((size for (other, _), size in overrun.taken.items() if other == op), default=0)
+    return BudgetExceeded(overrun.budget, overrun.held, op, size)

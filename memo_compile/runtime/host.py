@@ -4,9 +4,9 @@ A lease is a uint8 tensor over a block. It is free when the last reference to it
 ran or not; the block then waits for the next call that it fits. What is collected may be so at any moment, in any
 thread, with any lock held: it leaves a note, and the next call does what there is to do.
 
-A block serves any request of at least half its size, so that lengths that vary share blocks, and all of them together
-hold at most twice what one of each would need. A request that none serves gets a block of its size, and as many idle
-bytes that are too small for it go back to the system.
+A block serves any request of at least a quarter of its size. A request that none serves gets a block of its size, and
+as many idle bytes that are too small for it go back to the system. So among blocks of one call at a time each is less
+than a quarter of the next: lengths that vary hold at most a third more than the longest needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from memo_compile.runtime.blocks import Block, map_block, unlock
 log = logger(__name__)
 
 NO_LIMIT = -1  # a budget that limits nothing
-WASTE = 2  # a block serves requests down to its size divided by this
+WASTE = 4  # a block serves requests down to its size divided by this
 ROUND = 1000  # leases: what was not used in so many goes back to the system
 CPU = torch.device("cpu")
 

@@ -30,8 +30,9 @@ from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poiso
 from memo_compile.codegen.emitted.verifier import EmittedRegions, read_regions, verify_emitted
 from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.lowerings import POISON
-from memo_compile.codegen.mutations import readers_before_writers
+from memo_compile.codegen.mutations import in_place_where_known, readers_before_writers
 from memo_compile.codegen.preview import dry_emission
+from memo_compile.codegen.scheduler.dependencies import knows_all
 from memo_compile.codegen.scheduler.fusion import wait_for_products
 from memo_compile.codegen.scheduler.lost_dependencies import Waits, added_waits, restored
 from memo_compile.codegen.scheduler.order import (
@@ -68,7 +69,7 @@ log = logger(__name__)
 
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
-    with _collection_paused(), kernels_beside(), readers_before_writers():
+    with _collection_paused(), kernels_beside(), readers_before_writers(), in_place_where_known():
         return _compiled(gm, inputs, setting)
 
 
@@ -112,7 +113,7 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Looked 
     def stop(*_: Any, **__: Any) -> Any:
         raise _Planned
 
-    with contextlib.suppress(_Planned), _collection_paused(), readers_before_writers():
+    with contextlib.suppress(_Planned), _collection_paused(), readers_before_writers(), in_place_where_known():
         _through_inductor(run, stop, gm, inputs)
     if run.plan is None or run.prepared is None or run.decided is None or run.evidence is None:
         return None
@@ -260,6 +261,7 @@ class _Compilation:
                 user_visible=self._user_visible(decided.forward),
                 static_inputs=self.static,
                 scalar=self.scalar,
+                device=self._device(),
             )
             backward = self._dry_backward(decided, forward.body)
         plain = _Evidence(forward.body, backward.body, self._layout(decided, forward.body, backward.body))
@@ -333,7 +335,15 @@ class _Compilation:
                 user_visible=[i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)],
                 input_strides={name: s for name, s in strides.items() if s is not None},
                 scalar=self.scalar,
+                device=self._device(),
             )
+
+    def _device(self) -> str:
+        """The device that is planned for, as Inductor names it."""
+        device = self.setting.device
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return str(device)
 
     def _user_visible(self, forward: fx.GraphModule) -> list[int]:
         first = num_mutated_outputs(forward)
@@ -348,7 +358,7 @@ class _Compilation:
 
         if self.decided is None:  # an inference graph: nothing lives beyond the call
             self.setting.not_planned(gm, gradients_inside=self.gradients_inside, fused=True)
-            with config.patch(allow_buffer_reuse=True):
+            with config.patch(allow_buffer_reuse=knows_all(gm)):
                 return compile_fx_inner(gm, inputs, **kwargs)
         backward = bool(kwargs.get("is_backward"))
         donated: list[int] = []
@@ -361,7 +371,7 @@ class _Compilation:
         finish = (lambda lines: self._poisoned(lines, backward)) if self.setting.options.verify == "poison" else None
         arrangement = self.evidence.arrangement if self.evidence is not None else None
         arrange = partial(arrangement.lines, backward=backward) if arrangement is not None else None
-        hooks = Hooks(place, inspect, finish, arrange)
+        hooks = Hooks(place, inspect, finish, arrange, self._device())
         with _settings_for(self.decided, graph), donating(donated), arena_wrapper(hooks):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         assert self.dump is not None

@@ -34,6 +34,7 @@ def dry_emission(
     static_inputs: Sequence[int] = (),
     input_strides: dict[str, tuple[int, ...]] | None = None,
     scalar: bool = False,
+    device: str | None = None,
 ) -> Emission:
     """What Inductor would emit for `gm`.
 
@@ -44,14 +45,15 @@ def dry_emission(
         scalar: write C++ kernels without their vectorized loops, in two thirds of the time. Which buffers a kernel
             reads and writes does not depend on them, except that rarely two loops that share a local buffer are not
             joined: the caller compares with what is emitted in the end.
+        device: as in `Hooks`.
     """
     from torch._inductor import config  # loads Inductor
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
 
-    graph = copy.deepcopy(gm.graph)
     with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written behind every pass
-        twin = _make_graph_module(gm, graph)
+        twin = _twin(gm)
+    graph = twin.graph
     (output,) = graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(user_visible)
     inputs = [_restrided(n, (input_strides or {}).get(n.name)) for n in graph.find_nodes(op="placeholder")]
@@ -59,7 +61,8 @@ def dry_emission(
     def capture(emission: Emission) -> Any:
         raise BodyCaptured(emission)
 
-    with arena_wrapper(Hooks(_placed_nowhere, arrange=capture)), config.patch({"cpp.simdlen": 1} if scalar else {}):
+    hooks = Hooks(_placed_nowhere, arrange=capture, device=device)
+    with arena_wrapper(hooks), config.patch({"cpp.simdlen": 1} if scalar else {}):
         try:
             compile_fx_inner(
                 twin,
@@ -78,6 +81,15 @@ def dry_emission(
 
 def _placed_nowhere(_: Body) -> Any:
     return (), ()
+
+
+def _twin(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of the same, down to its regions and branches: Inductor's passes rewrite these, too."""
+    twin: fx.GraphModule = _make_graph_module(gm, copy.deepcopy(gm.graph))
+    for name, inner in twin.named_children():
+        if isinstance(inner, fx.GraphModule):
+            setattr(twin, name, _twin(inner))
+    return twin
 
 
 def _without_calls(graph: fx.Graph) -> Body:

@@ -13,11 +13,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from memo_compile.codegen.emitted.body import Body, read_body
 from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
 from memo_compile.codegen.lowerings import register_lowerings
+from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
@@ -36,11 +38,12 @@ class Emission:
     body: Body
     at_hand: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     outputs: tuple[str, ...] = ()
+    device: str | None = None
 
     def reread(self, lines: Sequence[str]) -> Body:
         """The body of the same graph with its lines in another order."""
         with self.at_hand():
-            return _read(lines, self.outputs)
+            return _read(lines, self.outputs, self.device)
 
 
 # Called with what Inductor emitted. Returns the lines in the order in which they are to stand.
@@ -55,12 +58,16 @@ Finisher = Callable[[Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is asked for each graph, in this order: its lines' order, its buffers' places, a check, the text to run."""
+    """What is asked for each graph, in this order: its lines' order, its buffers' places, a check, the text to run.
+
+    What lies on another device than `device` is not counted ("cuda:0"; by default the one on which most lies).
+    """
 
     plan: Planner
     inspect: Inspector | None = None
     finish: Finisher | None = None
     arrange: Arranger | None = None
+    device: str | None = None
 
 
 _EMPTY = re.compile(r"^(?P<indent>\s*)(?P<name>\w+) = (?P<make>empty_strided_\w+)\((?P<args>.*)\)\s*(?:#.*)?$")
@@ -101,10 +108,11 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
         def generate_return(self, output_refs: list[str]) -> None:
             lines = [line if isinstance(line, str) else _text(line) for line in self.wrapper_call._lines]
             kept = [line for line in lines if line is not None]
-            body = _read(kept, output_refs)
+            body = _read(kept, output_refs, hooks.device)
             if hooks.arrange is not None:
-                kept = list(hooks.arrange(Emission(tuple(kept), body, _at_hand(), tuple(output_refs))))
-                body = _read(kept, output_refs)
+                emission = Emission(tuple(kept), body, _at_hand(), tuple(output_refs), hooks.device)
+                kept = list(hooks.arrange(emission))
+                body = _read(kept, output_refs, hooks.device)
                 self.wrapper_call._lines[:] = kept
             buffers, segments = hooks.plan(body)
             if buffers:
@@ -141,7 +149,7 @@ def _input_names() -> list[str]:
     return list(V.graph.graph_input_names)
 
 
-def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
+def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) -> Body:
     from torch._inductor.virtualized import V
 
     graph = V.graph
@@ -154,6 +162,8 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
             return "kernel", 0
         if buffer is None:
             return None
+        if device is not None and str(buffer.get_device()) != device:
+            return "kernel", 0
         onto = _schema_name(buffer) in ("memo::attention_onto_", "memo::attention_backward_onto_")
         if onto or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
             return "workspace", 0
@@ -162,15 +172,17 @@ def _read(lines: Sequence[str], output_refs: Sequence[str]) -> Body:
             return "kernel", int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
-    def aliased_by(name: str) -> Sequence[str]:
-        from torch._inductor import ir
-
-        buffer = graph.name_to_buffer.get(name)
-        return tuple(buffer.get_inputs_that_alias_output()) if isinstance(buffer, ir.FallbackKernel) else ()
-
-    source = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    names = _input_names()
-    body = read_body(textwrap.dedent(source), output_refs, names, kernel_storage, aliased_by, workspaces_of(graph))
+    source = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+    body = read_body(
+        source,
+        output_refs,
+        _input_names(),
+        kernel_storage,
+        partial(views_of, graph),
+        workspaces_of(graph),
+        held=held_buffers(graph),
+        device=device,
+    )
     strides = tuple(_stride(output) for output in graph.graph_outputs)
     origins = {name: _origin(graph.name_to_buffer.get(name)) for name in body.storages}
     return replace(body, strides=strides, landings=tuple(landing_buffers(lines)), origins=origins)

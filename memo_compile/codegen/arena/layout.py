@@ -2,7 +2,8 @@
 
 Both graphs share one timeline: the forward's statements, then the backward's. A buffer that a user can hold after the
 call (an output, a gradient, also one written over a saved activation) is left to torch's allocator, and so is what
-kernels allocate themselves; both count.
+kernels allocate themselves, and what is given to something that memo does not know; all count. What lies on another
+device does not: plans and budgets are of one.
 
 The timeline is cut into windows. Buffers that are born in window i and die in window j share segment (i, j), which is
 taken when the first of them is born and dropped after the last. With no cut there is one segment, held from the first
@@ -159,7 +160,7 @@ def _timeline(
             inside.append(Buffer(f"fw:{s.name}", s.bytes, s.start, end))
         elif s.kind != "input":  # outputs, kernels' own, scalars
             gone.append((s.start, end, s.bytes))
-            if s.kind == "kernel" and s.name not in for_user:
+            if s.kind in ("kernel", "held") and s.name not in for_user:
                 kernels.append((s.start, end, s.bytes))
     for s in backward.storages.values():
         end = backward.steps if s.name in returned else s.end
@@ -167,7 +168,7 @@ def _timeline(
             inside.append(Buffer(f"bw:{s.name}", s.bytes, f + s.start, f + end))
         elif s.kind != "input":
             gone.append((f + s.start, f + end, s.bytes))
-            if s.kind == "kernel" and s.name not in returned:
+            if s.kind in ("kernel", "held") and s.name not in returned:
                 kernels.append((f + s.start, f + end, s.bytes))
     kept = sum(b.size for b in inside if b.start < f < b.end)
     portion = min(chunk, max(kept // PORTIONS, SMALLEST))
@@ -176,8 +177,12 @@ def _timeline(
 
 
 def handed_on(forward: Body, backward: Body, links: Sequence[Link]) -> frozenset[str]:
-    """Forward storages that the backward returns, as they are or with a gradient written over: the user's too."""
-    returned = {link.output for link in links if link.input in backward.outputs}
+    """Forward storages that the backward returns, as they are or with a gradient written over: the user's too.
+
+    And those that it gives to what memo does not know, which may keep or return them.
+    """
+    given = {*backward.outputs, *backward.held}
+    returned = {link.output for link in links if link.input in given}
     return frozenset(s for s in (forward.outputs[i] for i in returned) if s is not None)
 
 

@@ -2,17 +2,24 @@
 
 The emitted text is the one truth about order: fusion, reordering and in-place reuse have all happened. A step is one
 statement. Names that share a storage (reuse, views, items of a kernel's results) are followed to it.
+
+A storage lives until the last statement that names it, and at least until Inductor deletes its last name: `del` stands
+where the scheduler has seen the last of a buffer's readers and writers, some of whom no text names (the wait for a
+collective reads what was sent). What is never deleted lives to the end. Of what a line touches that memo does not know,
+nobody can say how long it is needed (`memo_compile.codegen.emitted.known`): torch's allocator keeps it.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from memo_compile.codegen.emitted.known import device_of, is_known, is_known_block
 
 _ALLOCATION = re.compile(r"^empty_strided_(cpu|cuda|xpu)$")
-_ALIASES = frozenset({"reinterpret_tensor", "alloc_from_pool", "as_strided"})
+_ALIASES = frozenset({"reinterpret_tensor", "alloc_from_pool", "as_strided", "copy_if_misaligned"})
 DTYPE_BYTES = {
     "float64": 8,
     "int64": 8,
@@ -32,10 +39,11 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """One storage of a body. `end` is one past the last statement that reads or writes it; `inputs` start at 0.
+    """One storage of a body. `end` is one past the last statement that needs it; `inputs` start at 0.
 
-    kind: "allocated" (a line of the body makes it, so memo can place it), "kernel" (a fallback kernel makes its own
-    output), "workspace" (a kernel's scratch) or "input" (the caller's).
+    kind: "allocated" (a line of the body makes it, so memo can place it), "held" (so too, but something that memo does
+    not know may keep it), "kernel" (a fallback kernel makes its own output), "workspace" (a kernel's scratch) or
+    "input" (the caller's).
     """
 
     name: str
@@ -49,7 +57,8 @@ class Storage:
 class Body:
     """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body.
 
-    `landings` are the buffers in which slices land that come back from the host, in the order in which they start.
+    `held` are storages that something may keep which memo does not know, inputs among them. `landings` are the buffers
+    in which slices land that come back from the host, in the order in which they start.
     `labels` names what each statement calls, for reports; `origins` the FX node that each storage holds.
     """
 
@@ -59,6 +68,7 @@ class Body:
     inputs: tuple[str, ...]
     strides: tuple[tuple[int, ...] | None, ...] = ()
     landings: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
     labels: tuple[str, ...] = field(default=(), compare=False)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -92,6 +102,8 @@ def read_body(
     kernel_storage: Callable[[str], tuple[str, int] | None],
     aliased_by: Callable[[str], Sequence[str]] = lambda _: (),
     taken_by: Callable[[Sequence[str], str], int] = lambda _, __: 0,
+    held: Collection[str] = (),
+    device: str | None = None,
 ) -> Body:
     """Read a body.
 
@@ -102,70 +114,146 @@ def read_body(
         kernel_storage: kind and bytes of what the kernel that makes a name allocates; None where that is nothing.
         aliased_by: names of the values whose storage a kernel's result is, or may be, a view of.
         taken_by: bytes that a call takes for itself, by the names of its results, and by what it calls.
+        held: names of buffers that Inductor gives to what memo does not know, whatever the text shows.
+        device: where buffers are to be placed, "cpu" or "cuda:0"; by default where most bytes lie.
     """
-    statements = flatten(ast.parse(source).body)
-    home: dict[str, str] = {name: name for name in inputs}  # name -> the storage it lies in
-    kind: dict[str, str] = dict.fromkeys(inputs, "input")
-    size: dict[str, int] = dict.fromkeys(inputs, 0)
-    start: dict[str, int] = dict.fromkeys(inputs, 0)
-    end: dict[str, int] = dict.fromkeys(inputs, 0)
-    makers: dict[str, str] = {}  # of allocated storages: empty_strided_cuda and the like
-    pinned: set[str] = set()  # storages that share a name with another one
-    results: dict[str, str] = {}  # item -> the tuple it was taken from, which holds it as long as it has a name
-    for step, statement in enumerate(statements):
-        if isinstance(statement, ast.Delete):
-            continue
-        for name in _names(statement):
-            if name in home:
-                end[home[name]] = step + 1
-        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-            continue
-        target, value = statement.targets[0].id, statement.value
-        source_name = alias_source(value)
-        if (size_here := allocation_of(value)) is not None:
-            kind[target], size[target] = "allocated", size_here
-            makers[target] = ast.unparse(value).partition("(")[0]
-        elif source_name is not None and source_name in home:
-            # `buf6 = buf5[0]`, and `buf6 = buf5` where the kernel has one result: the storage is the result's.
-            of_kernel = isinstance(value, ast.Subscript) or kind[home[source_name]] == "workspace"
-            own = kernel_storage(target) if of_kernel else None
-            if own is None:
-                home[target] = home[source_name]
-                continue
-            kind[target], size[target] = own
-            home[target], start[target], end[target] = target, start[home[source_name]], step + 1
-            results[target] = home[source_name]
-            continue  # an item of a kernel's results was made when the kernel ran
-        elif views := [home[n] for n in aliased_by(target) if n in home]:
-            # `buf3 = torch.ops.aten.view_as_complex.default(buf2)`: a view, though a kernel's call makes it.
-            home[target] = views[0]
-            pinned.update(views if len(set(views)) > 1 else ())
-            continue
-        elif isinstance(value, ast.Call):
-            own = kernel_storage(target)
-            aliased = _single_tensor_argument(value, home) if own is None else None
-            if aliased is not None:
-                home[target] = aliased
-                continue
-            kind[target], size[target] = own or ("kernel", 0)
+    lines = list(_lines(ast.parse(source).body))
+    reading = _Reading(kernel_storage, aliased_by, len(lines))
+    for name in inputs:
+        reading.add(name, "input", 0, 0)
+    for step, line in enumerate(lines):
+        reading.read(step, line)
+    returned = [reading.returned(expression) for expression in outputs]
+    body = reading.body(lines, returned, inputs, held, device)
+    scratch = _workspaces([line.statement for line in lines], taken_by)
+    return replace(body, storages=body.storages | scratch)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A statement, the device that is current there, and whether its block and itself are of known forms."""
+
+    statement: ast.stmt
+    device: str | None
+    known: bool
+
+
+def _lines(body: Sequence[ast.stmt], device: str | None = None, known: bool = True) -> Iterator[_Line]:
+    """Statements in the order of `flatten`."""
+    for statement in body:
+        if isinstance(statement, ast.With):
+            inside = device_of(statement) or device
+            yield from _lines(statement.body, inside, known and is_known_block(statement))
         else:
-            continue
-        home[target], start[target], end[target] = target, step, step + 1
-    out = []
-    for expression in outputs:
-        names = [n for n in _names(ast.parse(expression)) if n in home]
-        out.append(home[names[0]] if names else None)
-        if names:
-            end[home[names[0]]] = len(statements)
-    for name in _of_other_devices(makers, size):
-        kind[name], size[name] = "kernel", 0
-    for name in pinned:
-        end[name] = len(statements)
-    for item, whole in results.items():
-        end[item] = max(end[item], end[whole])
-    storages = {n: Storage(n, kind[n], size[n], start[n], end[n]) for n in kind}
-    storages |= _workspaces(statements, taken_by)
-    return Body(len(statements), storages, tuple(out), tuple(inputs), labels=tuple(map(_label, statements)))
+            yield _Line(statement, device, known and is_known(statement))
+
+
+@dataclass
+class _Reading:
+    """What has been read of a body so far. `home` leads from a name to the storage that it lies in."""
+
+    kernel_storage: Callable[[str], tuple[str, int] | None]
+    aliased_by: Callable[[str], Sequence[str]]
+    steps: int
+    home: dict[str, str] = field(default_factory=dict)
+    kind: dict[str, str] = field(default_factory=dict)
+    size: dict[str, int] = field(default_factory=dict)
+    start: dict[str, int] = field(default_factory=dict)
+    end: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # devices of allocated storages
+    results: dict[str, str] = field(default_factory=dict)  # item -> the tuple that holds it as long as it has a name
+    deleted: dict[str, int] = field(default_factory=dict)  # name -> one past the statement that deletes it
+    held: set[str] = field(default_factory=set)
+
+    def add(self, name: str, kind: str, size: int, start: int) -> None:
+        """A storage of its own."""
+        self.kind[name], self.size[name] = kind, size
+        self.home[name], self.start[name], self.end[name] = name, start, start
+
+    def homes(self, tree: ast.AST) -> list[str]:
+        """The storages that an expression or a statement names."""
+        return [self.home[name] for name in _names(tree) if name in self.home]
+
+    def read(self, step: int, line: _Line) -> None:
+        """Take in the next statement."""
+        statement = line.statement
+        if isinstance(statement, ast.Delete):
+            self.deleted.update((name, step + 1) for name in _names(statement))
+            return
+        if not line.known:
+            self.held.update(self.homes(statement))
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            self._assign(step, statement.targets[0].id, statement.value, line.device)
+        for name in self.homes(statement):
+            self.end[name] = step + 1
+
+    def _assign(self, step: int, target: str, value: ast.expr, device: str | None) -> None:
+        source = alias_source(value)
+        shared = [self.home[name] for name in self.aliased_by(target) if name in self.home]
+        if (size := allocation_of(value)) is not None:
+            self.add(target, "allocated", size, step)
+            self.places[target] = _place_of(value, device)
+        elif source is not None and source in self.home and not shared:
+            self._name(target, self.home[source], isinstance(value, ast.Subscript))
+        elif shared:
+            # `buf3 = torch.ops.aten.view_as_complex.default(buf2)`: a view, though a kernel's call makes it.
+            self.home[target] = shared[0]
+            self.held.update(shared if len(set(shared)) > 1 else ())
+        elif isinstance(value, (ast.Call, ast.List, ast.BinOp)):  # `[None] * 2`, which a branch fills
+            self._made(step, target, value)
+
+    def _name(self, target: str, whole: str, is_item: bool) -> None:
+        """`buf6 = buf5[0]`, and `buf6 = buf5` where the kernel has one result: the storage is the result's."""
+        own = self.kernel_storage(target) if is_item or self.kind[whole] == "workspace" else None
+        if own is None:
+            self.home[target] = whole
+            return
+        self.add(target, *own, self.start[whole])  # an item of a kernel's results was made when the kernel ran
+        self.results[target] = whole
+
+    def _made(self, step: int, target: str, value: ast.expr) -> None:
+        own = self.kernel_storage(target)
+        given = set(self.homes(value))
+        if own is None and len(given) == 1:  # it owns no storage: that of the one tensor it is given
+            self.home[target] = next(iter(given))
+            return
+        if own is None and not _is_number(value):
+            self.held.update(given)
+        self.add(target, *(own or ("kernel", 0)), step)
+
+    def returned(self, expression: str) -> str | None:
+        """The storage of an output, which lives to the end."""
+        homes = self.homes(ast.parse(expression))
+        if not homes:
+            return None
+        self.end[homes[0]] = self.steps
+        return homes[0]
+
+    def body(
+        self,
+        lines: Sequence[_Line],
+        outputs: Sequence[str | None],
+        inputs: Sequence[str],
+        held: Collection[str],
+        device: str | None,
+    ) -> Body:
+        """All of it."""
+        self.held.update(self.home[name] for name in held if name in self.home)
+        self._hold_until_deleted()
+        for name in _elsewhere(self.places, self.size, device):
+            self.kind[name], self.size[name] = "kernel", 0
+        for name in self.held:
+            self.kind[name] = "held" if self.kind[name] == "allocated" else self.kind[name]
+        storages = {n: Storage(n, self.kind[n], self.size[n], self.start[n], self.end[n]) for n in self.kind}
+        labels = tuple(_label(line.statement) for line in lines)
+        return Body(self.steps, storages, tuple(outputs), tuple(inputs), held=tuple(sorted(self.held)), labels=labels)
+
+    def _hold_until_deleted(self) -> None:
+        for name, storage in self.home.items():
+            if self.kind[storage] != "workspace":  # scratch goes when the kernel returns
+                self.end[storage] = max(self.end[storage], self.deleted.get(name, self.steps))
+        for item, whole in self.results.items():
+            self.end[item] = max(self.end[item], self.end[whole], self.deleted.get(whole, self.steps))
 
 
 def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str], str], int]) -> dict[str, Storage]:
@@ -184,13 +272,25 @@ def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str
     return found
 
 
-def _of_other_devices(makers: Mapping[str, str], size: Mapping[str, int]) -> list[str]:
-    """What lies on another device than most bytes do: a scalar on the host, say. It has no place in the arena."""
+def _place_of(allocation: ast.expr, device: str | None) -> str:
+    """The device of `empty_strided_cuda(…)` where `device` is the current one."""
+    kind = ast.unparse(allocation).partition("(")[0].rsplit("_", 1)[1]
+    return device if device is not None and device.startswith(f"{kind}:") else kind
+
+
+def _elsewhere(places: Mapping[str, str], size: Mapping[str, int], device: str | None) -> list[str]:
+    """What lies on another device: a scalar on the host, say. It has no place in the arena."""
     total: dict[str, int] = {}
-    for name, maker in makers.items():
-        total[maker] = total.get(maker, 0) + size[name]
-    main = max(total, key=lambda maker: total[maker], default="")
-    return [name for name, maker in makers.items() if maker != main]
+    for name, place in places.items():
+        total[place] = total.get(place, 0) + size[name]
+    main = device or max(total, key=lambda place: total[place], default="")
+    return [name for name, place in places.items() if place not in (main, main.partition(":")[0])]
+
+
+def _is_number(value: ast.expr) -> bool:
+    """Whether an expression makes no tensor: `buf0.item()`."""
+    called = value.func if isinstance(value, ast.Call) else None
+    return isinstance(called, ast.Attribute) and called.attr in ("item", "size", "stride")
 
 
 def _label(statement: ast.stmt) -> str:
@@ -224,12 +324,6 @@ def alias_source(value: ast.expr) -> str | None:
         first = value.args[0]
         return first.id if isinstance(first, ast.Name) else None
     return None
-
-
-def _single_tensor_argument(call: ast.Call, home: dict[str, str]) -> str | None:
-    """The storage that a kernel's result may share when it owns none: that of the one tensor it is given."""
-    storages = {home[n] for a in call.args for n in _names(a) if n in home}
-    return next(iter(storages)) if len(storages) == 1 else None
 
 
 def live_bytes(ranges: Sequence[tuple[int, int, int]], steps: int) -> list[int]:

@@ -1,20 +1,23 @@
 """Checks emitted code for overlaps, from its text alone: it knows nothing of the layout that the text came from.
 
 A view `alloc_from_pool(segment, offset, dtype, shape, stride)` takes bytes of its segment from the statement that makes
-it to the last one that names it or an alias of it. What the forward hands on lives until the backward has read it.
+it to the last one that names it or an alias of it, and until its last name is deleted: so long Inductor needs it. What
+the forward hands on lives until the backward has read it. What a line that memo does not know is given lies in
+no segment.
 """
 
 from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from memo_compile.codegen.emitted.body import DTYPE_BYTES, alias_source, dense_bytes, flatten
+from memo_compile.codegen.emitted.body import DTYPE_BYTES, alias_source, dense_bytes
+from memo_compile.codegen.emitted.known import is_known, is_known_block
 from memo_compile.codegen.emitted.landings import landing_size
 from memo_compile.errors import PlacementOverlap
 
@@ -36,7 +39,8 @@ class EmittedRegions:
     """What one graph's text does. `outputs[i]` is the name of output i's region, None where it has none.
 
     `results[i]` is what output i lies in: a region, an input, or None where it is neither. `inputs` gives, for each
-    input, one past the last statement that names it or an alias of it.
+    input, one past the last statement that needs it. `given` are regions and inputs that a line touches which memo does
+    not know, each with such a line.
     """
 
     steps: int
@@ -45,23 +49,28 @@ class EmittedRegions:
     outputs: tuple[str | None, ...]
     inputs: dict[str, int]
     results: tuple[str | None, ...] = ()
+    given: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> EmittedRegions:
     """Read a graph's emitted statements; `outputs` are the returned expressions, `inputs` the names it is given."""
     text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
-    statements = flatten(ast.parse(text).body)
+    statements = list(_statements(ast.parse(text).body))
     # Of the bytes that a name stands for: several where an op may share those of any of its arguments.
     owner: dict[str, tuple[str, ...]] = {name: (name,) for name in inputs}
     last = dict.fromkeys(inputs, 0)
     regions: dict[str, Region] = {}
     segments: dict[str, int] = {}
-    for step, statement in enumerate(statements):
+    deleted: dict[str, int] = {}
+    given: dict[str, str] = {}  # what a line that memo does not know touches: name -> that line
+    for step, (statement, known) in enumerate(statements):
+        named = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
         if isinstance(statement, ast.Delete):
+            deleted.update(dict.fromkeys(named, step + 1))
             continue
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name):
-                last.update(dict.fromkeys(owner.get(node.id, ()), step + 1))
+        touched = [o for name in named for o in owner.get(name, ())]
+        last.update(dict.fromkeys(touched, step + 1))
+        given.update({} if known else dict.fromkeys(touched, ast.unparse(statement)))
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             continue
         name, value = statement.targets[0].id, statement.value
@@ -77,6 +86,8 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
             owner[name], last[name] = (name,), step + 1
         elif shared := tuple(o for source in _sources(value) for o in owner.get(source, ())):
             owner[name] = shared
+    for name, owners in owner.items():
+        last.update({o: max(last[o], deleted.get(name, len(statements))) for o in owners})
     ends = {name: replace(r, end=last[name]) for name, r in regions.items()}
     results = tuple(_owner_of(expression, owner) for expression in outputs)
     return EmittedRegions(
@@ -86,7 +97,17 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         tuple(r if r in regions else None for r in results),
         {name: last[name] for name in inputs},
         results,
+        given,
     )
+
+
+def _statements(body: Sequence[ast.stmt], known: bool = True) -> Iterator[tuple[ast.stmt, bool]]:
+    """Each statement, in the order of `flatten`, and whether it and the blocks around it are known."""
+    for statement in body:
+        if isinstance(statement, ast.With):
+            yield from _statements(statement.body, known and is_known_block(statement))
+        else:
+            yield statement, known and is_known(statement)
 
 
 def _region(name: str, call: ast.Call, step: int) -> Region:
@@ -140,9 +161,11 @@ def verify_emitted(
         PlacementOverlap: the emitted code would overwrite a value that is still needed.
     """
     _check(forward.regions.values(), forward.segments)
+    _check_given(forward)
     if backward is None:
         return
     _check(backward.regions.values(), backward.segments)
+    _check_given(backward, {received for index, received in links if forward.outputs[index] is not None})
     # A segment of the forward is another storage than one of the backward; what is handed on stays in its own.
     kept: dict[str, Region] = {}
     for index, received in links:
@@ -152,6 +175,13 @@ def verify_emitted(
             kept[name] = replace(region, end=max(region.end, forward.steps + backward.inputs[received]))
     _check([kept.get(r.name, r) for r in forward.regions.values()], forward.segments)
     _check_results(forward, backward, links)
+
+
+def _check_given(graph: EmittedRegions, inside: Collection[str] = ()) -> None:
+    """`inside`: inputs of the graph that lie in the arena."""
+    for name, line in graph.given.items():
+        if name in graph.regions or name in inside:
+            raise PlacementOverlap(f"{name} lies in the arena, and is given to what may keep it: {line}")
 
 
 def _check_results(forward: EmittedRegions, backward: EmittedRegions, links: Sequence[tuple[int, str]]) -> None:

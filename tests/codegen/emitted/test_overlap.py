@@ -1,7 +1,7 @@
 """Transfers of emitted code that overlap: what moves, how far, and what it costs."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memo_compile.codegen.emitted.body import read_body
@@ -156,6 +156,7 @@ def bodies(draw):
     return out
 
 
+@settings(deadline=None)
 @given(bodies())
 def test_the_peak_never_rises_and_the_step_never_takes_longer(body):
     before = lines_of(*body)
@@ -167,6 +168,7 @@ def test_the_peak_never_rises_and_the_step_never_takes_longer(body):
         assert [line.at for line in after if line.kind == kind] == [line.at for line in before if line.kind == kind]
 
 
+@settings(deadline=None)
 @given(bodies())
 def test_every_name_is_bound_before_its_use_and_dropped_after_it(body):
     known, dropped = {"x", "lease", "work", "torch", "empty_strided_cpu"}, set()
@@ -177,6 +179,7 @@ def test_every_name_is_bound_before_its_use_and_dropped_after_it(body):
         dropped |= line.names if line.kind == "delete" else set()
 
 
+@settings(deadline=None)
 @given(bodies())
 def test_every_wait_stands_after_its_start(body):
     order = arranged(lines_of(*body))

@@ -11,15 +11,15 @@ from memo_compile.errors import PlacementOverlap
 FORWARD = """
 memo_arena_0 = empty_strided_cpu((128, ), (1, ), torch.uint8)
 buf0 = alloc_from_pool(memo_arena_0, 0, torch.float32, (16, ), (1, ))
-kernel(primals_1, buf0)
+cpp_f(primals_1, buf0)
 buf1 = alloc_from_pool(memo_arena_0, {offset}, torch.float32, (16, ), (1, ))
-kernel(buf0, buf1)
+cpp_f(buf0, buf1)
 del buf0
 """
 BACKWARD = """
 memo_arena_1 = empty_strided_cpu((64, ), (1, ), torch.uint8)
 buf2 = alloc_from_pool(memo_arena_1, 0, torch.float32, (16, ), (1, ))
-kernel(buf1, buf2)
+cpp_f(buf1, buf2)
 """
 
 
@@ -34,7 +34,7 @@ def test_regions_that_share_no_bytes_pass():
 @pytest.mark.parametrize("returned", ["buf1", "buf2", "buf3"])
 def test_a_gradient_in_the_arena_is_rejected(returned):
     """Also one that is written over what the forward has saved."""
-    text = BACKWARD + "buf3 = buf1; del buf1  # reuse\nkernel(buf2, buf3)"
+    text = BACKWARD + "buf3 = buf1; del buf1  # reuse\ncpp_f(buf2, buf3)"
     with pytest.raises(PlacementOverlap, match="returned to the user"):
         verify_emitted(forward(), read_regions(text.splitlines(), [returned], ["buf1"]), [(0, "buf1")])
 
@@ -56,28 +56,50 @@ def test_a_region_beyond_its_segment_is_rejected():
 
 
 def test_an_alias_keeps_its_region_alive():
-    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", "buf3 = reinterpret_tensor(buf0, (4, 4), (4, 1), 0)")
+    text = FORWARD.format(offset=0).replace("cpp_f(buf0, buf1)", "buf3 = reinterpret_tensor(buf0, (4, 4), (4, 1), 0)")
     with pytest.raises(PlacementOverlap):
-        verify_emitted(read_regions((text + "\nkernel(buf3)").splitlines(), ["buf1"], ["primals_1"]))
+        verify_emitted(read_regions((text + "\ncpp_f(buf3)").splitlines(), ["buf1"], ["primals_1"]))
 
 
 @pytest.mark.parametrize(
     "view", ["torch.ops.aten.view_as_complex.default(buf0)", "torch.ops.aten.split.Tensor(split_size=8, self=buf0)"]
 )
 def test_a_view_that_a_kernels_call_makes_keeps_its_region_alive(view):
-    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", f"buf3 = {view}\nbuf4 = buf3")
+    text = FORWARD.format(offset=0).replace("cpp_f(buf0, buf1)", f"buf3 = {view}\nbuf4 = buf3")
     with pytest.raises(PlacementOverlap):
-        verify_emitted(read_regions((text + "\nkernel(buf4)").splitlines(), ["buf1"], ["primals_1"]))
+        verify_emitted(read_regions((text + "\ncpp_f(buf4)").splitlines(), ["buf1"], ["primals_1"]))
 
 
 def test_a_result_of_its_own_does_not():
     sort = "buf3 = torch.ops.aten.sort.default(buf0)"
-    text = FORWARD.format(offset=0).replace("buf1 = alloc", f"{sort}\nbuf1 = alloc").replace("(buf0, buf1)", "(buf1)")
-    verify_emitted(read_regions((text + "\nkernel(buf3)").splitlines(), ["buf1"], ["primals_1"]))
+    text = FORWARD.format(offset=0).replace("\ndel buf0", "").replace("(buf0, buf1)", "(buf1)")
+    text = text.replace("buf1 = alloc", f"{sort}\ndel buf0\nbuf1 = alloc")
+    verify_emitted(read_regions((text + "\ncpp_f(buf3)").splitlines(), ["buf1"], ["primals_1"]))
+
+
+@pytest.mark.parametrize("until", ["del buf0", "pass"])
+def test_bytes_are_an_owners_until_its_name_is_deleted(until):
+    text = FORWARD.format(offset=0).replace("cpp_f(buf0, buf1)", "cpp_f(primals_1, buf1)")
+    with pytest.raises(PlacementOverlap, match="buf0 still lies"):
+        verify_emitted(read_regions(text.replace("del buf0", until).splitlines(), ["buf1"], ["primals_1"]))
+
+
+@pytest.mark.parametrize("line", ["torch.ops.mine.op(buf0)", "region_args = [buf0]", "with s1:\n    copy(buf0)"])
+def test_what_a_line_is_given_that_memo_does_not_know_is_rejected_in_the_arena(line):
+    text = FORWARD.format(offset=64).replace("cpp_f(buf0, buf1)", line)
+    with pytest.raises(PlacementOverlap, match="given to what may keep it"):
+        verify_emitted(read_regions(text.splitlines(), ["primals_1"], ["primals_1"]))
+
+
+def test_so_is_what_the_forward_has_handed_on():
+    text = BACKWARD + "torch.ops.mine.op.default(buf1)"
+    with pytest.raises(PlacementOverlap, match="given to what may keep it"):
+        verify_emitted(forward(), read_regions(text.splitlines(), ["grad"], ["buf1", "grad"]), [(0, "buf1")])
 
 
 def test_bytes_may_be_used_again_once_their_owner_is_dead():
-    text = FORWARD.format(offset=0).replace("kernel(buf0, buf1)", "kernel(primals_1, buf1)")
+    lines = FORWARD.format(offset=0).replace("cpp_f(buf0, buf1)", "cpp_f(primals_1, buf1)").splitlines()
+    text = "\n".join([*lines[:4], "del buf0", *lines[4:-1]])
     verify_emitted(read_regions(text.splitlines(), ["buf1"], ["primals_1"]))
 
 

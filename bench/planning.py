@@ -29,7 +29,7 @@ from memo_compile.forecast.presets import PRESETS
 from memo_compile.forecast.strategies import remaking
 from memo_compile.models import Llama, LlamaConfig
 from memo_compile.passes.analysis.layers import annotate_layers
-from memo_compile.planning.residency import decide
+from memo_compile.planning.rounding import decide
 from memo_compile.planning.simulate import simulate
 
 # What a user types, timed from the start of the process.

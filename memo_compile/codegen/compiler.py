@@ -50,8 +50,9 @@ from memo_compile.passes.fx.facts import check_sizes, nbytes
 from memo_compile.passes.fx.meta import LAYER
 from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import num_mutated_outputs, received
+from memo_compile.planning.decide import Decided, lease_input, lease_output
 from memo_compile.planning.fit_budget import WORTHWHILE, Settled, settle
-from memo_compile.planning.planner import Decided, Prepared, lease_input, lease_output, prepare
+from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call

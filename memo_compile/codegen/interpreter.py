@@ -13,8 +13,9 @@ from torch._functorch import config
 from memo_compile.codegen.donation import nothing_donated
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
 from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
+from memo_compile.planning.decide import Decided
 from memo_compile.planning.fit_budget import settle
-from memo_compile.planning.planner import Decided, prepare
+from memo_compile.planning.prepared import prepare
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted

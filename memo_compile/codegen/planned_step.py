@@ -12,7 +12,7 @@ import torch.fx as fx
 from memo_compile.codegen.compiler import look
 from memo_compile.errors import NothingToPlan, memo_error
 from memo_compile.options import Options
-from memo_compile.planning.planner import Decided
+from memo_compile.planning.decide import Decided
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
 from memo_compile.versions import check_torch

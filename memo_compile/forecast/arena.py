@@ -22,7 +22,7 @@ from memo_compile.passes.fx.facts import storage_of
 from memo_compile.passes.fx.meta import LAYER
 from memo_compile.placement import Buffer, place_layers
 from memo_compile.placement.bounds import lower_bound
-from memo_compile.planning.planner import Prepared
+from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.residency import Problem, Residency
 from memo_compile.planning.simulate import Simulation, simulate
 

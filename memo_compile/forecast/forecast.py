@@ -26,8 +26,10 @@ from memo_compile.passes.analysis.costs import Timer, account, is_attention
 from memo_compile.passes.analysis.liveness import reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, op_name, source_line, tensors
 from memo_compile.planning.anchors import anchor_sets, bottlenecks
-from memo_compile.planning.planner import Limits, Prepared, best_of
+from memo_compile.planning.prepared import Prepared
+from memo_compile.planning.problem import Limits
 from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
+from memo_compile.planning.search import best_of
 from memo_compile.trace.offline import trace
 
 MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation

@@ -18,7 +18,8 @@ from memo_compile.errors import NothingToPlan
 from memo_compile.passes.analysis.layers import LayerInfo, LayerReport, annotate_layers
 from memo_compile.passes.fx.facts import nbytes, storage_of
 from memo_compile.passes.fx.meta import LAYER
-from memo_compile.planning.planner import Limits, Prepared, View, view_of
+from memo_compile.planning.prepared import Prepared
+from memo_compile.planning.problem import Limits, View, view_of
 from memo_compile.planning.residency import Activation
 
 T = TypeVar("T")

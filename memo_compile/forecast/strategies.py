@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from memo_compile.errors import InvalidOption
 from memo_compile.planning.anchors import first_needed
-from memo_compile.planning.residency import Activation, Decision, Problem, Residency, decide, memory_profile
+from memo_compile.planning.residency import Activation, Decision, Problem, Residency, memory_profile
+from memo_compile.planning.rounding import decide
 from memo_compile.planning.simulate import Simulation, simulate
 
 SOLVER_SECONDS = 120.0

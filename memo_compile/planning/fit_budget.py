@@ -8,7 +8,10 @@ from typing import Generic, TypeVar
 
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
-from memo_compile.planning.planner import Decided, Limits, Prepared, decide, least_peak
+from memo_compile.planning.decide import Decided, decide
+from memo_compile.planning.prepared import Prepared
+from memo_compile.planning.problem import Limits
+from memo_compile.planning.search import least_peak
 
 log = logger(__name__)
 

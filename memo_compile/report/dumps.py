@@ -39,7 +39,8 @@ from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import nbytes, source_line
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.pipeline import Graphs
-from memo_compile.planning.planner import Decided, Prepared
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.prepared import Prepared
 from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.measured import profiled
 from memo_compile.report.pass_log import Watched, as_files, pass_log, readable, snapshot

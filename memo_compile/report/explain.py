@@ -26,7 +26,7 @@ from memo_compile.errors import BudgetTooSmall
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, source_line, storage_of
-from memo_compile.planning.planner import Prepared
+from memo_compile.planning.prepared import Prepared
 from memo_compile.report.explanation import (
     LARGEST,
     Break,

@@ -18,7 +18,8 @@ from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import nbytes, op_name, source_line
 from memo_compile.passes.fx.meta import TOKENS, WHY
 from memo_compile.passes.pipeline import Graphs
-from memo_compile.planning.planner import Decided, Prepared, carry_out
+from memo_compile.planning.decide import Decided, carry_out
+from memo_compile.planning.prepared import Prepared
 from memo_compile.report.plain import plain
 
 FOUND = "found.json"

@@ -18,7 +18,8 @@ from memo_compile.passes.analysis.liveness import LiveRange, lifetimes, reaches_
 from memo_compile.passes.fx.facts import is_view, nbytes, schema_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR
 from memo_compile.passes.transforms.slices import Homes
-from memo_compile.planning.planner import Decided, Prepared
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.prepared import Prepared
 
 SVG_SECONDS = 30.0  # that `dot` may take
 

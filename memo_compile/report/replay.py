@@ -32,7 +32,9 @@ from memo_compile.passes.fx.build import fake_mode
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.pipeline import Graphs, Watch
 from memo_compile.passes.transforms.slices import Homes
-from memo_compile.planning.planner import Decided, Limits, Prepared, carry_out, decide, prepare
+from memo_compile.planning.decide import Decided, carry_out, decide
+from memo_compile.planning.prepared import Prepared, prepare
+from memo_compile.planning.problem import Limits
 from memo_compile.report.dumps import DUMP_VERSION
 from memo_compile.report.graph_io import graph_from_json
 from memo_compile.report.pass_log import FOUND, folder_of, readable

@@ -19,7 +19,8 @@ from memo_compile.passes.fx.facts import op_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, WHY
 from memo_compile.passes.transforms.slices import Homes
 from memo_compile.placement import Buffer, place
-from memo_compile.planning.planner import Decided, Prepared
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.residency import Residency
 from memo_compile.planning.simulate import Simulation, simulate
 from memo_compile.schema import Plan

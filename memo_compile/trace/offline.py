@@ -20,7 +20,7 @@ from memo_compile.options import Options
 from memo_compile.passes.analysis.costs import Timer
 from memo_compile.passes.fx.facts import check_sizes
 from memo_compile.planning.fit_budget import settle
-from memo_compile.planning.planner import Prepared, prepare
+from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
 from memo_compile.trace.setting import Setting, limits_for, setting_for

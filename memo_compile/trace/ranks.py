@@ -26,7 +26,8 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import RanksDisagree
-from memo_compile.planning.planner import Decided, Limits
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.problem import Limits
 
 WAIT = timedelta(seconds=300)  # for ranks that are still compiling what comes before
 FOUND = ("budget", "host", "beside")  # of the limits: what each rank finds for itself

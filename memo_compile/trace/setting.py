@@ -17,7 +17,8 @@ from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.sizes import elements
-from memo_compile.planning.planner import Decided, Limits
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.problem import Limits
 from memo_compile.registry import registry
 from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.outstanding import Kept, kept_by, ledger

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from memo_compile.errors import RanksDisagree
-from memo_compile.planning.planner import Limits
+from memo_compile.planning.problem import Limits
 from memo_compile.trace import ranks, setting
 from memo_compile.trace.ranks import Group, Together
 

@@ -9,7 +9,8 @@ import torch
 from memo_compile.forecast.arena import offline_arena, row_buffers, transient_buffers
 from memo_compile.forecast.repeat_layers import lengthened
 from memo_compile.models import GPT, GPTConfig
-from memo_compile.planning.planner import Limits, best_of
+from memo_compile.planning.problem import Limits
+from memo_compile.planning.search import best_of
 from memo_compile.planning.simulate import simulate
 from memo_compile.trace.offline import trace
 

@@ -5,7 +5,8 @@ import pytest
 from memo_compile.errors import NothingToPlan
 from memo_compile.forecast import presets
 from memo_compile.forecast.repeat_layers import lengthened
-from memo_compile.planning.planner import Limits, best_of
+from memo_compile.planning.problem import Limits
+from memo_compile.planning.search import best_of
 from memo_compile.trace.offline import trace
 
 GIB = 2**30

@@ -7,15 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memo_compile.errors import SolverOutOfTime
-from memo_compile.planning.residency import (
-    Activation,
-    Problem,
-    decide,
-    least,
-    memory_profile,
-    slightly_more,
-    smallest_peak,
-)
+from memo_compile.planning.residency import Activation, Problem, memory_profile
+from memo_compile.planning.rounding import decide, least, slightly_more, smallest_peak
 
 MIB = 2**20
 

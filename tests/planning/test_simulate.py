@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bench import zoo
 from memo_compile.planning.fit_budget import settle
-from memo_compile.planning.residency import Activation, Problem, Residency, decide, evaluate
+from memo_compile.planning.residency import Activation, Problem, Residency
+from memo_compile.planning.rounding import decide, evaluate
 from memo_compile.planning.simulate import simulate
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for

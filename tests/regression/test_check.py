@@ -10,8 +10,8 @@ import torch
 from memo_compile.cli import main
 from memo_compile.errors import BudgetTooSmall, InvalidTarget
 from memo_compile.models import Llama, LlamaConfig
+from memo_compile.passes import pipeline
 from memo_compile.passes.analysis import token_rules, tokens
-from memo_compile.planning import planner
 from memo_compile.regression import baseline, check
 
 pytest_plugins = ["pytester"]
@@ -65,7 +65,7 @@ def test_figures_are_those_of_a_real_plan_and_the_same_again(before):
 
 
 def test_a_pass_switched_off_is_found(before, monkeypatch):
-    monkeypatch.setattr(planner, "annotate_tokens", lambda joint, _: tokens.annotate_tokens(joint, []))
+    monkeypatch.setattr(pipeline, "annotate_tokens", lambda joint, _: tokens.annotate_tokens(joint, []))
     found = regressions(before)
     assert "unsliceable" in found
     assert any("bytes cannot be sliced" in line and "llama.py" in line for line in found["unsliceable"].blame)

@@ -16,7 +16,7 @@ import memo_compile
 from memo_compile.passes.analysis.tokens import annotate_tokens
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
-from memo_compile.planning.planner import view_of
+from memo_compile.planning.problem import view_of
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for
 

@@ -5,7 +5,7 @@ import torch
 
 from memo_compile.passes.transforms.partition import UNCHECKED, Split, received
 from memo_compile.passes.transforms.slices import _in_torchs_order
-from memo_compile.planning.planner import decide
+from memo_compile.planning.decide import decide
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for
 

@@ -9,7 +9,7 @@ from memo_compile.passes.fx.build import call
 from memo_compile.passes.transforms.offloads import schedule_offloads
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.slices import fetch
-from memo_compile.planning.planner import carry_out, decide
+from memo_compile.planning.decide import carry_out, decide
 from memo_compile.planning.residency import Residency
 from memo_compile.planning.simulate import simulate
 from memo_compile.runtime.ops import register

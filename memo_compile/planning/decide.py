@@ -1,0 +1,193 @@
+"""From a prepared graph to a plan and the graphs that carry it out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch.fx as fx
+
+from memo_compile.errors import HostBudgetExceeded
+from memo_compile.passes.analysis.peak_tensors import obstacles
+from memo_compile.passes.fx.facts import (
+    HOST_LEASE,
+    is_on_host,
+    nbytes,
+)
+from memo_compile.passes.pipeline import Decision, Watch, act, unwatched
+from memo_compile.passes.transforms.slices import Homes, Sliced
+from memo_compile.planning import residency, rounding
+from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, step_seconds
+from memo_compile.planning.problem import Limits, problems_of, view_of
+from memo_compile.planning.search import best_of
+from memo_compile.planning.summary import (
+    activation_plan,
+    activation_plans,
+    blank_plan,
+    largest_at_peak,
+    makers_of,
+    recomputed_flops,
+)
+from memo_compile.schema import Plan
+from memo_compile.workspaces.annotate import workspaces_in
+
+HOST_ROUNDS = 3  # in which plans that miss the host budget by a few slices aim lower
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words.
+
+    `limits` are those that it was decided within, `problem` what the linear program was given; `ahead` says whether
+    transfers overlap with computation.
+    """
+
+    plan: Plan
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[str, ...]
+    homes: Mapping[str, Homes] = field(default_factory=dict)
+    obstacles: tuple[str, ...] = ()
+    limits: Limits | None = None
+    ahead: bool = True
+    problem: residency.Problem | None = None
+
+
+def lease_output(decided: Decided, num_forward_outputs: int) -> int | None:
+    """Which output of the forward is the host lease; None where nothing is offloaded."""
+    (output,) = decided.forward.graph.find_nodes(op="output")
+    outputs = output.args[0]
+    return next((i for i in range(num_forward_outputs, len(outputs)) if _is_lease(outputs[i])), None)
+
+
+def lease_input(decided: Decided) -> int:
+    """Which input of the backward is the host lease, where there is one."""
+    names = [n.name for n in decided.backward.graph.find_nodes(op="placeholder")]
+    return names.index(HOST_LEASE)
+
+
+def _is_lease(node: Any) -> bool:
+    return isinstance(node, fx.Node) and is_on_host(node)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Homes, and the graphs that they make."""
+
+    problem: residency.Problem
+    decision: residency.Decision
+    homes: dict[str, Homes]
+    ahead: bool
+    sliced: Sliced
+
+
+def _within_host(p: Prepared, limits: Limits) -> _Choice:
+    """Homes whose slices fit in host memory as they lie there, whole and aligned: the program counts bare bytes.
+
+    Raises:
+        HostBudgetExceeded: everything is to be offloaded, and does not fit.
+    """
+    choice, host = _chosen(p, limits, limits.host), limits.host
+    for rounds_left in reversed(range(HOST_ROUNDS)):
+        excess = choice.sliced.host_bytes - limits.host
+        if excess <= 0:
+            return choice
+        if limits.offload == "all":
+            raise HostBudgetExceeded(choice.sliced.host_bytes, 0, limits.host)
+        host = max(0, host - 2 * excess) if rounds_left else 0  # without offloading at last
+        choice = _chosen(p, limits, host)
+    return choice
+
+
+def _chosen(p: Prepared, limits: Limits, host: int) -> _Choice:
+    """Homes for `host` bytes of host memory."""
+    view = view_of(p, replace(limits, host=host))
+    everything = limits.offload == "all"
+    if everything:
+        (problem, *_), fits = problems_of(view), True
+        decision = rounding.all_offloaded(problem, time_limit=limits.time_limit)
+    else:
+        problem, decision, fits = best_of(view, limits)
+    homes = {
+        a.name: Homes(a.tokens, r.kept, r.offloaded, r.recomputed, view.axes[a.name])
+        for a in problem.activations
+        for r in [decision.residency[a.name]]
+    }
+    ahead = fits and (everything or limits.objective == "time")
+    return _Choice(problem, decision, homes, ahead, carry_out(p, homes, ahead=ahead, host_budget=limits.host))
+
+
+def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
+    """Choose homes within `limits` and build the graphs that carry them out.
+
+    Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
+
+    Raises:
+        HostBudgetExceeded: everything is to be offloaded, and does not fit in host memory.
+    """
+    started = time.perf_counter()
+    everything = limits.offload == "all"
+    if not p.plannable:
+        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *largest_at_peak(p)))
+    roomy = limits.budget is None or limits.budget >= p.unplanned_peak
+    if not everything and limits.objective == "time" and roomy and not p.policies.offloaded:
+        return _unplanned(p, limits, name, backend, started)
+    choice = _within_host(p, limits)
+    problem, decision, homes, ahead, sliced = choice.problem, choice.decision, choice.homes, choice.ahead, choice.sliced
+    peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
+    plan = replace(
+        blank_plan(p, limits, name, backend),
+        predicted_peak=peak,
+        predicted_seconds=decision.seconds,
+        host_bytes=sliced.host_bytes,
+        recomputed_flops=recomputed_flops(p, homes),
+        solver="none: everything is offloaded" if everything else "highs",
+        seconds=time.perf_counter() - started,
+        binding=decision.binding,
+        prices=dict(decision.prices),
+        activations=activation_plans(p, homes, limits),
+    )
+    plan = replace(plan, workspaces=workspaces_in(sliced.forward, sliced.backward))
+    in_the_way = obstacles(sliced.forward, sliced.backward, frozenset(sliced.saved), makers_of(p), p.fused)
+    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, in_the_way, limits, ahead, problem)
+
+
+def carry_out(
+    p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int, watch: Watch = unwatched
+) -> Sliced:
+    """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
+
+    With `ahead`, transfers overlap with computation; without, nothing waits in memory for a link. `watch` is shown both
+    graphs after each pass, with the pass's name; the next pass rewrites them in place.
+    """
+    decision = Decision(
+        joint=p.joint,
+        saved=p.saved,
+        homes=homes,
+        host_budget=host_budget,
+        overlap=ahead,
+        seconds=partial(step_seconds, p),
+        profile=p.profile,
+        fused=p.fused,
+        workspaces=p.workspaces.annotate,
+    )
+    return act(decision, p.unplanned, watch)
+
+
+def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: float) -> Decided:
+    split = p.unplanned
+    nodes = {n.name: n for n in split.forward.graph.nodes}
+    scheduled = [*split.forward.graph.nodes, *split.backward.graph.nodes]
+    kept = [nodes[n] for n in split.saved if n in nodes and nodes[n].op != "placeholder"]
+    whole = Homes(1, 1, 0, 0, None)
+    plan = replace(
+        blank_plan(p, limits, name, backend),
+        predicted_seconds=sum(step_seconds(p, n) for n in scheduled),
+        seconds=time.perf_counter() - started,
+        activations=tuple(activation_plan(n, whole, "kept: the budget allows it") for n in kept if nbytes(n)),
+        workspaces=workspaces_in(split.forward, split.backward),
+    )
+    return Decided(plan, split.forward, split.backward, split.saved, limits=limits)

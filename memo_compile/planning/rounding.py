@@ -1,0 +1,195 @@
+"""Decisions: fractions rounded to slices, the program solved again with them fixed, and what that comes to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from memo_compile.planning.columns import Grid, grid_of
+from memo_compile.planning.program import Answer, solve
+from memo_compile.planning.residency import Activation, Decision, Problem, Residency, memory_profile
+
+SLACK = 0.0005  # of the smallest peak: room in which the least plan may choose the faster of two
+
+
+ROUNDING = 1e-3  # of the step: what rounding may cost before another way to round is tried
+
+
+ROUNDS = 4  # of rounding and lowering the target by what it broke
+
+
+def decide(problem: Problem, *, time_limit: float = 10.0) -> Decision | None:
+    """The fastest residency within the budget; None where the program has no solution.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds, and it is not known whether there is one.
+    """
+    started = time.perf_counter()
+    grid = grid_of(problem)
+    budget = float("inf") if problem.budget is None else float(problem.budget)
+    settled = _settled(problem, grid, budget, time_limit)
+    return None if settled is None else _decision(problem, *settled, time.perf_counter() - started)
+
+
+def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
+    """The residency with the smallest peak as it rounds, without a search for the fastest of such: told soon.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds.
+    """
+    started = time.perf_counter()
+    grid = grid_of(problem)
+    free = _least(problem, grid, time_limit)
+    homes = _round_all(problem, free, again=False)
+    # Without a bound transfers would run ahead of time for nothing; but slices may be too coarse for this one.
+    within = solve(problem, grid, slightly_more(free.peak), time_limit, homes)
+    fixed = within or solve(problem, grid, math.inf, time_limit, homes) or free
+    return _decision(problem, homes, free, fixed, time.perf_counter() - started)
+
+
+def _least(problem: Problem, grid: Grid, time_limit: float) -> Answer:
+    answer = solve(problem, grid, None, time_limit)
+    assert answer is not None, "without a budget everything can be kept"
+    return answer
+
+
+def smallest_peak(problem: Problem, *, time_limit: float = 10.0) -> float:
+    """The fewest bytes in which any fractions run, however long: what stalls for every copy needs.
+
+    Raises:
+        SolverOutOfTime: no answer within `time_limit` seconds.
+    """
+    return _least(problem, grid_of(problem), time_limit).peak
+
+
+def slightly_more(peak: float) -> float:
+    """Bytes in which a plan with that peak may choose the faster of two."""
+    return peak * (1 + SLACK) + 4096
+
+
+def evaluate(problem: Problem, residency: Mapping[str, Residency], *, time_limit: float = 10.0) -> Decision | None:
+    """What the program predicts for given homes; None where they break a constraint."""
+    started = time.perf_counter()
+    budget = float("inf") if problem.budget is None else float(problem.budget)
+    answer = solve(problem, grid_of(problem), budget, time_limit, residency)
+    if answer is None:
+        return None
+    return _decision(problem, residency, answer, answer, time.perf_counter() - started)
+
+
+def all_offloaded(problem: Problem, *, time_limit: float = 10.0) -> Decision:
+    """Everything that can leave does, whatever it costs; the host arena says so where it does not fit."""
+    away = {
+        a.name: Residency(0, a.tokens, 0) if a.can_offload else Residency(a.tokens, 0, 0) for a in problem.activations
+    }
+    unlimited = replace(problem, budget=None, host_budget=sum(a.bytes for a in problem.activations))
+    decision = evaluate(unlimited, away, time_limit=time_limit)
+    assert decision is not None, "without budgets everything can be offloaded"
+    return decision
+
+
+def _settled(problem: Problem, grid: Grid, budget: float, time_limit: float) -> _Settled | None:
+    """Homes in whole slices that keep every row."""
+    target, host = budget, float(problem.host_budget)
+    for _ in range(ROUNDS):
+        best: _Settled | None = None
+        left: frozenset[str] = frozenset()
+        for _ in range(2):
+            free = solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit, left=left)
+            if free is None:
+                return best
+            for again in (False, True):
+                homes = _round_all(problem, free, again=again)
+                fixed = solve(problem, grid, budget, time_limit, homes)
+                if fixed and (best is None or _lost(problem, homes, fixed) < _lost(problem, best[0], best[2])):
+                    best = homes, free, fixed
+                if best and _lost(problem, best[0], best[2]) <= free.lost + ROUNDING * sum(problem.seconds):
+                    return best
+            if best is None:
+                break
+            # Once more, knowing what is offloaded, and so must be out before it is needed.
+            left = frozenset(name for name, home in homes.items() if home.offloaded)
+        if best is not None:
+            return best
+        slices = [a.bytes * min(problem.slice_tokens, a.tokens) / a.tokens for a in problem.activations]
+        # A row holds a few roundings at once; the larger the room taken back, the fewer rounds.
+        target -= max(sorted(slices)[-8:], default=0.0) + max(0.0, max(memory_profile(problem, homes)) - budget)
+        offloaded = sum(a.bytes * homes[a.name].offloaded / a.tokens for a in problem.activations)
+        host -= max(0.0, offloaded - problem.host_budget)
+    return None
+
+
+def _lost(problem: Problem, homes: Mapping[str, Residency], fixed: Answer) -> float:
+    """Seconds beyond the step's own."""
+    return fixed.stall + _recompute_seconds(problem, homes)
+
+
+def _recompute_seconds(problem: Problem, homes: Mapping[str, Residency]) -> float:
+    return sum((a.recompute_seconds or 0.0) * homes[a.name].recomputed / a.tokens for a in problem.activations)
+
+
+def _round_all(problem: Problem, answer: Answer, *, again: bool) -> dict[str, Residency]:
+    """Whole slices for all. Where a slice may only be kept or offloaded, the two take turns, so that neither the
+    device's nor the host's sum strays by more than a slice.
+    """
+    homes: dict[str, Residency] = {}
+    over = 0.0  # bytes offloaded beyond the answer
+    for i, a in enumerate(problem.activations):
+        home = _rounded(a, answer, i, problem, again=again, up=over <= 0)
+        homes[a.name] = home
+        over += a.bytes * (home.offloaded / a.tokens - float(answer.fractions[i, 1]))
+    return homes
+
+
+def _decision(
+    problem: Problem, residency: Mapping[str, Residency], free: Answer, fixed: Answer, solver_seconds: float
+) -> Decision:
+    recompute = _recompute_seconds(problem, residency)
+    amounts = {
+        "device memory": (problem.budget or 0) / 2**30,
+        "host memory": problem.host_budget / 2**30,
+        "offload rate": problem.d2h / 1e9,
+        "prefetch rate": problem.h2d / 1e9,
+    }
+    worth = {key: price * amounts[key] for key, price in free.prices.items()}
+    return Decision(
+        dict(residency),
+        int(fixed.peak),
+        sum(problem.seconds) + recompute + fixed.stall,
+        fixed.stall,
+        recompute,
+        max(worth, key=lambda key: worth[key]) if any(worth.values()) else "nothing",
+        free.prices,
+        solver_seconds,
+    )
+
+
+_Settled = tuple[dict[str, Residency], Answer, Answer]  # homes, the answer that they round, the answer for them
+
+
+def _rounded(a: Activation, answer: Answer, index: int, problem: Problem, *, again: bool, up: bool) -> Residency:
+    """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks; what is left over
+    goes to a home that is open to it: recomputation with `again` or where nothing is offloaded, else the host, or with
+    `up` false the device.
+    """
+    k, o, r = answer.fractions[index]
+    if a.tokens == 1:
+        best = int(np.argmax([k, o, r]))
+        return Residency(*(1 if i == best else 0 for i in range(3)))
+    if a.recompute_whole and r > 0.5:
+        return Residency(0, 0, a.tokens)
+    unit = max(1, min(problem.slice_tokens, a.tokens))
+    slack = 1e-6 * a.tokens
+    kept = min(a.tokens, int((k * a.tokens + slack) // unit) * unit if k < 1 - 1e-6 else a.tokens)
+    offloaded = min(a.tokens - kept, int((o * a.tokens + slack) // unit) * unit if o < 1 - 1e-6 else a.tokens)
+    rest = a.tokens - kept - offloaded
+    sliced = a.recompute_seconds is not None and not a.recompute_whole
+    if sliced and (again or r > 1e-6 or not a.can_offload or not offloaded):
+        return Residency(kept, offloaded, rest)
+    if a.can_offload and (up or not k > 1e-6):
+        return Residency(kept, offloaded + rest, 0)
+    return Residency(kept + rest, offloaded, 0)

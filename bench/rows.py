@@ -16,6 +16,7 @@ from bench import roster
 from bench.measurement import Case
 
 Row = dict[str, Any]
+UNSETTLED = ("died", "ImportError", "ModuleNotFoundError")  # failures to be tried again
 
 
 def write_whole(path: Path, data: object) -> None:
@@ -64,8 +65,8 @@ def _case(row: Row) -> Case:
 
 
 def is_current(row: Row) -> bool:
-    """Whether the code that a row depends on lies here as it was."""
-    return bool(row.get("code") == roster.code(row["model"], row["peer"]))
+    """Whether the code that a row depends on lies here as it was; what tells nothing of the code is never current."""
+    return row.get("failed") not in UNSETTLED and row.get("code") == roster.code(row["model"], row["peer"])
 
 
 class NothingToStandOn(Exception):

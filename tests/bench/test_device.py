@@ -132,6 +132,22 @@ def test_a_row_of_another_card_does_not_count_here_and_comes_last(stored):
     assert agenda.state(Item("x", replace(CASE, tokens=1)), stored, {}, "NVIDIA H100") == "missing"
 
 
+def test_a_failure_that_tells_nothing_of_the_code_is_tried_again(stored):
+    item = Item(CASE.key, CASE)
+    for failed, state in (("died", "older"), ("ModuleNotFoundError", "older"), ("OutOfMemoryError", "current")):
+        stored.add(row_of(CASE, failed=failed, said=""))
+        assert agenda.state(item, stored, {}, "NVIDIA H200") == state
+
+
+def test_what_was_run_beside_rows_stands_on_the_page_with_its_commit():
+    part = {"commit": "abc", "code": "c", "seconds": 12.0, "finished": True}
+    tests = {**part, "said": {"passed": 61, "wrong": [], "log": "long"}}
+    link = {**part, "said": {"to_host_GBs": 55.2345, "both": {"each": 49.9}}}
+    page = pages.answers({"NVIDIA H200/tests": tests, "NVIDIA H200/probe link": link})
+    assert "- H200/tests (abc, 12 s): passed 61, wrong []" in page
+    assert "- H200/probe link (abc, 12 s): to_host_GBs 55.23, both (each 49.9)" in page
+
+
 def test_memo_within_a_peak_needs_that_peak_on_this_card(stored):
     wanted = replace(CASE, peer="memo@checkpoint")
     stored.add(row_of(CASE, card="NVIDIA H100", peak=5))

@@ -105,7 +105,7 @@ def _compiled(
         return planned(twin(spare), args, replace(setting, first_step=step))
 
     compiled = kept(compiled, setting.first_step, again)
-    return compiled if plain is None else verified(compiled, plain, reference)
+    return compiled if plain is None else verified(compiled, gm, plain, reference)
 
 
 def _specialize(inputs: Sequence[Any]) -> None:

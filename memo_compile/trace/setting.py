@@ -17,6 +17,7 @@ from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.sizes import elements
+from memo_compile.passes.fx.unusual import unusual_ops
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.problem import Limits
 from memo_compile.registry import registry
@@ -153,6 +154,12 @@ def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int)
         check_limit()
     elif setting.asks:
         warn_at_limit()
+    found = unusual_ops(decided.forward)
+    if found and setting.options.verify is not True:
+        log.info(
+            '%s: calls %s; options={"verify": True} compares its first step with the unplanned graph',
+            *(setting.frame or setting.name, ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")),
+        )
     if limits.budget is not None and peak > limits.budget:
         _say_over(setting, limits.budget, peak, decided.obstacles)
 

@@ -142,11 +142,11 @@ def _steps(
         return _HOW[program.shape["steps"]](program, made, fn)
 
 
-def compiled(program: Program, made: Made, backend: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
+def compiled(program: Program, made: Made, backend: str | None, options: dict[str, Any] | None) -> Any:
     """The model, whole or block by block, or as it is where there is no backend."""
     model: Any = made.model
     if backend is None:
-        return model  # type: ignore[no-any-return]
+        return model
     keywords: dict[str, Any] = {"backend": backend, "dynamic": False}
     if options:
         keywords["options"] = options
@@ -154,7 +154,7 @@ def compiled(program: Program, made: Made, backend: str | None, options: dict[st
         return torch.compile(model, **keywords)
     for block in model.blocks:
         block.compile(**keywords)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def _given(program: Program, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[
 
 def _left(made: Made, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Observed:
     found = [(f"output {i}", o.detach().clone()) for i, o in enumerate(outputs)]
-    wanted = [(f"gradient of {n}", p) for n, p in made.model.named_parameters()]
+    wanted: Observed = [(f"gradient of {n}", p) for n, p in made.model.named_parameters()]
     wanted += [(f"gradient of input {i}", x) for i, x in enumerate(inputs)]
     # No gradient counts as zeros: of the branch that is not taken eager mode gives none.
     found += [(n, torch.zeros_like(p) if p.grad is None else p.grad.clone()) for n, p in wanted if p.requires_grad]

@@ -44,7 +44,8 @@ def group() -> str:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     name: str = dist.group.WORLD.group_name  # type: ignore[union-attr]
     return name
 
@@ -170,7 +171,7 @@ class Region(nn.Module):
             y = inner(x)
             return y if last == "as it is" else y.sin() * x
 
-        object.__setattr__(self, "region", region)
+        self.region: Callable[[torch.Tensor], torch.Tensor] = region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for _ in range(self.calls):
@@ -189,8 +190,14 @@ class Branch(nn.Module):
         taken = x.detach().mean() > 0
         other = torch.sin if self.other == "sine" else torch.clone
         if torch.compiler.is_dynamo_compiling():
-            return torch.cond(taken, self.inner, other, (x,))  # type: ignore[no-any-return]
+            # Both results must be laid out alike, and be no view of what is given.
+            result: torch.Tensor = torch.cond(taken, lambda y: _anew(self.inner(y)), lambda y: _anew(other(y)), (x,))
+            return result
         return self.inner(x) if bool(taken) else other(x)
+
+
+def _anew(y: torch.Tensor) -> torch.Tensor:
+    return (y * 1.0).contiguous()
 
 
 class Checkpointed(nn.Module):

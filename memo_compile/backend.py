@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import CompiledAutograd, SizeUnknown
+from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
 from memo_compile.runtime.verification import verified
@@ -21,6 +22,8 @@ from memo_compile.versions import check_torch
 if TYPE_CHECKING:
     from memo_compile.runtime.first_step import FirstStep
     from memo_compile.trace.setting import Setting
+
+log = logger("memo_compile")
 
 Compiled = Callable[..., Any]
 
@@ -97,7 +100,8 @@ def _compiled(
     spare = twin(gm)
     try:
         compiled = planned(gm, inputs, setting)
-    except NoRange:
+    except NoRange as why:
+        log.info("%s: this length is compiled alone: %s", setting.frame, why)
         _specialize(inputs)
         compiled = planned(gm, inputs, setting)
 

@@ -85,7 +85,8 @@ class Plan:
     held: segments, outputs, gradients and what kernels allocate themselves. `least_peak` is the least that the program
     knows how to hold ("min" asks for it), `unplanned_peak` what the graph holds when nothing is planned. `prices` are
     the seconds that one more GiB ("device memory", "host memory") or GB/s ("offload rate", "prefetch rate") would save;
-    `binding` is the one of these that costs most, or "nothing".
+    `binding` is the one of these that costs most, or "nothing". `range` says which sizes vary and how far: bytes and
+    rows are those at its upper end; "" where all are numbers.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Plan:
     segments: tuple[ArenaSegment, ...] = ()
     buffers: tuple[ArenaBuffer, ...] = ()
     workspaces: tuple[Workspace, ...] = ()
+    range: str = ""
     version: int = field(default=SCHEMA_VERSION)
 
     @property

@@ -13,15 +13,17 @@ from torch._functorch import config
 from memo_compile.codegen.donation import nothing_donated
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
 from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
+from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.fit_budget import settle
-from memo_compile.planning.prepared import prepare
+from memo_compile.planning.prepared import Prepared, prepare
+from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
-from memo_compile.trace.ranks import together
+from memo_compile.trace.ranks import groups_of, together
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record
 
 
@@ -67,24 +69,38 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
     check_sizes(joint)
-    if has_symbols(joint):
-        raise NoRange("not yet")
-    write_numbers(joint)
     dump = Dump.open(setting.options.dump, setting.name)
-    dump.joint(joint, num_outputs, static)
-    p = prepare(joint, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
-    with together(joint) as ranks:
-        limits = ranks.agree(limits_for(setting, p.unplanned_peak))
-        settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager")
-        decided = settled.decided
-        ranks.confirm(decided)
-    check_planned(setting, limits, decided, settled.peak)
-    plan = replace(decided.plan, budget=limits.given(settled.peak), rounds=settled.rounds)
-    record(plan)
+
+    def planned(graph: fx.GraphModule, *, ranges: bool = False) -> tuple[Prepared, Decided]:
+        dump.joint(graph, num_outputs, static)
+        p = prepare(graph, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
+        with together(graph) as ranks:
+            limits = ranks.agree(limits_for(setting, p.unplanned_peak))
+            if ranges and not limits.slice_tokens:
+                limits = replace(limits, slice_tokens=slice_rows(p.tokens.tokens))
+            settled = settle(
+                p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager"
+            )
+            ranks.confirm(settled.decided)
+        check_planned(setting, limits, settled.decided, settled.peak)
+        plan = replace(settled.decided.plan, budget=limits.given(settled.peak), rounds=settled.rounds)
+        return p, replace(settled.decided, plan=plan)
+
+    if has_symbols(joint):
+        if groups_of(joint):
+            raise NoRange("ranks must plan for one length")
+        unplanned = split_as_torch(joint, inputs, num_outputs, static)
+        p, decided, ends = over_range(joint, setting.options.lengths, lambda graph: planned(graph, ranges=True))
+        emitted = in_symbols(joint, unplanned, p, decided, ends, setting.host)
+    else:
+        write_numbers(joint)
+        p, decided = planned(joint)
+        emitted = decided
+    record(emitted.plan)
     dump.decided(p, decided, setting.options)
-    dump.plan(plan)
-    dump.report(p, decided, plan)
-    return replace(decided, plan=plan)
+    dump.plan(emitted.plan)
+    dump.report(p, decided, emitted.plan)
+    return emitted
 
 
 class _Interpreter(fx.Interpreter):

@@ -275,6 +275,8 @@ def is_pure(node: fx.Node) -> bool:
     """Whether the node may be run a second time, in the backward, and give the same value with no other effect."""
     if node.op != "call_function":
         return node.op == "get_attr"
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return True  # arithmetic on sizes
     if node.target is operator.getitem:
         return is_pure(node.all_input_nodes[0])
     target = node.target

@@ -7,6 +7,7 @@ so that every part of a value is largest where the length is.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -79,6 +80,30 @@ def _at(value: Any, values: Mapping[Any, int], mode: Any) -> Any:
 
 def _fake_mode(gm: fx.GraphModule) -> Any:
     return next(v.fake_mode for n in gm.graph.nodes for v in [n.meta.get("val")] if hasattr(v, "fake_mode"))
+
+
+def row_at(row: int, tokens: int, length: Any) -> Any:
+    """Where the border before row `row` of `tokens` lies in a value with `length` rows."""
+    if row in (0, tokens):
+        return length if row == tokens else 0
+    common = math.gcd(row, tokens)
+    return length * (row // common) // (tokens // common)
+
+
+def quotient(size: Any, by: Any) -> Any:
+    """`size` divided by what it is a multiple of; a number where it is one.
+
+    Raises:
+        NoRange: it is no multiple at every length.
+    """
+    found = size // by
+    if not is_symbolic(size):
+        return found
+    over = by.node.expr if isinstance(by, torch.SymInt) else by
+    under = found.node.expr if isinstance(found, torch.SymInt) else found
+    if (size.node.expr - under * over).expand() != 0:
+        raise NoRange(f"{size} is no multiple of {by}")
+    return found if is_symbolic(found) else int(found)
 
 
 def as_argument(graph: fx.Graph, value: Any) -> Any:

@@ -60,6 +60,11 @@ def upper_end(range_of: Any, otherwise: Any) -> Any:
     return range_of.upper
 
 
+def bounded(symbol: Any, size: torch.SymInt) -> bool:
+    """Whether the range of a symbol in `size` has an upper end."""
+    return upper_end(size.node.shape_env.var_to_range.get(symbol), None) is not None
+
+
 def _seen_with(size: Any) -> Mapping[Any, Any]:
     environment = size.node.shape_env
     name = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"

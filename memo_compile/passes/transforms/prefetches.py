@@ -128,7 +128,7 @@ def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
 def _rows(graph: fx.Graph, landing: fx.Node, join: fx.Node, index: int) -> fx.Node:
     """Where one part of a join lies in it."""
     dim: Any = join.args[1]
-    sizes = [int(part.meta["val"].shape[dim]) for part in _parts(join)]
+    sizes = [part.meta["val"].shape[dim] for part in _parts(join)]
     begin = sum(sizes[:index])
     return call(graph, torch.ops.aten.slice.Tensor, (landing, dim, begin, begin + sizes[index]))
 
@@ -175,7 +175,7 @@ def _as_matrix(graph: fx.Graph, rows: fx.Node, shape: Any) -> fx.Node | None:
             value.view(shape)
     except (RuntimeError, ValueError):  # torch raises one or the other, by what a fake tensor knows of itself
         return None
-    return call(graph, torch.ops.aten.view.default, (rows, [int(s) for s in shape]))
+    return call(graph, torch.ops.aten.view.default, (rows, list(shape)))
 
 
 def _erase_unused(graph: fx.Graph, mark: fx.Node) -> None:

@@ -24,6 +24,7 @@ from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
 from memo_compile.passes.fx.meta import PART_OF, TOKENS
 from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.sizes import elements, is_symbolic, largest
 from memo_compile.passes.transforms.partition import (
     SYMBOL,
     UNCHECKED,
@@ -34,7 +35,13 @@ from memo_compile.passes.transforms.partition import (
     recompute_chain,
     saved_kind,
 )
-from memo_compile.passes.transforms.token_slices import concat_tokens, slice_value, slice_view, sliced_copy
+from memo_compile.passes.transforms.token_slices import (
+    concat_tokens,
+    rows_between,
+    slice_value,
+    slice_view,
+    sliced_copy,
+)
 from memo_compile.placement import Buffer, place
 
 HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
@@ -170,7 +177,7 @@ def _layout(split: Split, homes: Mapping[str, Homes]) -> tuple[tuple[Transfer, .
         plan = homes.get(node.name)
         if plan is not None and plan.offloaded and node.name in split.saved:
             value: torch.Tensor = node.meta["val"]
-            size = value.numel() * value.element_size() * plan.offloaded // plan.tokens
+            size = elements(value.shape) * value.element_size() * plan.offloaded // plan.tokens
             slices.append(Buffer(node.name, size, step, len(nodes) + 1))
     placement = place(slices, alignment=HOST_ALIGNMENT)
     return tuple(Transfer(s.name, placement.offsets[s.name], s.size) for s in slices), placement.peak
@@ -296,16 +303,21 @@ def _rewrite_backward(
             if plan.kept:
                 with because(split.backward, f"{_rows(name, plan, again, plan.tokens)} were kept"):
                     parts.append(_kept_rows(graph, held, plan))
-            whole = parts[0] if len(parts) == 1 else concat_tokens(graph, parts, _physical_axis(value, plan))
+            whole = parts[0] if len(parts) == 1 else _joined(graph, parts, value, plan)
             whole = _logical(graph, whole, value)
         held.replace_all_uses_with(whole, delete_user_cb=lambda user, w=whole: user is not w)
         graph.erase_node(held)
         present[name] = whole
 
 
+def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: torch.Tensor, plan: Homes) -> fx.Node:
+    axis = _physical_axis(value, plan)
+    return concat_tokens(graph, parts, axis, value.shape[_physical_order(value)[axis.dim]])
+
+
 def _fetched(graph: fx.Graph, lease: fx.Node, offset: int, value: torch.Tensor, plan: Homes) -> fx.Node:
-    shape = _slice_shape(value, plan, plan.offloaded)
-    node = graph.call_function(fetch, (lease, offset, shape, value.dtype))
+    shape = _slice_shape(value, plan, 0, plan.offloaded)
+    node = graph.call_function(fetch, (lease, offset, tuple(map(largest, shape)), value.dtype))
     with fake_mode(graph):
         node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
     return node
@@ -317,7 +329,8 @@ def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Homes) -> fx.Node:
     with graph.inserting_before(held):
         rows = graph.placeholder(f"{held.name}_kept")
     with fake_mode(graph):
-        rows.meta["val"] = torch.empty(_slice_shape(value, plan, plan.kept), dtype=value.dtype, device=value.device)
+        shape = _slice_shape(value, plan, plan.tokens - plan.kept, plan.tokens)
+        rows.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
     return rows
 
 
@@ -367,21 +380,23 @@ def _sliced_chain(
 
 
 def _physical_order(value: torch.Tensor) -> tuple[int, ...]:
-    strides = value.stride()
+    strides = [largest(s) for s in value.stride()]
     return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
 
 
 def _physical_axis(value: torch.Tensor, plan: Homes) -> TokenAxis:
     assert plan.axis is not None
     place = _physical_order(value).index(plan.axis.dim)
-    return TokenAxis(place, plan.axis.outer, plan.axis.tokens, plan.axis.inner)
+    return plan.axis.at(place)
 
 
-def _slice_shape(value: torch.Tensor, plan: Homes, rows: int) -> tuple[int, ...]:
-    shape = [int(value.shape[d]) for d in _physical_order(value)]
-    if rows != plan.tokens:
+def _slice_shape(value: torch.Tensor, plan: Homes, lo: int, hi: int) -> tuple[Any, ...]:
+    """The shape of token rows [lo, hi), in physical order."""
+    sizes = [value.shape[d] for d in _physical_order(value)]
+    shape = [s if is_symbolic(s) else int(s) for s in sizes]
+    if hi - lo != plan.tokens:
         axis = _physical_axis(value, plan)
-        shape[axis.dim] = axis.outer * rows * axis.inner
+        shape[axis.dim] = rows_between(axis, shape[axis.dim], lo, hi)
     return tuple(shape)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.fx.sizes import elements
+
 SLACK = 0.03  # of a graph's seconds: about a layer of a deep model
 # Of the most bytes live: above, there is no room for slack, as what a compiler emits may hold a little more.
 FULL = 0.85
@@ -40,4 +42,4 @@ class Room:
 
 def size_of(node: fx.Node) -> int:
     value: torch.Tensor = node.meta["val"]
-    return value.numel() * value.element_size()
+    return elements(value.shape) * value.element_size()

@@ -31,7 +31,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,13 +44,15 @@ import torch
 from bench import pages, roster
 from bench.agenda import Item, agenda, expected, in_small, resolved, state
 from bench.common import RESULTS, ROOT, child_environment
+from bench.fuzzing.oracle import FAILURES
 from bench.provenance import card, made
 from bench.rows import NothingToStandOn, Row, Rows, parts_beside, write_whole
 from bench.worker import Runner, end
 
 KINDS = ("tests", "fuzz", "rows", "probes")
 WORKERS = 12
-FUZZ_MINUTES, FUZZ_JOBS, FUZZ_LAST = 0.75, 8, 20.0  # seconds for what has begun by then
+FUZZED = ("memo_eager", "memo")  # backends
+FUZZ_MINUTES, FUZZ_JOBS, FUZZ_LAST = 0.6, 7, 20.0  # seconds for what has begun by then
 SPARE = 8.0  # seconds at the end, for the page
 HOW = "PASSED|FAILED|ERROR|SKIPPED"
 TAIL = 3000  # characters of a log that are stored with its part
@@ -104,17 +108,36 @@ def outcomes(log: str) -> Row:
 
 
 def fuzz(seconds: float, device: str) -> tuple[bool, Row, str]:
-    """Whether the fuzzer had its time, and what it said. Each commit draws its own programs, by `seed`."""
-    if find_spec("bench.fuzz") is None:
-        return True, {"skipped": "there is no bench.fuzz"}, ""
+    """Whether the fuzzer judged any program, what it found, and its log.
+
+    Both backends run side by side: op by op, which judges many programs, and compiled, which judges few. Each commit
+    draws its own programs, by `seed`.
+    """
     minutes, seed = min(FUZZ_MINUTES, seconds / 60), roster.part_code()
-    jobs = str(min(FUZZ_JOBS, os.cpu_count() or 1))
-    with tempfile.TemporaryDirectory(prefix="memo-fuzz-") as runs:
-        many = ["--cases", "100000", "--jobs", jobs, "--no-reduction", "--runs", runs]
-        command = ["--backend", "memo", "--device", device, "--minutes", f"{minutes:.2f}", "--seed", seed, *many]
-        ran = run_within([sys.executable, "-m", "bench.fuzz", *command], min(seconds, 60 * minutes + FUZZ_LAST))
-    said = {"exit": ran.code, "seed": seed, "last": ran.text.strip().splitlines()[-1:], "log": ran.text[-TAIL:]}
-    return ran.code != 2, said, ran.text
+    limit = min(seconds, 60 * minutes + FUZZ_LAST)
+    many = ["--cases", "100000", "--jobs", str(min(FUZZ_JOBS, os.cpu_count() or 1)), "--no-reduction"]
+    common = ["--device", device, "--minutes", f"{minutes:.2f}", "--seed", seed, *many]
+    with tempfile.TemporaryDirectory(prefix="memo-fuzz-") as runs, ThreadPoolExecutor(len(FUZZED)) as pool:
+
+        def one(backend: str) -> Ran:
+            return run_within(
+                [sys.executable, "-m", "bench.fuzz", "--backend", backend, *common, "--runs", runs], limit
+            )
+
+        logs = [ran.text for ran in pool.map(one, FUZZED)]
+        said = {backend: verdicts(Path(runs), backend) for backend in FUZZED}
+    text = "\n".join(logs)
+    judged = sum(found["programs"] for found in said.values())
+    return judged > 0, {"seed": seed, **said, "log": text[-TAIL:]}, text
+
+
+def verdicts(folder: Path, backend: str) -> Row:
+    """What the fuzzer stored of each program, also where it was ended: how many of each kind, and what went wrong."""
+    lines = [line for path in folder.glob(f"{backend}-*.jsonl") for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    by_status = dict(Counter(row["status"] for row in found))
+    wrong = [f"{r['number']}: {r['status']}: {r['detail']}"[:300] for r in found if r["status"] in FAILURES]
+    return {"programs": len(found), **by_status, "wrong": wrong}
 
 
 def probe(name: str, seconds: float, device: str) -> tuple[bool, Row, str]:

@@ -205,6 +205,15 @@ def test_outcomes_are_read_from_a_log_that_may_be_cut_off(log, passed, wrong):
     assert (said["passed"], said["wrong"]) == (passed, wrong)
 
 
+def test_verdicts_are_read_where_the_fuzzer_was_ended(tmp_path):
+    rows = [{"number": i, "status": status, "detail": "d"} for i, status in enumerate(("right", "right", "poison"))]
+    text = "\n".join(json.dumps(row) for row in rows) + '\n{"number": 3, "sta'
+    (tmp_path / "memo-cuda-1.jsonl").write_text(text)
+    (tmp_path / "memo_eager-cuda-1.jsonl").write_text(text)
+    said = device.verdicts(tmp_path, "memo")
+    assert said == {"programs": 3, "right": 2, "poison": 1, "wrong": ["2: poison: d"]}
+
+
 def test_what_a_command_started_ends_with_its_time():
     program = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
     ran = device.run_within([sys.executable, "-c", program], 2.0)

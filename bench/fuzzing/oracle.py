@@ -9,8 +9,9 @@ import contextlib
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def judge(program: Program, backend: str, *, device: str = "cpu", ladder: bool =
         got = _planned(program, where, backend, options, refusals)
         if got is None:
             return Verdict("refused", "", tuple(refusals))
-        if difference := _difference(got, expected):
-            return _blamed(program, where, backend, "wrong", difference, expected, refusals)
+        if wrong := _differences(got, expected):
+            return _blamed(program, where, backend, "wrong", next(iter(wrong.values())), expected, refusals, wrong)
         if backend == "memo" or any(plan.offloaded_bytes for plan in memo_compile.plans()):
             poisoned = _planned(program, where, backend, {**options, "verify": "poison"}, refusals)
             if poisoned is not None and (difference := _difference(poisoned, expected)):
@@ -96,15 +97,15 @@ def _blamed(
     detail: str,
     expected: Observed,
     refusals: Sequence[str],
+    wrong: Mapping[str, str] = MappingProxyType({}),
 ) -> Verdict:
-    """A failure, unless stock torch has it too."""
+    """A failure, unless stock torch has it too: what is wrong is wrong there, an error is one there."""
     try:
-        stock = _steps(program, where, STOCK[backend])
+        theirs = _differences(_steps(program, where, STOCK[backend]), expected)
     except Exception as error:
         return Verdict("torch", f"{status}: {detail}; stock: {_said(error)}", tuple(refusals))
-    difference = _difference(stock, expected) if status == "wrong" else ""
-    if difference:
-        return Verdict("torch", f"{status}: {detail}; stock: {difference}", tuple(refusals))
+    if wrong and wrong.keys() <= theirs.keys():
+        return Verdict("torch", f"{status}: {detail}; stock: {theirs[next(iter(wrong))]}", tuple(refusals))
     return Verdict(status, detail, tuple(refusals))
 
 
@@ -289,18 +290,24 @@ _HOW: dict[str, Callable[[Program, Made, Callable[..., Any]], Observed]] = {
 }
 
 
-def _difference(got: Observed, expected: Observed) -> str:
-    """The first difference that is more than rounding, in words; nothing where there is none."""
+def _differences(got: Observed, expected: Observed) -> dict[str, str]:
+    """What is off by more than rounding, and by how much, in words."""
     if [n for n, _ in got] != [n for n, _ in expected]:
-        return f"observed {sorted({n for n, _ in got} ^ {n for n, _ in expected})} by one alone"
+        return {n: f"{n} is observed by one alone" for n in {n for n, _ in got} ^ {n for n, _ in expected}}
     largest = max((float(t.double().norm()) for n, t in expected if n.startswith("gradient")), default=0.0)
+    found: dict[str, str] = {}
     for (name, mine), (_, other) in zip(got, expected, strict=True):
         a, b = mine.double(), other.double()
         allowed = CLOSE * max(float(b.norm()), 1e-3 * largest * name.startswith("gradient"), 1e-12)
         distance = float((a - b).norm()) if a.shape == b.shape else float("nan")
         if not distance <= allowed:
-            return f"{name} is off by {distance / max(float(b.norm()), 1e-300):.1e}"
-    return ""
+            found.setdefault(name, f"{name} is off by {distance / max(float(b.norm()), 1e-300):.1e}")
+    return found
+
+
+def _difference(got: Observed, expected: Observed) -> str:
+    """The first difference that is more than rounding; nothing where there is none."""
+    return next(iter(_differences(got, expected).values()), "")
 
 
 def _said(error: BaseException) -> str:

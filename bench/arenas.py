@@ -22,7 +22,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.common import save
-from memo_compile.codegen import compiler
+from memo_compile.codegen import rehearsal
 from memo_compile.codegen.planned_step import plan_step
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.forecast import arena as offline_arena
@@ -65,7 +65,7 @@ def compiled(name: str, budget: float | str) -> list[Row]:
         x = mode.from_tensor(x)
     row: Row = {"model": name, "budget": str(budget)}
     started = time.process_time()
-    with timed(compiler, "plan_arena") as spent:
+    with timed(rehearsal, "plan_arena") as spent:
         try:
             step = plan_step(mode, model, (x,), {"labels": x}, {"memory_budget": budget})
         except BudgetTooSmall:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.common import save
-from memo_compile.hardware.profiles import free_host_memory
+from memo_compile.hardware.host_memory import free_host_memory
 from memo_compile.runtime.blocks import map_block
 
 MIB = 2**20

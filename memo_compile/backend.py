@@ -44,10 +44,11 @@ def memo(
         SizeUnknown: a size depends on data.
         RecompileLimit: the frame was compiled for as many shapes as Dynamo allows.
     """
-    parsed = _start(gm, options, mode, inputs)
+    # What a backend needs is loaded when it is used, not when torch lists the backends.
     from memo_compile.codegen.compiler import compile_planned
     from memo_compile.codegen.unplanned import with_inductor
 
+    parsed = _start(gm, options, mode, inputs)
     return _compiled(gm, inputs, parsed, compile_planned, with_inductor, "inductor")
 
 
@@ -58,10 +59,11 @@ def memo_eager(
 
     Arguments and errors are those of `memo`; there is no arena, and every op allocates for itself.
     """
-    parsed = _start(gm, options, mode, inputs)
+    # As above.
     from memo_compile.codegen.interpreter import run_planned
     from memo_compile.codegen.unplanned import op_by_op
 
+    parsed = _start(gm, options, mode, inputs)
     return _compiled(gm, inputs, parsed, run_planned, op_by_op, "aot_eager")
 
 
@@ -72,7 +74,7 @@ def _start(gm: fx.GraphModule, options: Mapping[str, Any] | None, mode: str | No
         raise SizeUnknown("a nested tensor among the inputs")
     note_graph_break()
     note_shapes(inputs)
-    from memo_compile.runtime.ops import register
+    from memo_compile.runtime.ops import register  # loaded when a backend is used, not when torch lists them
 
     register()
     if holds_planned_backward(gm):
@@ -88,12 +90,13 @@ def _compiled(
     unplanned: Callable[[fx.GraphModule, Sequence[Any], Options], Compiled],
     reference: str,
 ) -> Compiled:
-    from memo_compile.passes.fx.ranges import NoRange
+    from memo_compile.passes.fx.ranges import NoRange  # loaded when a backend is used, not when torch lists them
+    from memo_compile.report.dumps import Dump
     from memo_compile.runtime.kept_budgets import kept, twin
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)
-    setting = setting_for(options, inputs)
+    setting = setting_for(options, inputs, Dump.open)
     if not setting.asks and any(is_symbolic(size) for size in sizes_of(inputs)):
         return unplanned(gm, inputs, options)
     plain = copy.deepcopy(gm) if options.verify is True else None

@@ -36,7 +36,7 @@ def memo_check(pytestconfig: pytest.Config) -> Callable[..., None]:
         hardware: str | None = None,
         tolerance: Sequence[str] = (),
     ) -> None:
-        from memo_compile.regression.baseline import tolerances
+        from memo_compile.regression.baseline import tolerances  # loaded when the fixture is used
         from memo_compile.regression.changes import text
         from memo_compile.regression.check import check
         from memo_compile.trace.targets import load_target

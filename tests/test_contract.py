@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 import memo_compile
-from memo_compile.codegen import compiler
+from memo_compile.codegen import rehearsal
 from memo_compile.codegen.preview import dry_emission
 from memo_compile.runtime.ops import engine, pool
 
@@ -255,7 +255,7 @@ def test_a_gradient_that_no_dry_run_showed_to_be_handed_on_stays_the_users(monke
         hidden = replace(emission.body, outputs=(None,) * len(emission.body.outputs))
         return replace(emission, body=hidden) if scalar and rest["is_backward"] else emission
 
-    monkeypatch.setattr(compiler, "dry_emission", hides)
+    monkeypatch.setattr(rehearsal, "dry_emission", hides)
     test_gradients_written_over_saved_activations_are_the_users_to_keep("memo", {})
     assert True in looks
     assert False in looks

@@ -102,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse at once what would fail only after something has been trained."""
     import torch  # takes a second, and not every caller needs it
 
-    from memo_compile.models import LlamaConfig
+    from memo_compile.models import LlamaConfig  # loads torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InvalidOption("--device", "cuda", "cpu: torch sees no CUDA device here")

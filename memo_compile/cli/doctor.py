@@ -13,7 +13,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from memo_compile.errors import InvalidOption, MemoError, UnsupportedTorch
-from memo_compile.hardware.profiles import free_host_memory, memory_limit, resolve, save, stored_profile
+from memo_compile.hardware.host_memory import free_host_memory, memory_limit
+from memo_compile.hardware.profiles import resolve, save, stored_profile
 
 if TYPE_CHECKING:
     from memo_compile.hardware.efficiency import Efficiency

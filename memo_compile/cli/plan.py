@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, and print the table; 1 where nothing fits, and the table is of the plan that needs least."""
     from rich.console import Console  # loads rich
 
-    from memo_compile.forecast.forecast import TRACED, Asked
+    from memo_compile.forecast.forecast import TRACED, Asked  # loads torch
 
     if arguments.json is not None and (not arguments.json.absolute().parent.is_dir() or arguments.json.is_dir()):
         raise InvalidOption("--json", str(arguments.json), "a file in a folder that exists")
@@ -103,7 +103,7 @@ def _size(option: str, text: str | None) -> int | None:
 def _planned(asked: Asked, arguments: argparse.Namespace, say: Say) -> Forecast:
     from torch._subclasses import FakeTensorMode  # loads torch
 
-    from memo_compile.forecast.forecast import forecast_model, forecast_preset
+    from memo_compile.forecast.forecast import forecast_model, forecast_preset  # loads torch
 
     timer = _timer(asked.hardware) if arguments.measure_kernels else None
     if arguments.preset is not None:

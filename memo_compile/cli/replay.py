@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console  # loads rich
     from rich.markup import escape
 
-    from memo_compile.report.replay import graph_folders, replay
+    from memo_compile.report.replay import graph_folders, replay  # loads torch
 
     console = Console(highlight=False)
     differ = False

@@ -18,7 +18,6 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.fit_budget import settle
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
-from memo_compile.report.dumps import Dump
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
@@ -69,7 +68,7 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
     check_sizes(joint)
-    dump = Dump.open(setting.options.dump, setting.name)
+    dump = setting.observe(setting.options.dump, setting.name)
 
     def planned(graph: fx.GraphModule, *, ranges: bool = False) -> tuple[Prepared, Decided]:
         dump.joint(graph, num_outputs, static)

@@ -15,6 +15,7 @@ from memo_compile.options import Options
 from memo_compile.planning.decide import Decided
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
+from memo_compile.trace.observer import Observe, nobody
 from memo_compile.versions import check_torch
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ def plan_step(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     options: Mapping[str, Any] | None,
+    observe: Observe = nobody,
 ) -> PlannedStep:
     """Plan every graph of one forward of `model` and its backward, with arenas from dry runs of Inductor.
 
     Args:
         mode: what the model and its inputs were made in. Each graph is run in it, so that the forward reaches the next.
+        observe: makes the observer of each graph.
         model, args, kwargs: fake tensors throughout: nothing is allocated.
 
     Raises:
@@ -64,7 +67,7 @@ def plan_step(
     graphs: list[PlannedGraph] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        looked = look(gm, inputs, parsed)
+        looked = look(gm, inputs, parsed, observe)
         if looked is not None:
             graphs.append(PlannedGraph(looked.plan, *_moved(looked.decided)))
 

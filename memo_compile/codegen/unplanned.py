@@ -12,7 +12,7 @@ from memo_compile.options import Options
 
 def with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """What `backend="inductor"` would make of the graph, with the mode and the patches that memo was given."""
-    from torch._inductor import list_mode_options
+    from torch._inductor import list_mode_options  # loads Inductor
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(options.mode) if options.mode else {}), **options.inductor}
@@ -23,7 +23,7 @@ def with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
 
 def op_by_op(gm: fx.GraphModule, inputs: Sequence[Any], _: Options) -> Callable[..., Any]:
     """What `backend="aot_eager"` would make of the graph."""
-    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.backends.registry import lookup_backend  # loads Dynamo
 
     compiled: Callable[..., Any] = lookup_backend("aot_eager")(gm, list(inputs))
     return compiled

@@ -41,7 +41,7 @@ def _bytes(node: fx.Node) -> int:
 
 def _carried_out(buffer: Any) -> Iterator[fx.Node]:
     """The FX nodes whose kernel makes a buffer; none where it is Inductor's own."""
-    from torch._inductor import ir
+    from torch._inductor import ir  # loads Inductor
 
     if isinstance(buffer, ir.ExternKernel):
         known = [getattr(buffer, "fx_node", None), buffer.get_origin_node()]

@@ -80,7 +80,7 @@ class BodyCaptured(BaseException):
 @contextlib.contextmanager
 def arena_wrapper(hooks: Hooks) -> Iterator[None]:
     """Within, every Inductor graph is emitted with the buffers that `hooks.plan` places in segments of an arena."""
-    from torch._inductor.codegen.common import device_codegens, init_backend_registration
+    from torch._inductor.codegen.common import device_codegens, init_backend_registration  # loads Inductor
 
     init_backend_registration()
     register_lowerings()
@@ -131,7 +131,7 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
 
 def _at_hand() -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Brings the present graph back when Inductor has left it."""
-    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import V  # loads Inductor
 
     graph = V.graph
     return lambda: V.set_graph_handler(graph)
@@ -144,18 +144,18 @@ def _text(line: Any) -> str | None:
 
 
 def _input_names() -> list[str]:
-    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import V  # loads Inductor
 
     return list(V.graph.graph_input_names)
 
 
 def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) -> Body:
-    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import V  # loads Inductor
 
     graph = V.graph
 
     def kernel_storage(name: str) -> tuple[str, int] | None:
-        from torch._inductor import ir
+        from torch._inductor import ir  # loads Inductor
 
         buffer = graph.name_to_buffer.get(name)
         if _schema_name(buffer) == "memo::host_lease":

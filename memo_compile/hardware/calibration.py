@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from memo_compile.hardware.efficiency import Classes, Efficiency
-from memo_compile.hardware.profiles import DeviceProfile, built_in, free_host_memory, machine_name
+from memo_compile.hardware.host_memory import free_host_memory
+from memo_compile.hardware.profiles import DeviceProfile, built_in, machine_name
 
 Say = Callable[[str], None]
 
@@ -183,7 +184,7 @@ def _both(device: str, here: list[torch.Tensor], there: list[torch.Tensor]) -> C
                 there[1].copy_(here[1], non_blocking=True)
 
         return on_streams
-    from concurrent.futures import ThreadPoolExecutor, wait
+    from concurrent.futures import ThreadPoolExecutor, wait  # only while measuring
 
     workers = ThreadPoolExecutor(2)
 

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from memo_compile.errors import InvalidOption, shown
@@ -84,7 +84,10 @@ class DeviceProfile:
 
 _GIB = 2**30
 
+
 _A100_FLOPS = {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "float64": 9.7e12}
+
+
 _H100_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float64": 34e12}
 
 
@@ -96,19 +99,30 @@ def _rising_to(best: float, scale: float = 1.0) -> Efficiency:
 
 
 _MAMF = "products: 'Maximum Achievable Matmul FLOPS' in Bekman, Machine Learning Engineering"
+
+
 _A100_EFFICIENCIES = (_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60, 0.3))
+
+
 _A100_SOURCES = (
     f"{_MAMF}: 267.9 of 312 TFLOP/s; attention: FlashAttention-2 (arXiv 2307.08691), up to 73 % forward, 63 % backward"
 )
+
+
 # Of products of a model 4 096 wide, and of cuDNN's attention, which torch takes on this chip. Traced in a step of 64K
 # tokens on an H200 under its power limit, with torch 2.11, their kernels reached 75, 62 and 52 %. Whole steps of 64K to
 # 256K tokens took 4 to 5 % longer than these say; with the shares below, 0.2 to 1.0 %. Small ones from `memo doctor`.
 _HOPPER_EFFICIENCIES = (_rising_to(0.70, 0.3), _rising_to(0.60, 2.0), _rising_to(0.503, 10.0))
+
+
 _ON_HOPPER = (
     "products at 70 %, attention at 60 % forward and 50 % backward, so that training steps on an H200 take as long as "
     "they did (bench/results/gpu.md)"
 )
+
+
 _FLASH2_ON_H100 = "attention: FlashAttention-2 reaches 35 to 40 % on an H100 (arXiv 2407.08608)"
+
 
 PROFILES: dict[str, DeviceProfile] = {
     "a100-80gb": DeviceProfile(
@@ -209,6 +223,7 @@ PROFILES: dict[str, DeviceProfile] = {
     ),
 }
 
+
 _ALIASES = {"a100": "a100-80gb", "a800": "a800-80gb", "h100": "h100-80gb"}
 
 
@@ -290,7 +305,11 @@ def stored_profile(device: str) -> Path:
 
 
 _TABLES = ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency")
+
+
 _CLASSES = ("products_by_rows", "attention_by_heads", "attention_backward_by_heads")
+
+
 _ABOVE_ZERO = (
     "memory_bandwidth",
     "d2h",
@@ -346,96 +365,3 @@ def save(profile: DeviceProfile, path: Path) -> None:
     """Write a profile as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(profile), indent=1), encoding="utf-8")
-
-
-def memory_limit() -> int | None:
-    """Bytes that this process's cgroups allow; None where they set no limit."""
-    return min((group.allowed for group in cgroup_limits()), default=None)
-
-
-def free_host_memory() -> int:
-    """Bytes of host memory that this process may still take: what is free, capped by the limits of its cgroups."""
-    return min([_meminfo_available(), *(group.left for group in cgroup_limits())])
-
-
-def _meminfo_available() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_AVPHYS_PAGES"))
-
-
-@dataclass(frozen=True)
-class CgroupLimit:
-    """Bytes that a cgroup allows, and what is left of them."""
-
-    allowed: int
-    left: int
-
-
-@dataclass(frozen=True)
-class _Files:
-    """What a version of cgroups calls its files, and the page cache in its statistics."""
-
-    limit: str
-    used: str
-    cache: str
-
-
-_VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
-_NO_LIMIT = 2**60  # what version 1 writes for none is more
-
-
-def cgroup_limits(
-    mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> list[CgroupLimit]:
-    """The limits that hold for this process: that of its own cgroup, and of each group above it.
-
-    A container may be told its path on the host, of which it sees only its own group, as the root: what is not there
-    is passed over.
-    """
-    own = _own_groups(membership)
-    hierarchies = (
-        (mount, "", _VERSION_2),
-        (mount / "unified", "", _VERSION_2),
-        (mount / "memory", "memory", _VERSION_1),
-    )
-    found = []
-    for root, controller, files in hierarchies:
-        group = own.get(controller, PurePosixPath())
-        found += [_limit_of(root / above, files) for above in (group, *group.parents)]
-    return [limit for limit in found if limit is not None]
-
-
-def _own_groups(membership: Path) -> dict[str, PurePosixPath]:
-    """The process's group by controller, from the root of its hierarchy; version 2 names none, and is ""."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return {}
-    groups = {}
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        groups.update(dict.fromkeys(controllers.split(","), PurePosixPath(path.lstrip("/"))))
-    return groups
-
-
-def _limit_of(group: Path, files: _Files) -> CgroupLimit | None:
-    """A group's limit; None where it sets none ("max"), or is not there."""
-    try:
-        allowed = int((group / files.limit).read_text())
-        used = int((group / files.used).read_text())
-        left = allowed - used + _stat(group / "memory.stat", files.cache)
-    except (OSError, ValueError):
-        return None
-    return CgroupLimit(allowed, max(0, left)) if allowed < _NO_LIMIT else None
-
-
-def _stat(path: Path, key: str) -> int:
-    """A line of a cgroup's statistics; here the page cache that the kernel gives up first."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return next((int(value) for name, value in lines if name == key), 0)

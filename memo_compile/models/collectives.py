@@ -20,11 +20,11 @@ NAMESPACE = "memo_collectives"
 
 def _group(name: str) -> Any:
     """The process group of that name; the default one for ""."""
-    import torch.distributed as dist
+    import torch.distributed as dist  # not in every build of torch
 
     if not name:
         return dist.group.WORLD
-    from torch.distributed import distributed_c10d
+    from torch.distributed import distributed_c10d  # not in every build of torch
 
     resolve: Any = distributed_c10d.__dict__["_resolve_process_group"]
     return resolve(name)
@@ -33,7 +33,7 @@ def _group(name: str) -> Any:
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
 def all_gather(x: Tensor, dim: int, ranks: int, group: str, after: Tensor | None = None) -> Tensor:
     """Every rank's `x`, joined along `dim`. With `after`, not before that value exists."""
-    import torch.distributed as dist
+    import torch.distributed as dist  # not in every build of torch
 
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
@@ -51,7 +51,7 @@ def _(x: Tensor, dim: int, ranks: int, group: str, after: Tensor | None = None) 
 @torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
     """The sum over ranks of `x`, of which each rank gets its share of `dim`."""
-    import torch.distributed as dist
+    import torch.distributed as dist  # not in every build of torch
 
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty((rows.shape[0] // ranks, *rows.shape[1:]))
@@ -69,7 +69,7 @@ def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, reduction: str, ranks: int, group: str) -> Tensor:
     """The sum ("sum") or largest ("max") of all ranks' `x`."""
-    import torch.distributed as dist
+    import torch.distributed as dist  # not in every build of torch
 
     out = x.clone()
     dist.all_reduce(out, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=_group(group))

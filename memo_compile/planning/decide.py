@@ -18,7 +18,8 @@ from memo_compile.passes.fx.facts import (
     nbytes,
 )
 from memo_compile.passes.pipeline import Decision, Watch, act, unwatched
-from memo_compile.passes.transforms.slices import Homes, Sliced
+from memo_compile.passes.transforms.homes import Homes
+from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning import residency, rounding
 from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, step_seconds
 from memo_compile.planning.problem import Limits, problems_of, view_of

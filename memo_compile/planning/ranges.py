@@ -22,8 +22,9 @@ from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.fx.ranges import NoRange, number_at, twin_at
 from memo_compile.passes.fx.sizes import bounded, is_symbolic, largest, seen, sizes_of, symbols_of
+from memo_compile.passes.transforms.homes import Homes
 from memo_compile.passes.transforms.partition import Split
-from memo_compile.passes.transforms.slices import Homes, Sliced
+from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning.decide import Decided, carry_out
 from memo_compile.planning.prepared import Prepared
 from memo_compile.workspaces.annotate import Workspaces

@@ -13,7 +13,7 @@ from memo_compile.passes.fx.facts import (
     source_line,
 )
 from memo_compile.passes.fx.meta import LAYER, TOKENS
-from memo_compile.passes.transforms.slices import Homes
+from memo_compile.passes.transforms.homes import Homes
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import SMALL, Limits
 from memo_compile.schema import ActivationPlan, Plan, Stop

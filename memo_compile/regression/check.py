@@ -98,7 +98,7 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
     import torch  # takes a second, and not every caller needs it
     from torch._subclasses import FakeTensorMode
 
-    from memo_compile.codegen.planned_step import plan_step
+    from memo_compile.codegen.planned_step import plan_step  # loads torch
 
     threads = torch.get_num_threads()
     profile = resolve(hardware)
@@ -144,7 +144,7 @@ def _warm_up() -> None:
     import torch  # takes a second, and not every caller needs it
     from torch._subclasses import FakeTensorMode
 
-    from memo_compile.codegen.planned_step import plan_step
+    from memo_compile.codegen.planned_step import plan_step  # loads torch
     from memo_compile.models import Llama, LlamaConfig
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -27,6 +27,7 @@ from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, source_line, storage_of
 from memo_compile.planning.prepared import Prepared
+from memo_compile.report.dumps import Dump
 from memo_compile.report.explanation import (
     LARGEST,
     Break,
@@ -115,10 +116,10 @@ def _explained(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, name
     refused = ""
     spare = copy.deepcopy(gm)
     try:
-        found = look(gm, inputs, options)
+        found = look(gm, inputs, options, Dump.open)
     except BudgetTooSmall as error:
         refused = str(error)
-        found = look(spare, inputs, replace(options, memory_budget="min"))
+        found = look(spare, inputs, replace(options, memory_budget="min"), Dump.open)
     if found is None:
         return GraphExplained(name, len(gm.graph.nodes), None, "", (), (), 0, 0, (), ())
     plan, p = found.plan, found.prepared

@@ -17,7 +17,7 @@ from memo_compile.logs import logger
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes, reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, schema_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR
-from memo_compile.passes.transforms.slices import Homes
+from memo_compile.passes.transforms.homes import Homes
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 

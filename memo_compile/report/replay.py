@@ -31,7 +31,7 @@ from memo_compile.passes import pipeline
 from memo_compile.passes.fx.build import fake_mode
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.pipeline import Graphs, Watch
-from memo_compile.passes.transforms.slices import Homes
+from memo_compile.passes.transforms.homes import Homes
 from memo_compile.planning.decide import Decided, carry_out, decide
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.problem import Limits

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, named
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, WHY
-from memo_compile.passes.transforms.slices import Homes
+from memo_compile.passes.transforms.homes import Homes
 from memo_compile.placement import Buffer, place
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
@@ -173,16 +174,16 @@ def _emitted_timeline(decided: Decided, emitted: Mapping[str, Any], plan: Plan, 
     for_user = {s for s in forward.outputs[: emitted["user_outputs"]] if s is not None}
     returned = {s for s in backward.outputs if s is not None}
     rows = []
-    for side, body, graph in (("fw", forward, decided.forward), ("bw", backward, decided.backward)):
+    for side, body, graph in ((FORWARD, forward, decided.forward), (BACKWARD, backward, decided.backward)):
         nodes = {n.name: n for n in graph.graph.nodes}
-        shift = 0 if side == "fw" else split
+        shift = 0 if side == FORWARD else split
         for s in body.storages.values():
             if s.kind == "input" or not s.bytes:
                 continue
             node = nodes.get(body.origins.get(s.name, ""))
-            at = placed.get(f"{side}:{s.name}")
+            at = placed.get(named(side, s.name))
             start, end = (at.start, at.end) if at is not None else (shift + s.start, shift + s.end)
-            if side == "fw":
+            if side == FORWARD:
                 user = s.name in for_user
                 end = steps if user else end
                 category = facts.in_the_forward(node, crosses=end > split, for_user=user)

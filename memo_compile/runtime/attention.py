@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from memo_compile.passes.fx.heads import heads_of_piece
+
 _OPTIONS = "float dropout_p, bool is_causal, int pieces, *, Tensor? attn_mask=None, float? scale=None"
 
 # In graphs: what is written over comes first, and comes out as the results. In emitted code (with a `_` behind the
@@ -27,11 +29,6 @@ SCHEMAS = (
     "attention_backward_onto_(Tensor(a!)[] storages, Tensor query, Tensor key, Tensor value, Tensor grad_out, "
     "Tensor out, Tensor logsumexp, " + _OPTIONS + ") -> Tensor",
 )
-
-
-def heads_of_piece(batch: int, heads: int, pieces: int) -> int:
-    """Heads that one call of the kernel is given: so many that each of its threads has one."""
-    return min(heads, max(-(-heads // pieces), -(-torch.get_num_threads() // batch)))
 
 
 def _pieces_of(query: torch.Tensor, pieces: int) -> Iterator[tuple[slice, slice]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from memo_compile.errors import ArenaDoesNotFit
+from memo_compile.hardware.host_memory import free_host_memory
 from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.engine import Span
 from memo_compile.runtime.ops import ahead, engine, settle
@@ -88,7 +89,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    from memo_compile.hardware.profiles import free_host_memory
 
     return free_host_memory()
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from memo_compile.errors import HostBudgetExceeded, HostMemoryUnavailable, LeaseOfAnotherProcess
-from memo_compile.hardware.profiles import free_host_memory
+from memo_compile.hardware.host_memory import free_host_memory
 from memo_compile.logs import logger
 from memo_compile.runtime.blocks import Block, map_block, unlock
 

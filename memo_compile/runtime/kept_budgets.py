@@ -73,7 +73,7 @@ def twin(gm: fx.GraphModule) -> fx.GraphModule:
 @contextlib.contextmanager
 def _as_dynamo_would() -> Iterator[None]:
     """What a compiler finds around it when Dynamo calls it; sizes are numbers by now."""
-    from torch._guards import TracingContext, tracing
+    from torch._guards import TracingContext, tracing  # only where it is used: private parts of torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with tracing(TracingContext(FakeTensorMode())):
@@ -81,7 +81,7 @@ def _as_dynamo_would() -> Iterator[None]:
 
 
 def _ranks() -> int:
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return int(torch.distributed.get_world_size()) if distributed else 1

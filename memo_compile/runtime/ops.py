@@ -70,7 +70,7 @@ def _transfers(device: torch.device) -> tuple[Engine, Ahead]:
 
 def _make_engine(device: torch.device) -> Engine:
     if device.type == "cuda":
-        from memo_compile.runtime.streams import StreamEngine
+        from memo_compile.runtime.streams import StreamEngine  # only where there is a GPU
 
         return StreamEngine(device, recorder())
     return ThreadEngine(recorder())

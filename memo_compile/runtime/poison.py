@@ -25,7 +25,7 @@ def poison(value: torch.Tensor) -> None:
 
 def poisoned_landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
     """`memo::landing`, filled where it is a new one: a copy is on its way to one that was there already."""
-    from memo_compile.runtime.ops import ahead
+    from memo_compile.runtime.ops import ahead  # which imports this module
 
     there = ahead(device).place(lease, offset)
     return there if there is not None else torch.full((nbytes,), ALL_BITS, dtype=torch.uint8, device=device)

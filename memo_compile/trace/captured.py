@@ -31,7 +31,7 @@ def holds_planned_backward(gm: fx.GraphModule) -> bool:
 
 def under_compiled_autograd() -> bool:
     """Whether compiled autograd will take the backward of what is compiled now."""
-    from torch._dynamo import compiled_autograd, config
+    from torch._dynamo import compiled_autograd, config  # loads Dynamo
 
     return bool(config.compiled_autograd or compiled_autograd.compiled_autograd_enabled)
 

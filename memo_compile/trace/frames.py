@@ -129,14 +129,14 @@ def warn_at_limit() -> None:
 
 def _is_last(translator: Any) -> bool:
     """Whether this is the last compilation that Dynamo's limits allow."""
-    from torch._dynamo import config
+    from torch._dynamo import config  # loads Dynamo
 
     entries, alike = _entries(translator.f_code, translator.f_locals)
     return bool(alike) and (alike + 1 >= config.recompile_limit or entries + 1 >= config.accumulated_recompile_limit)
 
 
 def _limit_in_words(translator: Any, varying: Sequence[str]) -> str:
-    from torch._dynamo import config
+    from torch._dynamo import config  # loads Dynamo
 
     _, alike = _entries(translator.f_code, translator.f_locals)
     return (
@@ -150,7 +150,7 @@ def _limit_in_words(translator: Any, varying: Sequence[str]) -> str:
 
 def _entries(code: Any, local: dict[str, Any]) -> tuple[int, int]:
     """How often a code object is compiled, and how often for the modules it is called with now, as Dynamo counts."""
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # loads Dynamo
 
     entries = _debug_get_cache_entry_list(code)
     return len(entries), sum(_same_modules(entry, local) for entry in entries)
@@ -172,7 +172,7 @@ def _varying(given: Sequence[Shapes]) -> list[str]:
 
 def _translator() -> Any:
     """Dynamo's translator of the frame that is compiled; None outside Dynamo."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # loads Dynamo
 
     try:
         return InstructionTranslator.current_tx().output.root_tx

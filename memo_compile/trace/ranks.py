@@ -160,7 +160,7 @@ def _first_difference(homes: Mapping[int, Mapping[str, str]]) -> str:
 
 def groups_of(joint: fx.GraphModule) -> list[Group]:
     """The process groups of a graph's collectives that other processes belong to, by name."""
-    import torch.distributed as dist
+    import torch.distributed as dist  # not in every build of torch
 
     if not dist.is_available() or not dist.is_initialized():
         return []
@@ -184,7 +184,7 @@ def _group_names(node: fx.Node) -> list[str]:
 
 def _group(name: str) -> Group | None:
     """None for a group of one, or of processes that only stand for others."""
-    import torch.distributed as dist
+    import torch.distributed as dist  # not in every build of torch
     from torch.distributed import distributed_c10d as c10d
 
     private: Any = c10d

@@ -12,7 +12,8 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import CompiledAutograd, GradientsInside, ReserveTooLarge
-from memo_compile.hardware.profiles import DeviceProfile, free_host_memory, resolve
+from memo_compile.hardware.host_memory import free_host_memory
+from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
@@ -22,10 +23,12 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.problem import Limits
 from memo_compile.registry import registry
 from memo_compile.runtime.first_step import FirstStep
+from memo_compile.runtime.ops import pool
 from memo_compile.runtime.outstanding import Kept, kept_by, ledger
 from memo_compile.schema import Plan
 from memo_compile.trace.captured import under_compiled_autograd
 from memo_compile.trace.frames import check_limit, frame_name, warn_at_limit
+from memo_compile.trace.observer import Observe, nobody
 
 log = logger("memo_compile")
 
@@ -39,7 +42,7 @@ BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: wh
 class Setting:
     """The surroundings of one graph's compilation. `frame` is the user's function, in words.
 
-    `first_step` is told what comes of it, and measures.
+    `first_step` is told what comes of it, and measures; `observe` makes the observer of the graph.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Setting:
     trainable: int
     frame: str = ""
     first_step: FirstStep = field(default_factory=lambda: FirstStep(""))
+    observe: Observe = nobody
 
     @property
     def asks(self) -> bool:
@@ -74,7 +78,7 @@ class Setting:
             _refuse(self.options, max(lifetimes(graph, fused=fused).live_bytes(), default=0))
 
 
-def setting_for(options: Options, inputs: Sequence[Any]) -> Setting:
+def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobody) -> Setting:
     """Resolve what does not depend on the graph: device, profile, host budget, a name.
 
     `trainable` counts the elements of the parameters that want gradients.
@@ -85,13 +89,12 @@ def setting_for(options: Options, inputs: Sequence[Any]) -> Setting:
     profile = resolve(options.hardware, device.type)
     name, promised = registry().next_name(), options.memory_budget not in ("auto", "min") or device.type == "cuda"
     step = FirstStep(name, device.type, asks=promised)
-    return Setting(name, options, device, profile, _host_budget(options), trainable, frame_name(), step)
+    return Setting(name, options, device, profile, _host_budget(options), trainable, frame_name(), step, observe)
 
 
 def _host_budget(options: Options) -> int:
     if isinstance(options.host_budget, int):
         return options.host_budget
-    from memo_compile.runtime.ops import pool
 
     return pool().held_bytes + int(free_host_memory() * HOST_SHARE) // local_ranks()
 

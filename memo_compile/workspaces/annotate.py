@@ -107,7 +107,7 @@ def graph_of(node: fx.Node) -> fx.GraphModule | None:
 
 def _falls_back(target: torch._ops.OpOverload) -> bool:
     """Whether Inductor has no lowering for the op, or one that calls the op."""
-    from torch._inductor import lowering
+    from torch._inductor import lowering  # loads Inductor
 
     return target in lowering.fallbacks or target not in lowering.lowerings
 

@@ -101,7 +101,7 @@ def _taken(call: _Call) -> int:
 @contextmanager
 def _as_in_a_step() -> Iterator[None]:
     """Real tensors, without the modes of the trace that this may run within; no gradients, as in a planned step."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # only where it is used: private parts of torch
     from torch.utils._python_dispatch import _disable_current_modes
 
     with ExitStack() as stack:

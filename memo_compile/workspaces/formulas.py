@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import schema_name
-from memo_compile.runtime.attention import heads_of_piece
+from memo_compile.passes.fx.heads import heads_of_piece
 
 
 def by_formula(node: fx.Node) -> int | None:

@@ -28,14 +28,14 @@ class Record:
 
 def can_record() -> bool:
     """Whether no profiler runs already: one that the user runs is left alone."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     return not torch._C._autograd._profiler_enabled()
 
 
 def recorded(fn: Callable[..., Any], *args: Any, device: str) -> tuple[Any, Record]:
     """The result of `fn(*args)`, and what it allocated in this thread on devices of type `device`."""
-    import torch
+    import torch  # takes a second, and not every caller needs it
 
     profiler: Any = torch.autograd
     shapes, memory, stack, flops, modules = True, True, False, False, False

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memo_compile.codegen import arrange, compiler
+from memo_compile.codegen import arrange, rehearsal
 from memo_compile.codegen.planned_step import plan_step
 from memo_compile.models import Llama, LlamaConfig
 from memo_compile.runtime.ops import register
@@ -14,7 +14,7 @@ register()
 def least(monkeypatch, *, moved):
     """The plan of a small model at "min" on a device whose link is slow beside its arithmetic."""
     if not moved:
-        monkeypatch.setattr(compiler._Compilation, "_overlapping", lambda self, decided, front, back, plain: plain)
+        monkeypatch.setattr(rehearsal.Rehearsal, "_overlapping", lambda self, decided, front, back, plain: plain)
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = Llama(LlamaConfig(512, 2, 1024, 8, 4, 2816, 1e4))

@@ -8,7 +8,7 @@ import torch.fx as fx
 import zoo
 
 import memo_compile
-from memo_compile.codegen import compiler
+from memo_compile.codegen import rehearsal
 from memo_compile.codegen.planned_step import plan_step
 from memo_compile.codegen.preview import dry_emission, dry_run
 from memo_compile.models import Llama, LlamaConfig
@@ -55,7 +55,7 @@ def deceived(monkeypatch, *, backward, whenever):
         halved = {n: replace(s, bytes=s.bytes // 2) for n, s in body.storages.items() if s.kind == "allocated"}
         return replace(emission, body=replace(body, storages={**body.storages, **halved}))
 
-    monkeypatch.setattr(compiler, "dry_emission", looked)
+    monkeypatch.setattr(rehearsal, "dry_emission", looked)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -87,7 +87,7 @@ def test_a_budget_holds_for_what_is_emitted(monkeypatch):
 def test_what_holds_nothing_back_is_looked_at_only_where_it_may_be_within_the_budget(budget, graphs, monkeypatch):
     """A ratio is of what Inductor would hold; two thirds of that in bytes need no dry run to be told apart from it."""
     looks = []
-    monkeypatch.setattr(compiler, "dry_emission", lambda gm, **how: looks.append(gm) or dry_emission(gm, **how))
+    monkeypatch.setattr(rehearsal, "dry_emission", lambda gm, **how: looks.append(gm) or dry_emission(gm, **how))
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model, x = Llama(LlamaConfig(64, 3, 32, 4, 2, 96, 1e4)), torch.zeros(1, 512, dtype=torch.int64)

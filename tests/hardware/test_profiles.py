@@ -7,18 +7,8 @@ import pytest
 
 from memo_compile.errors import InvalidOption
 from memo_compile.hardware.efficiency import share_at, share_in
-from memo_compile.hardware.profiles import (
-    PROFILES,
-    CgroupLimit,
-    cgroup_limits,
-    free_host_memory,
-    load,
-    machine_name,
-    memory_limit,
-    resolve,
-    save,
-    stored_profile,
-)
+from memo_compile.hardware.host_memory import CgroupLimit, cgroup_limits, free_host_memory, memory_limit
+from memo_compile.hardware.profiles import PROFILES, load, machine_name, resolve, save, stored_profile
 
 
 @pytest.mark.parametrize("name", sorted(PROFILES))
@@ -223,10 +213,10 @@ def test_without_cgroups_there_is_no_limit(tmp_path):
 
 def test_the_smallest_of_nested_limits_counts(monkeypatch):
     monkeypatch.setattr(
-        "memo_compile.hardware.profiles.cgroup_limits", lambda: [CgroupLimit(900, 500), CgroupLimit(1000, 200)]
+        "memo_compile.hardware.host_memory.cgroup_limits", lambda: [CgroupLimit(900, 500), CgroupLimit(1000, 200)]
     )
     assert memory_limit() == 900
     assert free_host_memory() == 200
-    monkeypatch.setattr("memo_compile.hardware.profiles.cgroup_limits", list)
+    monkeypatch.setattr("memo_compile.hardware.host_memory.cgroup_limits", list)
     assert memory_limit() is None
     assert free_host_memory() > 2**20

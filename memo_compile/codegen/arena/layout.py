@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from memo_compile.codegen.arena.segments import Lives, choose_cuts, segment_of
+from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, named, side_of
 from memo_compile.codegen.emitted.body import Body, live_bytes
 from memo_compile.placement import Buffer, place_layers, verify
 from memo_compile.schema import ArenaBuffer, ArenaSegment
@@ -41,7 +42,7 @@ class Link:
 
 @dataclass(frozen=True)
 class ArenaLayout:
-    """Where everything lies. Names of backward buffers are prefixed `bw:`, those of forward buffers `fw:`.
+    """Where everything lies. Names of buffers tell their side: see `sides.named`.
 
     `held` and `live` count the arena alone, step by step; `outside` what lies outside it; `peak` the worst sum.
     """
@@ -126,7 +127,7 @@ def _around(
 ) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
     """The forward's buffers where its code has put them, the backward's placed anew in segments beside."""
     lives = {b.name: b for b in timeline.buffers}
-    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.name.startswith("fw:")]
+    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if side_of(b.name) == FORWARD]
     segments = []
     for s in emitted.segments:
         inside = [b for b in fixed if b.segment == s.name]
@@ -134,7 +135,7 @@ def _around(
             segments.append(replace(s, end=max(b.end for b in inside)))
     held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
     beside = tuple(o + h for o, h in zip(timeline.outside, held, strict=True))
-    born = tuple(b for b in timeline.buffers if b.name.startswith("bw:"))
+    born = tuple(b for b in timeline.buffers if side_of(b.name) == BACKWARD)
     groups = _groups(replace(timeline, buffers=born, outside=beside))
     more, buffers = _placed(groups, layer_of, len(emitted.segments))
     return [*segments, *more], [*fixed, *buffers]
@@ -157,7 +158,7 @@ def _timeline(
     for s in forward.storages.values():
         end = steps if s.name in for_user else max(s.end, death.get(s.name, 0))
         if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in for_user:
-            inside.append(Buffer(f"fw:{s.name}", s.bytes, s.start, end))
+            inside.append(Buffer(named(FORWARD, s.name), s.bytes, s.start, end))
         elif s.kind != "input":  # outputs, kernels' own, scalars
             gone.append((s.start, end, s.bytes))
             if s.kind in ("kernel", "held") and s.name not in for_user:
@@ -165,7 +166,7 @@ def _timeline(
     for s in backward.storages.values():
         end = backward.steps if s.name in returned else s.end
         if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in returned:
-            inside.append(Buffer(f"bw:{s.name}", s.bytes, f + s.start, f + end))
+            inside.append(Buffer(named(BACKWARD, s.name), s.bytes, f + s.start, f + end))
         elif s.kind != "input":
             gone.append((f + s.start, f + end, s.bytes))
             if s.kind in ("kernel", "held") and s.name not in returned:

@@ -103,7 +103,7 @@ def _dtype(values: Sequence[ast.expr]) -> str:
 
 def _known(name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
     """Shape and dtype of a buffer or an input of the graph at hand; nothing for any other name."""
-    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import V  # loads Inductor
 
     buffer: Any = V.graph.try_get_buffer(name)
     try:
@@ -114,7 +114,7 @@ def _known(name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
 
 def _node_of(statement: Any) -> fx.Node | None:
     """The FX node that a call computes, where what it makes has one of its own."""
-    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import V  # loads Inductor
 
     names = [t.id for t in getattr(statement, "targets", ()) if isinstance(t, ast.Name)]
     names += [k.value.id for k in statement.value.keywords if k.arg == "out" and isinstance(k.value, ast.Name)]

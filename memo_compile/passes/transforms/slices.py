@@ -24,7 +24,8 @@ from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
 from memo_compile.passes.fx.meta import PART_OF, TOKENS
 from memo_compile.passes.fx.provenance import because
-from memo_compile.passes.fx.sizes import elements, is_symbolic, largest
+from memo_compile.passes.fx.sizes import is_symbolic, largest
+from memo_compile.passes.transforms.homes import Homes, Transfer, host_layout
 from memo_compile.passes.transforms.partition import (
     SYMBOL,
     UNCHECKED,
@@ -42,37 +43,6 @@ from memo_compile.passes.transforms.token_slices import (
     slice_view,
     sliced_copy,
 )
-from memo_compile.placement import Buffer, place
-
-HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to one
-
-
-@dataclass(frozen=True)
-class Homes:
-    """Token rows [0, offloaded) go to the host, [offloaded, offloaded + recomputed) are made again, the rest is kept.
-
-    `axis` is None for a value with one home.
-    """
-
-    tokens: int
-    kept: int
-    offloaded: int
-    recomputed: int
-    axis: TokenAxis | None
-
-    @property
-    def whole(self) -> bool:
-        """Whether all rows have the same home."""
-        return self.tokens in (self.kept, self.offloaded, self.recomputed)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One slice that goes to the host and back: its bytes in the host lease, and the saved value it is part of."""
-
-    value: str
-    offset: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +72,7 @@ def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes],
     marks. Values not in `homes` are kept whole.
     """
     split = _with_sources(joint, split, homes)
-    transfers, host_bytes = _layout(split, homes)
+    transfers, host_bytes = host_layout(split, homes)
     offsets = {t.value: t.offset for t in transfers}
     saved = _rewrite_forward(split, homes, offsets, host_bytes, host_budget)
     _rewrite_backward(joint, split, homes, offsets, host_bytes)
@@ -163,24 +133,6 @@ def _chain(joint: fx.GraphModule, value: fx.Node, present: Collection[str]) -> l
     chain = recompute_chain(value, available | readable_inputs(joint))
     assert chain is not None, f"{value.name} was given to recomputation but cannot be made again"
     return chain
-
-
-def _layout(split: Split, homes: Mapping[str, Homes]) -> tuple[tuple[Transfer, ...], int]:
-    """Host offsets, and the bytes of the lease.
-
-    A slice lies on the host from its offload in the forward to its prefetch in the backward. So all of them are there
-    at the border of the two, none can lie where another has lain, and their sum is the least that there can be.
-    """
-    nodes = list(split.forward.graph.nodes)
-    slices: list[Buffer] = []
-    for step, node in enumerate(nodes):
-        plan = homes.get(node.name)
-        if plan is not None and plan.offloaded and node.name in split.saved:
-            value: torch.Tensor = node.meta["val"]
-            size = elements(value.shape) * value.element_size() * plan.offloaded // plan.tokens
-            slices.append(Buffer(node.name, size, step, len(nodes) + 1))
-    placement = place(slices, alignment=HOST_ALIGNMENT)
-    return tuple(Transfer(s.name, placement.offsets[s.name], s.size) for s in slices), placement.peak
 
 
 def _rewrite_forward(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import zoo
 
-from memo_compile.codegen import compiler
+from memo_compile.codegen import compiler, rehearsal
 from memo_compile.codegen.emitted.verifier import read_regions, verify_emitted
 from memo_compile.errors import PlacementOverlap
 
@@ -113,7 +113,7 @@ def test_a_sabotaged_plan_does_not_compile(monkeypatch):
         layout = whole(*args, **kwargs)
         return replace(layout, buffers=tuple(replace(b, offset=0) for b in layout.buffers))
 
-    monkeypatch.setattr(compiler, "plan_arena", sabotaged)
+    monkeypatch.setattr(rehearsal, "plan_arena", sabotaged)
     model, x = zoo.make("llama"), zoo.batch(1)
     with pytest.raises(Exception, match=r"while .* still lies"):
         zoo.gradients(model, torch.compile(model, backend="memo"), x)

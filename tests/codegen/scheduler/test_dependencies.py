@@ -5,7 +5,7 @@ import torch
 from graphs import Chain
 from torch._inductor.exc import InductorError
 
-from memo_compile.codegen import compiler
+from memo_compile.codegen import compiler, inductor
 from memo_compile.codegen.scheduler import order
 from memo_compile.runtime.ops import engine
 
@@ -55,7 +55,7 @@ def trained(monkeypatch, kind, which, moved):
     torch.manual_seed(0)
     model, x = Chain(2), torch.randn(1024, 32)
     with monkeypatch.context() as patch, engine(CPU).delays(lambda way: 0.5):
-        patch.setattr(compiler, "place_transfers", place_transfers)
+        patch.setattr(inductor, "place_transfers", place_transfers)
         torch.compile(model, backend="memo", options={"offload": "all"})(x).sum().backward()
     return [p.grad for p in model.parameters()] if done or moved is None else None
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 
-from memo_compile.codegen import compiler
+from memo_compile.codegen import compiler, inductor
 from memo_compile.codegen.scheduler.lost_dependencies import check_dependencies, restored
 from memo_compile.errors import EmittedOrderChanged
 
@@ -44,7 +44,7 @@ def lost():
         return after
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "restored", spy)
+        patch.setattr(inductor, "restored", spy)
         return names, emit(patch)
 
 
@@ -58,7 +58,7 @@ def test_without_them_the_emitted_text_is_refused(lost, monkeypatch):
     if not names:
         pytest.skip(f"torch {torch.__version__} loses none")
     torch._dynamo.reset()
-    monkeypatch.setattr(compiler, "restored", lambda nodes, waits: nodes)
+    monkeypatch.setattr(inductor, "restored", lambda nodes, waits: nodes)
     ended = emit(monkeypatch)
     assert "has not yet come back" in str(ended)
 

@@ -5,7 +5,7 @@ import torch
 import zoo
 from graphs import Chain
 
-from memo_compile.codegen import compiler
+from memo_compile.codegen import compiler, inductor
 from memo_compile.codegen.scheduler import order
 from memo_compile.codegen.scheduler.order import Step, check_landings, check_order, emitted_steps, planned_steps
 from memo_compile.errors import EmittedOrderChanged
@@ -156,7 +156,7 @@ def waits_at_once(nodes):
 
 
 def test_code_without_the_plans_overlap_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(compiler, "place_transfers", lambda planned: waits_at_once)
+    monkeypatch.setattr(inductor, "place_transfers", lambda planned: waits_at_once)
     with caplog.at_level("INFO", logger="memo_compile"):
         torch.compile(Chain(4), backend="memo", options=ALL)(torch.randn(1024, 32))
     assert any("nothing overlaps" in r.getMessage() for r in caplog.records)

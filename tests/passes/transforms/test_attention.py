@@ -6,8 +6,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.passes.fx.facts import storage_of
+from memo_compile.passes.fx.heads import heads_of_piece
 from memo_compile.passes.transforms.attention import PIECES, are_apart, may_be_overwritten, write_over_attention_inputs
-from memo_compile.runtime.attention import heads_of_piece
 from memo_compile.runtime.ops import register
 
 register()

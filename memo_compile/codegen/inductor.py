@@ -1,0 +1,110 @@
+"""How Inductor is called: with whose partitioner, with which settings, and with which passes around its scheduler.
+
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx(inner_compile, config_patches)` and
+`custom_partitioner_fn`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.fx as fx
+from torch._functorch import config as functorch_config
+
+from memo_compile.codegen.scheduler.fusion import wait_for_products
+from memo_compile.codegen.scheduler.lost_dependencies import Waits, added_waits, restored
+from memo_compile.codegen.scheduler.order import (
+    place_transfers,
+    planned_steps,
+)
+from memo_compile.options import Options
+from memo_compile.planning.decide import Decided
+
+Partition = Callable[[fx.GraphModule, Any, int, "list[int] | None"], tuple[fx.GraphModule, fx.GraphModule]]
+
+
+def through_inductor(
+    partition: Partition, inner: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph: Inductor calls `partition` with the joint graph, and `inner` with each of the two."""
+    from torch._inductor import list_mode_options  # loads Inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {
+        **(list_mode_options(options.mode) if options.mode else {}),
+        **options.inductor,
+        "custom_partitioner_fn": _partitioner(partition),
+        # Reuse merges live ranges before memo sees them; partitions would cut the body in pieces.
+        "allow_buffer_reuse": False,
+        "graph_partition": False,
+        # Neither cache knows of plans: a hit would bring another plan's offsets, or none.
+        "fx_graph_cache": False,
+    }
+    with functorch_config.patch(
+        enable_autograd_cache=False, donated_buffer=False, force_non_lazy_backward_lowering=True
+    ):
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
+    return compiled
+
+
+def num_outputs(gm: fx.GraphModule) -> int:
+    """How many results a Dynamo graph has."""
+    (output,) = gm.graph.find_nodes(op="output")
+    return len(output.args[0]) if isinstance(output.args[0], (tuple, list)) else 1
+
+
+def _partitioner(partition: Partition) -> Any:
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn  # loads Inductor
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            static = kwargs.get("static_lifetime_input_indices")
+            return partition(gm, joint_inputs, kwargs["num_fwd_outputs"], static)
+
+        def uuid(self) -> None:
+            return None  # not to be cached
+
+    return Partitioner()
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Within, garbage is not collected: in graphs and symbols that takes a fifth of the time, and hardly frees any."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
+    """Products and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
+    from torch._inductor import config  # loads Inductor
+
+    moves = any(h.offloaded for h in decided.homes.values())
+    place = place_transfers(planned_steps(graph)) if moves else None
+    waits: Waits = {}
+
+    def before_fusion(nodes: list[Any]) -> list[Any]:
+        nodes = wait_for_products(nodes)
+        waits.update(added_waits(nodes))
+        return nodes
+
+    def behind_fusion(nodes: list[Any]) -> list[Any]:
+        nodes = restored(nodes, waits)
+        return place(nodes) if place is not None else nodes
+
+    settings: dict[str, Any] = {}
+    if decided.homes:
+        settings["_pre_fusion_custom_pass"] = before_fusion
+        settings["_post_fusion_custom_pass"] = behind_fusion
+    if moves:
+        settings["reorder_for_peak_memory"] = False
+    with config.patch(settings):
+        yield

@@ -1,0 +1,187 @@
+"""Dry runs of what was decided: what Inductor would emit for both graphs, and the arena that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, plan_arena
+from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, Side, named
+from memo_compile.codegen.arrange import Arrangement, arrangement_of, rearranged, step_seconds
+from memo_compile.codegen.donation import donating
+from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.inductor import settings_for
+from memo_compile.codegen.lowerings import POISON
+from memo_compile.codegen.preview import dry_emission
+from memo_compile.codegen.wrapper import Emission
+from memo_compile.passes.fx.facts import nbytes
+from memo_compile.passes.transforms.partition import num_mutated_outputs, received
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.prepared import Prepared
+from memo_compile.schema import Plan
+from memo_compile.trace.setting import Setting
+
+UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a dry run of both graphs showed, and where their buffers would lie.
+
+    `arrangement` says how lines were moved so that copies overlap, None where they stand as Inductor has them.
+    `seconds` is a replay of both; None where nothing is moved to the host and back.
+    """
+
+    forward: Body
+    backward: Body
+    layout: ArenaLayout
+    arrangement: Arrangement | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """All that dry runs of one joint graph's decisions need.
+
+    `budget` is what slices that land early may use up, in bytes; None for no limit. `static` are indices of inputs at
+    fixed addresses, `layers` the layer of each node of the joint graph that has one. With `scalar` no vector code is
+    generated, which is sooner done.
+    """
+
+    setting: Setting
+    num_user_outputs: int
+    num_forward_outputs: int
+    static: tuple[int, ...]
+    layers: Mapping[str, int]
+    scalar: bool
+    budget: int | None = None
+
+    def unplanned_peak(self, p: Prepared) -> int:
+        """What Inductor's own two graphs would hold in an arena."""
+        split = p.unplanned
+        plain = Decided(_NO_PLAN, split.forward, split.backward, split.saved)
+        return self.dry(plain).layout.peak
+
+    def looked_at(self, decided: Decided) -> tuple[int, Evidence]:
+        """The peak of what was decided, and what shows it."""
+        if self.setting.options.verify == "poison":
+            for node in (*decided.forward.graph.nodes, *decided.backward.graph.nodes):
+                node.meta[POISON] = True
+        evidence = self.dry(decided)
+        return evidence.layout.peak, evidence
+
+    def dry(self, decided: Decided) -> Evidence:
+        """Dry runs of both graphs, and the arena that they would have."""
+        with settings_for(decided, decided.forward):
+            forward = dry_emission(
+                decided.forward,
+                is_backward=False,
+                user_visible=self._user_visible(decided.forward),
+                static_inputs=self.static,
+                scalar=self.scalar,
+                device=self.device_name(),
+            )
+            backward = self._dry_backward(decided, forward.body)
+        plain = Evidence(forward.body, backward.body, self.layout(decided, forward.body, backward.body))
+        if not any(h.offloaded for h in decided.homes.values()):
+            return plain
+        plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
+        return plain if decided.ahead else self._overlapping(decided, forward, backward, plain)
+
+    def _overlapping(self, decided: Decided, forward: Emission, backward: Emission, plain: Evidence) -> Evidence:
+        """The same with transfers moved so that they overlap, if the arena holds no more for it."""
+        profile, links = self.setting.profile, links_of(decided, self.num_forward_outputs)
+        arrangement = arrangement_of(forward, backward, profile, links, self.num_forward_outputs)
+        front = rearranged(forward, arrangement.lines(forward, backward=False))
+        back = rearranged(backward, arrangement.lines(backward, backward=True))
+        layout = self.layout(decided, front.body, back.body)
+        if layout.peak > plain.layout.peak:
+            return plain
+        return Evidence(front.body, back.body, layout, arrangement, step_seconds((front, back), profile))
+
+    def layout(self, decided: Decided, forward: Body, backward: Body) -> ArenaLayout:
+        """Where the buffers of two bodies lie."""
+        arguments = self.arena_arguments(decided, forward, backward)
+        plain = plan_arena(**arguments)
+        if not backward.landings or not decided.ahead:
+            return plain
+        # Where it costs nothing, or the budget has room, slices land in storages that a call before can take.
+        alone = plan_arena(**arguments, alone=frozenset(named(BACKWARD, name) for name in backward.landings))
+        budget = self.budget if self.budget is not None else plain.peak
+        return alone if alone.peak <= max(plain.peak, budget) else plain
+
+    def arena_arguments(self, decided: Decided, forward: Body, backward: Body) -> dict[str, Any]:
+        """What `plan_arena` is given."""
+        placeholders = decided.backward.graph.find_nodes(op="placeholder")
+        return {
+            "forward": forward,
+            "backward": backward,
+            "links": links_of(decided, self.num_forward_outputs),
+            "user_outputs": self.num_forward_outputs,
+            "tangents": {n.name: nbytes(n) for n in placeholders if "tangents" in str(n.target)},
+            "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
+            "layer_of": self._layer_of(FORWARD, forward) | self._layer_of(BACKWARD, backward),
+        }
+
+    def _layer_of(self, side: Side, body: Body) -> dict[str, int]:
+        """The layer of each buffer that a node of one makes; its forward and its backward count as two."""
+        return {
+            named(side, name): 2 * self.layers[origin] + (side == BACKWARD)
+            for name, origin in body.origins.items()
+            if origin in self.layers
+        }
+
+    def _dry_backward(self, decided: Decided, forward: Body) -> Emission:
+        links = links_of(decided, self.num_forward_outputs)
+        strides = {link.input: forward.strides[link.output] for link in links}
+        (output,) = decided.backward.graph.find_nodes(op="output")
+        with settings_for(decided, decided.backward), donating(donatable(decided, forward, self.num_forward_outputs)):
+            return dry_emission(
+                decided.backward,
+                is_backward=True,
+                user_visible=[i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)],
+                input_strides={name: s for name, s in strides.items() if s is not None},
+                scalar=self.scalar,
+                device=self.device_name(),
+            )
+
+    def device_name(self) -> str:
+        """The device that is planned for, as Inductor names it."""
+        device = self.setting.device
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.currentdevice_name())
+        return str(device)
+
+    def _user_visible(self, forward: fx.GraphModule) -> list[int]:
+        first = num_mutated_outputs(forward)
+        (output,) = forward.graph.find_nodes(op="output")
+        shown = range(first, first + self.num_user_outputs)
+        return [i for i in shown if isinstance(output.args[0][i], fx.Node)]
+
+
+_NO_PLAN = Plan("", "memo", None, 0, 0, 0, 0.0, 0, 0, 0, "", 0.0, "", "", ())
+
+
+def links_of(decided: Decided, num_forward_outputs: int) -> tuple[Link, ...]:
+    """Which forward output is which backward input: saved values come first among these."""
+    inputs = received(decided.backward, len(decided.saved))
+    return tuple(Link(num_forward_outputs + i, node.name) for i, node in enumerate(inputs))
+
+
+def donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> list[int]:
+    """Backward inputs into whose bytes the backward may write once it has read them: memo's own, and no one else's."""
+    for_user = set(forward.outputs[:num_forward_outputs])
+    storages = forward.outputs[num_forward_outputs : num_forward_outputs + len(decided.saved)]
+    positions = {n.name: i for i, n in enumerate(decided.backward.graph.find_nodes(op="placeholder"))}
+    return [
+        positions[node.name]
+        for node, name in zip(received(decided.backward, len(storages)), storages, strict=True)
+        if name is not None
+        and forward.storages[name].kind == "allocated"
+        and name not in for_user
+        and storages.count(name) == 1
+    ]

@@ -31,6 +31,7 @@ from memo_compile.codegen.inductor import collection_paused, num_outputs, settin
 from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.mutations import in_place_where_known, readers_before_writers
 from memo_compile.codegen.rehearsal import Evidence, Rehearsal, donatable, links_of
+from memo_compile.codegen.scheduler.arrivals import check_arrivals
 from memo_compile.codegen.scheduler.dependencies import knows_all
 from memo_compile.codegen.scheduler.order import (
     check_landings,
@@ -330,6 +331,7 @@ class _Compilation:
         assert isinstance(planned, ForwardEmitted)
         self._report(check_order(planned_steps(planned.decided.backward), emitted_steps(lines)))
         check_landings(lines)
+        check_arrivals()
         schedule = early_schedule(planned.rehearsal, planned.evidence.layout, lines)
         links = [(link.output, link.input) for link in planned.links]
         verify_emitted(planned.regions, read_regions(lines, outputs, inputs), links)

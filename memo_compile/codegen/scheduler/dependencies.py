@@ -51,7 +51,7 @@ def held_buffers(graph: Any) -> frozenset[str]:
             keeps = not _is_known(operation) or _is_never_waited_for(operation, graph)
         if keeps:
             held |= _names_of(operation)
-    return frozenset(held | {root for name in held for root in _roots(graph, name)})
+    return frozenset(held | {root for name in held for root in roots_of(graph, name)})
 
 
 def views_of(graph: Any, name: str) -> tuple[str, ...]:
@@ -85,11 +85,12 @@ def _parent(item: Any) -> Any:
 
 def _names_of(operation: Any) -> set[str]:
     """Of the buffers that an operation is given, and makes."""
-    given = [value.get_name() for value in pytree.tree_leaves(operation.inputs) if _has_name(value)]
+    given = [value.get_name() for value in pytree.tree_leaves(operation.inputs) if has_name(value)]
     return {*given, *(buffer.get_name() for buffer in operation.get_outputs())}
 
 
-def _has_name(value: Any) -> bool:
+def has_name(value: Any) -> bool:
+    """Whether a lowered value lies in a buffer, or will."""
     from torch._inductor import ir  # loads Inductor
 
     return isinstance(value, (ir.TensorBox, ir.StorageBox, ir.BaseView, ir.Buffer))
@@ -109,12 +110,12 @@ def _collective(operation: Any) -> str:
 
 
 def _waited_for(wait: Any) -> set[str]:
-    results = [value for value in pytree.tree_leaves(wait.inputs) if _has_name(value)]
+    results = [value for value in pytree.tree_leaves(wait.inputs) if has_name(value)]
     items = [_parent(r) for r in results if _is_item(r)]
     return {value.get_name() for value in (*results, *items)}
 
 
-def _roots(graph: Any, name: str) -> set[str]:
+def roots_of(graph: Any, name: str) -> set[str]:
     """All buffers that a buffer is a view of."""
     found: set[str] = set()
     left = [name]
@@ -133,8 +134,8 @@ def _given_back(region: Any, indices: Any) -> Iterator[str]:
     for subgraph in (s for s in subgraphs if s is not None and s.graph is not None):
         inner: Any = subgraph.graph
         result = inner.graph_outputs[index]
-        if _has_name(result):
+        if has_name(result):
             operands = getattr(region, "operands", None) or region.inputs
             given = list(inner.graph_inputs)
-            roots = {result.get_name(), *_roots(inner, result.get_name())}
+            roots = {result.get_name(), *roots_of(inner, result.get_name())}
             yield from (operands[given.index(r)].get_name() for r in sorted(roots) if r in given)

@@ -202,7 +202,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     Dependencies hold whatever the wishes are.
     """
     index = node_index()
-    moved = [n for n in nodes if _transfer(n) is not None]
+    moved = [n for n in nodes if transfer_of_node(n) is not None]
     if not moved:
         return nodes
     makers = {name: n for n in nodes for name in n.get_buffer_names()}
@@ -211,12 +211,12 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     for node, sources in needs.items():
         for source in sources:
             readers[source].append(node)
-    landings = {m for n in moved if _transfer(n) == "prefetch_" for m in needs[n] if not positions(m, index)}
-    fixed = [n for n in nodes if n not in landings and _transfer(n) is None]
+    landings = {m for n in moved if transfer_of_node(n) == "prefetch_" for m in needs[n] if not positions(m, index)}
+    fixed = [n for n in nodes if n not in landings and transfer_of_node(n) is None]
     slot = {n: float(i) for i, n in enumerate(fixed)}
     last = [-1.0, -1.0]  # of offloads, which one lease chains, and of prefetches, which one link serves
     for node in sorted(moved, key=lambda n: max(positions(n, index))):
-        kind = _transfer(node)
+        kind = transfer_of_node(node)
         at = max(positions(node, index))
         wish = max(
             (slot[n] for n in fixed if (positions(n, index) or [0])[-1] < at and positions(n, index)), default=-1
@@ -251,9 +251,9 @@ def _keep_overlap(
     products = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
     next_slot = float("inf")
     # By offset: what reads a transfer's buffers may be another slice's wait, chained to it by the lease.
-    waits = {(_transfer(n), _offset(n)): n for n in moved if _transfer(n) not in STARTS}
+    waits = {(transfer_of_node(n), _offset(n)): n for n in moved if transfer_of_node(n) not in STARTS}
     for node in sorted(moved, key=lambda n: -max(positions(n, index))):
-        kind = _transfer(node)
+        kind = transfer_of_node(node)
         wait = waits.get((STARTS.get(str(kind)), _offset(node)))
         if wait is not None:
             count = counts.get(Step(str(kind), _offset(node)), 0)
@@ -271,7 +271,8 @@ def _keep_overlap(
             slot[node] = next_slot = min(slot[node], next_slot)  # the link serves them in the graph's order
 
 
-def _transfer(node: Any) -> str | None:
+def transfer_of_node(node: Any) -> str | None:
+    """The same for a scheduler node."""
     return _transfer_name(getattr(getattr(node, "node", None), "op_overload", None))
 
 

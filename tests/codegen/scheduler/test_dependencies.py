@@ -19,7 +19,7 @@ def names_of(nodes):
 def ahead_of_its_maker(nodes, transfer):
     """As if nothing told the scheduler that the slice must have been made."""
     needs = {d.name for d in transfer.unmet_dependencies}
-    makers = [n for n in nodes if order._transfer(n) is None and needs & names_of([n])]
+    makers = [n for n in nodes if order.transfer_of_node(n) is None and needs & names_of([n])]
     rest = [n for n in nodes if n is not transfer]
     rest.insert(min(rest.index(n) for n in makers), transfer)
     return rest
@@ -29,12 +29,17 @@ def behind_its_reader(nodes, transfer):
     """As if nothing told the scheduler that a reader must wait for the copy."""
     made = names_of([transfer])
     rest = [n for n in nodes if n is not transfer]
-    reader = next(n for n in rest if order._transfer(n) is None and made & {d.name for d in n.unmet_dependencies})
+    reader = next(
+        n for n in rest if order.transfer_of_node(n) is None and made & {d.name for d in n.unmet_dependencies}
+    )
     rest.insert(rest.index(reader) + 1, transfer)
     return rest
 
 
-def trained(monkeypatch, kind, which, moved):
+WHOLE, PARTS = {"offload": "all"}, {"memory_budget": 0.7}  # of what comes back, all rows or most of them
+
+
+def trained(monkeypatch, kind, which, moved, options=WHOLE):
     """Gradients where one transfer stands elsewhere, copies delayed; None where there is no such transfer."""
     done = []
 
@@ -43,7 +48,7 @@ def trained(monkeypatch, kind, which, moved):
 
         def place(nodes):
             nodes = ordinary(nodes)
-            found = [n for n in nodes if order._transfer(n) == kind]
+            found = [n for n in nodes if order.transfer_of_node(n) == kind]
             if which < len(found) and moved is not None:
                 done.append(kind)
                 return moved(nodes, found[which])
@@ -53,10 +58,10 @@ def trained(monkeypatch, kind, which, moved):
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, x = Chain(2), torch.randn(1024, 32)
+    model, x = Chain(2 if options is WHOLE else 3), torch.randn(1024, 32)
     with monkeypatch.context() as patch, engine(CPU).delays(lambda way: 0.5):
         patch.setattr(inductor, "place_transfers", place_transfers)
-        torch.compile(model, backend="memo", options={"offload": "all"})(x).sum().backward()
+        torch.compile(model, backend="memo", options=options)(x).sum().backward()
     return [p.grad for p in model.parameters()] if done or moved is None else None
 
 
@@ -72,6 +77,13 @@ def test_a_transfer_ahead_of_what_makes_its_place_does_not_run(monkeypatch, kind
 def test_a_wait_behind_its_reader_is_refused(monkeypatch, which):
     with pytest.raises(InductorError, match=r"EmittedOrderChanged: .* has not yet come back from the host"):
         trained(monkeypatch, "wait_", which, behind_its_reader)
+    engine(CPU).drain()
+
+
+def test_a_wait_behind_the_reader_of_a_value_of_which_some_rows_come_back_is_refused(monkeypatch):
+    """Kernels that write its other rows meanwhile are given the same buffer."""
+    with pytest.raises(InductorError, match=r"EmittedOrderChanged: .* some of whose rows have not yet come back"):
+        trained(monkeypatch, "wait_", 0, behind_its_reader, PARTS)
     engine(CPU).drain()
 
 

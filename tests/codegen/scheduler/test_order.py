@@ -147,10 +147,10 @@ def test_emitted_code_with_a_wait_before_its_start_is_refused(emitted):
 
 def waits_at_once(nodes):
     """What Inductor's reordering for memory does: every wait directly behind its start."""
-    out = [n for n in nodes if order._transfer(n) not in ("wait_", "offload_wait")]
+    out = [n for n in nodes if order.transfer_of_node(n) not in ("wait_", "offload_wait")]
     for wait in (n for n in nodes if n not in out):
         needed = {d.name for d in wait.unmet_dependencies}
-        (start,) = (n for n in out if order._transfer(n) in order.STARTS and needed & set(n.get_buffer_names()))
+        (start,) = (n for n in out if order.transfer_of_node(n) in order.STARTS and needed & set(n.get_buffer_names()))
         out.insert(out.index(start) + 1, wait)
     return out
 

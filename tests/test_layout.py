@@ -12,7 +12,7 @@ LONGEST = 400  # lines of a module
 
 # From the ground up: a part imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "schema", "versions"),
+    ("errors", "quiet", "schema", "versions"),
     ("logs", "registry"),
     ("models", "placement", "hardware"),
     ("options", "passes"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from memo_compile.errors import InvalidOption
 from memo_compile.forecast.parallel import layout
-from memo_compile.hardware.profiles import resolve
+from memo_compile.hardware.profiles import PROFILES, resolve
 from memo_compile.options import parse_bytes
 from memo_compile.trace.targets import load_target, made_of_fakes
 
@@ -156,7 +156,8 @@ def _summary(f: Forecast) -> Any:
     if not f.fits:
         short = (f.peak - f.budget) / 2**30
         table.add_row("[bold red]does not fit[/]", f"[bold red]{short:,.1f} GiB short; this is the smallest plan[/]")
-    table.add_row("step", f"{f.step_seconds:.4g} s")
+    rates = ", not calibrated: a built-in profile's rates" if f.profile in PROFILES else ""
+    table.add_row("step", f"{f.step_seconds:.4g} s{rates}")
     table.add_row("of it recomputing", f"{f.recompute_seconds:.3g} s")
     table.add_row("of it waiting for transfers", f"{f.stall_seconds:.3g} s")
     table.add_row("MFU, attention counted causally", f"{f.mfu:.2%}")

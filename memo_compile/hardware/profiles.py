@@ -252,6 +252,11 @@ def built_in(device: str) -> DeviceProfile:
     return PROFILES[_detect(device)]
 
 
+def is_calibrated(profile: DeviceProfile) -> bool:
+    """Whether the rates are a machine's own, and not those of a built-in profile."""
+    return profile not in PROFILES.values()
+
+
 def measured_here(device: str) -> DeviceProfile | None:
     """What `memo doctor --measure` stored for this type of device; None where there is none, or another machine's."""
     stored = stored_profile(device)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
+
+from memo_compile.quiet import STDOUT, nowhere
 
 
 def quiet_highs(time_limit: float) -> Any:
@@ -27,20 +25,5 @@ def _print_banner_nowhere() -> None:
     """The first solver of a process writes a banner to the C library's stdout, before any option can be set."""
     import highspy  # loads HiGHS
 
-    with _no_stdout():
+    with nowhere(STDOUT):
         highspy.Highs()
-
-
-@contextlib.contextmanager
-def _no_stdout() -> Iterator[None]:
-    libc = ctypes.CDLL(None)
-    libc.fflush(None)
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-        libc.fflush(None)
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)

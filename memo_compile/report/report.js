@@ -454,7 +454,7 @@
       card("arena", bytes(p.arena_bytes), ratio),
       card("kept", bytes(t.kept), percent(t.kept)), card("offloaded", bytes(t.offloaded), percent(t.offloaded)),
       card("recomputed", bytes(t.recomputed), `${(p.forward_flops ? (100 * p.recomputed_flops) / p.forward_flops : 0).toFixed(1)} % of the forward's FLOPs`),
-      card("step, predicted", seconds(p.predicted_seconds), `binding: ${escape(p.binding)}`),
+      card("step, predicted", seconds(p.predicted_seconds), `${data.calibrated ? "" : "not calibrated: a built-in profile’s rates · "}binding: ${escape(p.binding)}`),
       card("planned in", `${p.seconds.toFixed(1)} s`, escape(p.solver)),
     ].join("");
     $("before-note").textContent = `as torch would split the graph, modelled: ${bytes(before)} at its peak, ${data.before.tensors.length} tensors`;

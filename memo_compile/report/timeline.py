@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, named
 from memo_compile.codegen.emitted.body import Body
+from memo_compile.hardware.profiles import is_calibrated
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, WHY
@@ -70,6 +71,7 @@ def report_data(p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str,
         "version": REPORT_VERSION,
         "plan": {k: v for k, v in asdict(plan).items() if k not in ("activations", "buffers", "segments")},
         "totals": {"kept": plan.kept_bytes, "offloaded": plan.offloaded_bytes, "recomputed": plan.recomputed_bytes},
+        "calibrated": is_calibrated(p.profile),
         "categories": CATEGORIES,
         "before": before,
         "after": after,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from memo_compile.quiet import STDERR, nowhere
 from memo_compile.runtime.ops import pool
 
 
@@ -73,9 +74,15 @@ def usage(fn: Callable[..., Any], *args: Any) -> tuple[Any, Usage | None]:
 
 def _recorded(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Usage]:
     """The result of `fn`, and what the profiler saw allocated on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    profiler: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with nowhere(STDERR):  # Kineto says there that it starts and stops
+        profiler.start()
+    try:
         result = fn(*args, **kwargs)
-    recorded: Any = profiler.profiler.kineto_results.events()
+    finally:
+        with nowhere(STDERR):
+            profiler.stop()
+    recorded = profiler.profiler.kineto_results.events()
     events = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
     return result, _usage_of([nbytes for _, nbytes in events])
 

@@ -8,7 +8,7 @@ import pytest
 from memo_compile.errors import InvalidOption
 from memo_compile.hardware.efficiency import share_at, share_in
 from memo_compile.hardware.host_memory import CgroupLimit, cgroup_limits, free_host_memory, memory_limit
-from memo_compile.hardware.profiles import PROFILES, load, machine_name, resolve, save, stored_profile
+from memo_compile.hardware.profiles import PROFILES, is_calibrated, load, machine_name, resolve, save, stored_profile
 
 
 @pytest.mark.parametrize("name", sorted(PROFILES))
@@ -220,3 +220,8 @@ def test_the_smallest_of_nested_limits_counts(monkeypatch):
     monkeypatch.setattr("memo_compile.hardware.host_memory.cgroup_limits", list)
     assert memory_limit() is None
     assert free_host_memory() > 2**20
+
+
+def test_rates_of_a_built_in_profile_are_no_machines_own():
+    assert not any(is_calibrated(profile) for profile in PROFILES.values())
+    assert is_calibrated(replace(PROFILES["cpu"], name="this machine", d2h=5e9))

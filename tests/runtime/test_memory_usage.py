@@ -64,3 +64,9 @@ def test_autograds_threads_are_seen():
     """On the CPU a backward runs in the thread that asks for it."""
     x = torch.zeros(64 * KIB // 4, requires_grad=True)
     assert measure_peak(lambda: (x * x).sum().backward()) >= 2 * 64 * KIB
+
+
+def test_measuring_says_nothing(capfd):
+    """What torch's profiler reports of itself is not for who asked for a number."""
+    assert measure_peak(lambda: block(8)) == 8 * KIB
+    assert capfd.readouterr() == ("", "")

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import cache
 from typing import Any
@@ -212,9 +213,15 @@ def register() -> torch.library.Library:
     return library
 
 
+def _never_destroy(value: object) -> None:
+    """Streams and events are of the parent's driver: in a child, their destructors end the process."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
 def _share_nothing() -> None:
     """In a forked child: threads that copied are not there, locks may be held by such threads, blocks are empty."""
     parents = pool() if pool.cache_info().currsize else None
+    _never_destroy((_of_device(), parents))
     for shared in (recorder, pool, _of_device):
         shared.cache_clear()
     if parents is not None:

@@ -1,5 +1,6 @@
 """The stream engine on a GPU: what runs late there must not change a result."""
 
+import contextlib
 import gc
 import os
 import random
@@ -335,6 +336,16 @@ def test_a_dropped_loss_and_a_failing_hook_leave_nothing_behind(device):
     assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
 
 
+def all_that_is_left(device):
+    """Tensors in every hole of the blocks that the allocator holds already."""
+    taken = []
+    for size in (16 << 20, 4 << 20, 2 << 20, 1 << 20, 1 << 16):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                taken.append(torch.empty(size, dtype=torch.uint8, device=device))
+    return taken
+
+
 def test_an_arena_that_does_not_fit_any_more_is_a_clear_error(device):
     model, x = tower(device, {"offload": "all"}), rows(device)
     expected = step(model, x)
@@ -342,11 +353,13 @@ def test_an_arena_that_does_not_fit_any_more_is_a_clear_error(device):
     memo_compile.empty_cache()
     _, total = torch.cuda.mem_get_info(device)
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total, device)
+    taken = all_that_is_left(device)
     try:
         with pytest.raises((errors.ArenaDoesNotFit, torch.OutOfMemoryError)):
             step(model, x)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+        taken.clear()
     assert what_is_left(device) == NOTHING
     assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
 

@@ -18,7 +18,7 @@ from memo_compile import registry
 from memo_compile.errors import LeaseOfAnotherProcess
 from memo_compile.placement import kernel
 from memo_compile.report import dumps
-from memo_compile.runtime import blocks, ops, outstanding
+from memo_compile.runtime import blocks, ops, outstanding, threads
 from memo_compile.runtime.host import HostPool
 from memo_compile.workspaces.seen import seen
 
@@ -92,6 +92,27 @@ def test_a_child_has_a_pool_engines_and_counters_of_its_own():
         return fresh and ops.pool().held_bytes == 0 and ops.pool().lease(4096).data_ptr() != address
 
     assert in_child(child)
+
+
+class OfTheParentsDriver(threads.ThreadEngine):
+    """Stands for streams and events: to destroy them in a child ends the process."""
+
+    parent = os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.parent:
+            os._exit(7)
+
+
+def test_what_belongs_to_the_parents_driver_is_not_destroyed_in_a_child(monkeypatch):
+    OfTheParentsDriver.parent = os.getpid()
+    monkeypatch.setattr(ops, "_make_engine", lambda device: OfTheParentsDriver(ops.recorder()))
+    ops._of_device.cache_clear()
+    ops.engine(CPU)
+    try:
+        assert in_child(lambda: gc.collect() >= 0 and ops._of_device.cache_info().currsize == 0)
+    finally:
+        ops._of_device.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from memo_compile.codegen.emitted.body import Body
 from memo_compile.hardware.profiles import is_calibrated
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line, storage_of
-from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, WHY
+from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, ROLE, WHY, Role
 from memo_compile.passes.transforms.homes import Homes
 from memo_compile.placement import Buffer, place
 from memo_compile.planning.decide import Decided
@@ -110,7 +110,7 @@ class _Facts:
         source = (source_line(node) if node is not None else "") or self.sources.get(key, "")
         why = str(node.meta.get(WHY, "")) if node is not None else ""
         if node is not None and FOR in node.meta and name != key:
-            name = f"{key} (landing)" if why.startswith("where they land") else f"{key} ({name})"
+            name = f"{key} (landing)" if node.meta.get(ROLE) is Role.LANDING else f"{key} ({name})"
         op = op_name(node) if node is not None and node.op == "call_function" else ""
         number = CATEGORIES.index(category)
         texts = [text(op), text(shape)]
@@ -131,10 +131,10 @@ class _Facts:
             return "gradient"
         if node is None:
             return "backward transient"
-        why = str(node.meta.get(WHY, ""))
-        if "come back" in why or "put together" in why:
+        role = node.meta.get(ROLE)
+        if role in (Role.LANDING, Role.PREFETCHED):
             return "prefetched"
-        return "recomputed" if node.name in self.in_forward or "computed again" in why else "backward transient"
+        return "recomputed" if node.name in self.in_forward or role is Role.RECOMPUTED else "backward transient"
 
 
 def _graph_timeline(

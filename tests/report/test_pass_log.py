@@ -3,6 +3,7 @@
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.fx.meta import FOR, ROLE, WHY, Role
 from memo_compile.passes.fx.provenance import because
 from memo_compile.report.pass_log import diff, snapshot
 
@@ -54,3 +55,15 @@ def test_a_removed_node_is_named():
     nodes["truediv"].replace_all_uses_with(nodes["sub"])
     gm.graph.erase_node(nodes["truediv"])
     assert "  - truediv = truediv(sub, neg)" in diff("joint", before, snapshot(gm), "")
+
+
+def test_inner_words_and_roles_hold_and_words_decide_nothing():
+    """What a report tells a tensor by is its role: sentences are free to change."""
+    gm = traced()
+    sub = next(n for n in gm.graph.nodes if n.name == "sub")
+    with gm.graph.inserting_after(sub), because(gm, "outer", "sub", Role.PREFETCHED):
+        outer = gm.graph.call_function(torch.relu, (sub,))
+        with because(gm, "inner", role=Role.RECOMPUTED):
+            inner = gm.graph.call_function(torch.tanh, (sub,))
+    assert (outer.meta[WHY], outer.meta[ROLE]) == ("outer", Role.PREFETCHED)
+    assert (inner.meta[WHY], inner.meta[ROLE], inner.meta[FOR]) == ("inner", Role.RECOMPUTED, "sub")

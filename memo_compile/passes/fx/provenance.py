@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import torch.fx as fx
 
-from memo_compile.passes.fx.meta import FOR, WHY
+from memo_compile.passes.fx.meta import FOR, ROLE, WHY, Role
 
 
 @contextlib.contextmanager
-def because(gm: fx.GraphModule, why: str, value: str = "") -> Iterator[None]:
-    """Within, every node created in `gm` gets `meta["memo_why"] = why`, and serves the saved activation `value`."""
+def because(gm: fx.GraphModule, why: str, value: str = "", role: Role | None = None) -> Iterator[None]:
+    """Within, nodes created in `gm` get `meta["memo_why"] = why`, and serve the saved activation `value` as `role`."""
     created: list[fx.Node] = []
     gm._register_create_node_hook(created.append)
     try:
@@ -27,3 +27,5 @@ def because(gm: fx.GraphModule, why: str, value: str = "") -> Iterator[None]:
             if value:
                 node.meta.setdefault(FOR, value)
             node.meta.setdefault(WHY, why)  # the innermost reason holds
+            if role is not None:
+                node.meta.setdefault(ROLE, role)

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.build import call, fake_mode
-from memo_compile.passes.fx.meta import FOR, WHY
+from memo_compile.passes.fx.meta import FOR, ROLE, WHY, Role
 from memo_compile.passes.transforms.slices import fetch
 from memo_compile.passes.transforms.transfers import SLACK, Room, begins_of, size_of
 
@@ -78,6 +78,7 @@ def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
     with graph.inserting_before(start):
         landing = _empty(graph, mark if join is None else join)
         landing.meta.update({WHY: f"where they land: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
+        landing.meta[ROLE] = Role.LANDING
         rows = landing if join is None else _rows(graph, landing, join, 0)
         _transfer(graph, torch.ops.memo.prefetch_.default, rows, mark, "the copy starts, early enough for the link")
     return landing

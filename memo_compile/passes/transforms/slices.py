@@ -22,7 +22,7 @@ from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
-from memo_compile.passes.fx.meta import PART_OF, TOKENS
+from memo_compile.passes.fx.meta import PART_OF, TOKENS, Role
 from memo_compile.passes.fx.provenance import because
 from memo_compile.passes.fx.sizes import is_symbolic, largest
 from memo_compile.passes.transforms.homes import Homes, Transfer, host_layout
@@ -243,17 +243,24 @@ def _rewrite_backward(
         value: torch.Tensor = held.meta["val"]
         before = _first_after(graph, place, order[name])
         back, again = plan.offloaded, plan.offloaded + plan.recomputed
-        with graph.inserting_before(before), because(split.backward, f"{name} is put together again", name):
+        with (
+            graph.inserting_before(before),
+            because(split.backward, f"{name} is put together again", name, Role.PREFETCHED),
+        ):
             parts: list[fx.Node] = []
             if plan.offloaded:
                 assert lease is not None
-                with because(split.backward, f"{_rows(name, plan, 0, back)} come back from the host"):
+                with because(
+                    split.backward, f"{_rows(name, plan, 0, back)} come back from the host", role=Role.PREFETCHED
+                ):
                     parts.append(_fetched(graph, lease, offsets[name], value, plan))
             if plan.recomputed:
-                with because(split.backward, f"{_rows(name, plan, back, again)} are computed again"):
+                with because(
+                    split.backward, f"{_rows(name, plan, back, again)} are computed again", role=Role.RECOMPUTED
+                ):
                     parts.append(_recomputed(joint, graph, originals[name], present, plan))
             if plan.kept:
-                with because(split.backward, f"{_rows(name, plan, again, plan.tokens)} were kept"):
+                with because(split.backward, f"{_rows(name, plan, again, plan.tokens)} were kept", role=Role.KEPT):
                     parts.append(_kept_rows(graph, held, plan))
             whole = parts[0] if len(parts) == 1 else _joined(graph, parts, value, plan)
             whole = _logical(graph, whole, value)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import zoo
+from torch import nn
 
 import memo_compile
 from memo_compile.errors import HostBudgetExceeded
@@ -128,3 +129,36 @@ def test_the_process_grows_by_no_more_than_device_and_host_bytes():
     assert device > 10 << 20
     assert host > 10 << 20
     assert 0.9 * (device + host) <= grown <= 1.1 * (device + host)
+
+
+class TwoRuns(nn.Module):
+    """Two inputs through the same blocks; with checkpoints torch saves little of them, and the backward has much."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(6))
+
+    def forward(self, x, y):
+        for block in self.blocks:
+            x = x + self.wrap(block, x)
+        for block in self.blocks:
+            y = y + self.wrap(block, y)
+        return (x.mean(1) @ y.mean(1).T).logsumexp(-1).mean()
+
+
+def test_with_a_users_checkpoints_a_smaller_budget_never_holds_more_and_the_least_is_as_without():
+    pair = torch.randn(2, 2, 256, 32)
+    plain = TwoRuns(lambda block, x: block(x))
+    checkpointed = TwoRuns(lambda block, x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
+
+    def peak(model, budget):
+        torch._dynamo.reset()
+        fn = torch.compile(model, backend="memo_eager", options={"memory_budget": budget})
+        fn(*pair).backward()
+        model.zero_grad(set_to_none=True)
+        return memo_compile.measure_peak(lambda: fn(*pair).backward())
+
+    held = [peak(checkpointed, budget) for budget in (0.6, "min")]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] <= 1.05 * peak(plain, "min")

@@ -205,7 +205,8 @@ def _decision(decided: Decided, record: Mapping[str, Any]) -> list[str]:
         if record["homes"].get(name) != homes.get(name)
     ]
     now = json.loads(json.dumps(asdict(decided.plan)))
-    left_out = {"seconds", "activations", "least_peak"}  # measured; compared above; found when the plan has settled
+    # Measured; compared above; and what is known once the plan fits.
+    left_out = {"seconds", "activations", "least_peak", "rounds", "budget"}
     before = {k: v for k, v in record["decided"].items() if k not in left_out}
     return differences + _fields("", before, {k: v for k, v in now.items() if k not in left_out})
 

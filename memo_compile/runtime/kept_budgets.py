@@ -35,8 +35,14 @@ def kept(compiled: Compiled, step: FirstStep, again: Callable[[FirstStep, list[A
     def run(*args: Any) -> Any:
         nonlocal current, latest, planned_again
         overrun, latest.overrun = latest.overrun, None
-        if overrun is not None:
-            if planned_again or _ranks() > 1 or not _is_news(latest.name, overrun):
+        if overrun is not None and not _is_news(latest.name, overrun):
+            # What else runs within the step (hooks, other graphs, other threads) counts too: no reason to end training.
+            log.warning(
+                "%s: a step held %.1f MiB, over its budget of %.1f MiB, and no op is seen to have taken it",
+                *(latest.name, overrun.held / MIB, overrun.budget / MIB),
+            )
+        elif overrun is not None:
+            if planned_again or _ranks() > 1:
                 raise _refusal(latest.name, overrun)
             log.warning(
                 "%s: the first step held %.1f MiB, over its budget of %.1f MiB; it is planned again with what was seen",

@@ -81,3 +81,15 @@ def test_other_ranks_would_have_another_plan(monkeypatch):
     monkeypatch.setattr("memo_compile.runtime.kept_budgets._ranks", lambda: 2)
     with pytest.raises(BudgetExceeded, match="test_kept_budgets::takes_7"):
         step()
+
+
+def test_an_excess_that_no_op_explains_is_told_and_ends_nothing(caplog):
+    """Hooks, other graphs and other threads allocate within a step too."""
+    from memo_compile.runtime.first_step import FirstStep, Overrun
+    from memo_compile.runtime.kept_budgets import kept
+
+    step = FirstStep("graph_0")
+    run = kept(lambda x: x + 1, step, lambda *_: pytest.fail("planned again without news"))
+    step.overrun = Overrun(100, 150, {})
+    assert run(1) == 2
+    assert [r.getMessage() for r in caplog.records if "no op is seen to have taken it" in r.getMessage()]

@@ -7,7 +7,7 @@ the op is registered first, then come its `MutationOutput`s): they read what the
 
 And no kernel writes its result over what a region or an op that memo does not know may still hold.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.ir.FallbackKernel.create`, values'
+Private torch APIs, tried with torch 2.11 (on CUDA) and 2.13: `torch._inductor.ir.FallbackKernel.create`, values'
 `realize` and `get_name`, `V.graph.mark_buffer_mutated`, and `PythonWrapperCodegen.can_reuse`, which is asked with the
 kernel that would take a buffer's place, or alone before a buffer is freed.
 """

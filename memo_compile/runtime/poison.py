@@ -2,7 +2,7 @@
 
 NaN for floating types, all bits set for others. Emitted code calls these functions under their own names.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._C._autograd._get_current_graph_task_keep_graph`.
+Private torch APIs, tried with torch 2.11 (on CUDA) and 2.13: `torch._C._autograd._get_current_graph_task_keep_graph`.
 """
 
 from __future__ import annotations

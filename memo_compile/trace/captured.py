@@ -1,6 +1,6 @@
 """What a graph that Dynamo captured has in it beside a forward.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: the names of the functions that Dynamo puts in a graph for
+Private torch APIs, tried with torch 2.11 (on CUDA) and 2.13: the names of the functions that Dynamo puts in a graph for
 gradients, and the switches of compiled autograd.
 """
 

@@ -6,7 +6,7 @@ differs between them (free bytes of the device and of the host) before they plan
 what they have decided. They talk through the store that the processes met at, and only about graphs with collectives:
 ranks that run different programs, or graphs without collectives, wait for nobody.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: of `torch.distributed.distributed_c10d`
+Private torch APIs, tried with torch 2.13: of `torch.distributed.distributed_c10d`
 `_get_default_store` and `_resolve_process_group`.
 """
 

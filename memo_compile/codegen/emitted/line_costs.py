@@ -2,7 +2,7 @@
 
 Matmuls and attention are bound by arithmetic, a fused kernel by the bytes of all that it names.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: of `V.graph` `try_get_buffer`; of buffers `get_size`,
+Private torch APIs, tried with torch 2.11 (on CUDA) and 2.13: of `V.graph` `try_get_buffer`; of buffers `get_size`,
 `get_dtype`, `get_origin_node` and `fx_node`.
 """
 

@@ -3,8 +3,8 @@
 Of a value that is prefetched in part, kernels write the other rows meanwhile, given the same buffer: the text does not
 tell those that write from those that read. The scheduler's nodes do.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `V.graph.scheduler` with `nodes` and `mutation_real_name`; of
-its nodes `get_nodes`, `read_writes` and `node`; `MemoryDep`.
+Private torch APIs, tried with torch 2.11 (on CUDA) and 2.13: `V.graph.scheduler` with `nodes` and
+`mutation_real_name`; of its nodes `get_nodes`, `read_writes` and `node`; `MemoryDep`.
 """
 
 from __future__ import annotations

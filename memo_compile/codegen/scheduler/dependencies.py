@@ -4,7 +4,7 @@ A region's results may be what it was given, by Inductor's own lowering of it: a
 to nothing. What a custom op or a region keeps, or whether it returns what it was given, no schema tells. A collective
 that is not waited for in the graph reads on when it has ended.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `V.graph`'s `operations`, `name_to_buffer`, `graph_inputs`
+Private torch APIs, tried with torch 2.11 (on CUDA) and 2.13: `V.graph`'s `operations`, `name_to_buffer`, `graph_inputs`
 and `graph_outputs`; of operations `inputs`, `op_overload`, `get_outputs` and `get_inputs_that_alias_output`;
 `InvokeSubgraph` and `Conditional` with their subgraphs and `operands`; `MultiOutput.indices`.
 """

@@ -90,7 +90,8 @@ def _compiled(
     unplanned: Callable[[fx.GraphModule, Sequence[Any], Options], Compiled],
     reference: str,
 ) -> Compiled:
-    from memo_compile.passes.fx.ranges import NoRange  # loaded when a backend is used, not when torch lists them
+    # Loaded when a backend is used, not when torch lists them.
+    from memo_compile.passes.fx.ranges import NoRange, NothingPlanned
     from memo_compile.report.dumps import Dump
     from memo_compile.runtime.kept_budgets import kept, twin
     from memo_compile.trace.setting import setting_for
@@ -103,6 +104,8 @@ def _compiled(
     spare = twin(gm)
     try:
         compiled = planned(gm, inputs, setting)
+    except NothingPlanned:
+        return unplanned(gm, inputs, options)
     except NoRange as why:
         log.info("%s: this length is compiled alone: %s", setting.frame, why)
         _specialize(inputs)
@@ -111,7 +114,8 @@ def _compiled(
     def again(step: FirstStep, args: list[Any]) -> Compiled:
         return planned(twin(spare), args, replace(setting, first_step=step))
 
-    compiled = kept(compiled, setting.first_step, again)
+    if not any(is_symbolic(size) for size in sizes_of(inputs)):  # what one length held is no measure for another
+        compiled = kept(compiled, setting.first_step, again)
     return compiled if plain is None else verified(compiled, gm, plain, reference)
 
 

@@ -45,10 +45,12 @@ from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.fx.facts import check_sizes
 from memo_compile.passes.fx.meta import LAYER
-from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
+from memo_compile.passes.fx.ranges import NoRange, NothingPlanned, has_symbols, write_numbers
+from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, lease_input, lease_output
 from memo_compile.planning.fit_budget import WORTHWHILE, Settled, settle
 from memo_compile.planning.prepared import Prepared, prepare
+from memo_compile.planning.ranges import LEAST_ROWS, in_symbols, over_range, slice_rows
 from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import noted
@@ -56,7 +58,7 @@ from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.observer import Observe, Observer, nobody
 from memo_compile.trace.ranks import together
-from memo_compile.trace.setting import Setting, check_planned, limits_for, record, setting_for
+from memo_compile.trace.setting import Setting, check_one_plan, check_planned, limits_for, record, setting_for
 
 log = logger(__name__)
 
@@ -181,12 +183,28 @@ class _Compilation:
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Plan the joint graph; returns its forward and backward."""
-        started, setting = time.perf_counter(), self.setting
         check_sizes(joint)
+        observer = self.setting.observe(self.setting.options.dump, self.setting.name)
         if has_symbols(joint):
-            raise NoRange("not yet")
-        write_numbers(joint)
-        observer = setting.observe(setting.options.dump, setting.name)
+            planned = self._over_range(joint, inputs, num_forward_outputs, static, observer)
+        else:
+            write_numbers(joint)
+            planned = self._planned(joint, inputs, num_forward_outputs, static, observer)
+        self.phase = planned
+        return planned.decided.forward, planned.decided.backward
+
+    def _planned(
+        self,
+        joint: fx.GraphModule,
+        inputs: Any,
+        num_forward_outputs: int,
+        static: list[int] | None,
+        observer: Observer,
+        *,
+        least_rows: int = 0,
+    ) -> Planned:
+        """Plan a joint graph in numbers. A slice has `least_rows` at least, where the user has not said how many."""
+        started, setting = time.perf_counter(), self.setting
         observer.joint(joint, num_forward_outputs, static)
         p = prepare(joint, inputs, num_forward_outputs, static, setting.profile, fused=True, watch=observer.watch)
         rehearsal = Rehearsal(
@@ -203,6 +221,8 @@ class _Compilation:
             p = replace(p, unplanned_peak=rehearsal.unplanned_peak(p))
         with together(joint) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
+            if least_rows and not limits.slice_tokens:
+                limits = replace(limits, slice_tokens=slice_rows(p.tokens.tokens, least_rows))
             rehearsal = replace(rehearsal, budget=limits.budget)
             settled: Settled[Evidence] = settle(p, limits, rehearsal.looked_at, name=setting.name, backend="memo")
             ranks.confirm(settled.decided)
@@ -217,9 +237,36 @@ class _Compilation:
             seconds=time.perf_counter() - started,
         )
         links = links_of(decided, num_forward_outputs)
-        self.phase = Planned(p, decided, plan, rehearsal, settled.evidence, links, observer)
         observer.decided(p, decided, setting.options)
-        return decided.forward, decided.backward
+        return Planned(p, decided, plan, rehearsal, settled.evidence, links, observer)
+
+    def _over_range(
+        self,
+        joint: fx.GraphModule,
+        inputs: Any,
+        num_forward_outputs: int,
+        static: list[int] | None,
+        observer: Observer,
+    ) -> Planned:
+        """Plan at the upper end, and carry it out in symbols; the emitted text is read at the upper end, too."""
+        check_one_plan(joint, self.setting)
+        unplanned = split_as_torch(joint, inputs, num_forward_outputs, static)
+
+        def plan(graph: fx.GraphModule) -> Planned:
+            return self._planned(graph, inputs, num_forward_outputs, static, observer, least_rows=LEAST_ROWS)
+
+        planned, ends = over_range(joint, self.setting.options.lengths, plan)
+        emitted = in_symbols(joint, unplanned, planned.prepared, planned.decided, ends, self.setting.host)
+        planned = replace(planned, plan=replace(planned.plan, range=emitted.plan.range))
+        if not planned.decided.homes:
+            record(placed_plan(planned))
+            raise NothingPlanned
+        rehearsal = replace(planned.rehearsal, ranged=True)
+        evidence = rehearsal.dry(emitted)
+        if rehearsal.budget is not None and evidence.layout.peak > rehearsal.budget:
+            raise NoRange("in symbols the graphs hold more than the budget")
+        links = links_of(emitted, num_forward_outputs)
+        return replace(planned, decided=emitted, rehearsal=rehearsal, evidence=evidence, links=links)
 
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Compile one graph; called by Inductor in place of `compile_fx_inner`."""
@@ -341,6 +388,8 @@ class _Compilation:
 def early_schedule(rehearsal: Rehearsal, layout: ArenaLayout, lines: Sequence[str]) -> Schedule:
     """What calls before a backward may start for it: never more than one arena beside their own."""
     schedule, budget = schedule_of(lines), rehearsal.budget
+    if rehearsal.ranged:  # places are of the size of this call's length, which the call before does not know
+        return replace(schedule, early=())
     starts = {b.name: b.start for b in layout.buffers}
     sizes = [(starts[named(BACKWARD, landing.buffer)], landing.nbytes) for landing in schedule.early]
     early = how_many_early(sizes, layout.held, layout.forward_steps, layout.arena_bytes)

@@ -17,7 +17,7 @@ from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.fit_budget import settle
 from memo_compile.planning.prepared import Prepared, prepare
-from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
+from memo_compile.planning.ranges import LEAST_ROWS, in_symbols, over_range, slice_rows
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
@@ -70,13 +70,13 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     check_sizes(joint)
     dump = setting.observe(setting.options.dump, setting.name)
 
-    def planned(graph: fx.GraphModule, *, ranges: bool = False) -> tuple[Prepared, Decided]:
+    def planned(graph: fx.GraphModule, *, least_rows: int = 0) -> tuple[Prepared, Decided]:
         dump.joint(graph, num_outputs, static)
         p = prepare(graph, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
         with together(graph) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
-            if ranges and not limits.slice_tokens:
-                limits = replace(limits, slice_tokens=slice_rows(p.tokens.tokens))
+            if least_rows and not limits.slice_tokens:
+                limits = replace(limits, slice_tokens=slice_rows(p.tokens.tokens, least_rows))
             settled = settle(
                 p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager"
             )
@@ -89,7 +89,8 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
         if groups_of(joint):
             raise NoRange("ranks must plan for one length")
         unplanned = split_as_torch(joint, inputs, num_outputs, static)
-        p, decided, ends = over_range(joint, setting.options.lengths, lambda graph: planned(graph, ranges=True))
+        lengths = setting.options.lengths
+        (p, decided), ends = over_range(joint, lengths, lambda graph: planned(graph, least_rows=LEAST_ROWS))
         emitted = in_symbols(joint, unplanned, p, decided, ends, setting.host)
     else:
         write_numbers(joint)

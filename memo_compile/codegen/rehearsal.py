@@ -49,7 +49,7 @@ class Rehearsal:
 
     `budget` is what slices that land early may use up, in bytes; None for no limit. `static` are indices of inputs at
     fixed addresses, `layers` the layer of each node of the joint graph that has one. With `scalar` no vector code is
-    generated, which is sooner done.
+    generated, which is sooner done. `ranged` is for graphs whose sizes are symbols: lines stand as Inductor has them.
     """
 
     setting: Setting
@@ -59,6 +59,7 @@ class Rehearsal:
     layers: Mapping[str, int]
     scalar: bool
     budget: int | None = None
+    ranged: bool = False
 
     def unplanned_peak(self, p: Prepared) -> int:
         """What Inductor's own two graphs would hold in an arena."""
@@ -87,7 +88,7 @@ class Rehearsal:
             )
             backward = self._dry_backward(decided, forward.body)
         plain = Evidence(forward.body, backward.body, self.layout(decided, forward.body, backward.body))
-        if not any(h.offloaded for h in decided.homes.values()):
+        if self.ranged or not any(h.offloaded for h in decided.homes.values()):
             return plain
         plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
         return plain if decided.ahead else self._overlapping(decided, forward, backward, plain)
@@ -153,7 +154,7 @@ class Rehearsal:
         """The device that is planned for, as Inductor names it."""
         device = self.setting.device
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.currentdevice_name())
+            device = torch.device("cuda", torch.cuda.current_device())
         return str(device)
 
     def _user_visible(self, forward: fx.GraphModule) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from memo_compile.codegen.emitted.body import Body, read_body
 from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
+from memo_compile.codegen.emitted.numbers import number_of, numbered, symbols_at_hand
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
@@ -108,9 +109,11 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
         def generate_return(self, output_refs: list[str]) -> None:
             lines = [line if isinstance(line, str) else _text(line) for line in self.wrapper_call._lines]
             kept = [line for line in lines if line is not None]
-            body = _read(kept, output_refs, hooks.device)
+            symbols = symbols_at_hand()
+            body = _read(numbered(kept, symbols), output_refs, hooks.device)
             if hooks.arrange is not None:
-                emission = Emission(tuple(kept), body, _at_hand(), tuple(output_refs), hooks.device)
+                shown = tuple(numbered(kept, symbols))
+                emission = Emission(shown, body, _at_hand(), tuple(output_refs), hooks.device)
                 kept = list(hooks.arrange(emission))
                 body = _read(kept, output_refs, hooks.device)
                 self.wrapper_call._lines[:] = kept
@@ -119,7 +122,7 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
                 kept = rewrite(kept, buffers, segments)
                 self.wrapper_call._lines[:] = kept
             if hooks.inspect is not None:
-                hooks.inspect(kept, output_refs, _input_names())
+                hooks.inspect(numbered(kept, symbols), output_refs, _input_names())
             if hooks.finish is not None:
                 imported, finished = hooks.finish(kept)
                 self.header.splice("\n".join(imported))
@@ -168,8 +171,7 @@ def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) 
         if onto or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
             return "workspace", 0
         if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
-            # Shapes are static, so that sizes are numbers.
-            return "kernel", int(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
+            return "kernel", number_of(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
     source = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx as fx
@@ -27,8 +27,9 @@ from memo_compile.passes.transforms.partition import Split
 from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning.decide import Decided, carry_out
 from memo_compile.planning.prepared import Prepared
-from memo_compile.workspaces.annotate import Workspaces
+from memo_compile.workspaces.annotate import Workspaces, workspaces_in
 
+T = TypeVar("T")
 FAR = 64  # times a size of which little memory depends: one range will do
 LITTLE = 0.01  # of the bytes of all values
 SHORTEST = 4  # the upper end over the lower end, where something is sliced
@@ -118,14 +119,14 @@ def _check_growing(joint: fx.GraphModule, now: Mapping[Any, int], end: Mapping[A
                 raise NoRange(f"a value of shape {tuple(value.shape)} does not grow with the length")
 
 
-def slice_rows(tokens: int) -> int:
-    """Rows of a slice where the user has not said: two of them are left at the lower end of a range."""
-    return max(LEAST_ROWS, tokens // SLICES)
+def slice_rows(tokens: int, least: int) -> int:
+    """Rows of a slice where the user has not said."""
+    return max(least, tokens // SLICES)
 
 
 def over_range(
-    joint: fx.GraphModule, lengths: str | tuple[int, ...], plan: Callable[[fx.GraphModule], tuple[Prepared, Decided]]
-) -> tuple[Prepared, Decided, Ends]:
+    joint: fx.GraphModule, lengths: str | tuple[int, ...], plan: Callable[[fx.GraphModule], T]
+) -> tuple[T, Ends]:
     """What `plan` makes of the graph at the farthest upper end at which a budget can be kept.
 
     Raises:
@@ -137,7 +138,7 @@ def over_range(
     refused: BudgetTooSmall | None = None
     for ends in upper_ends(joint, lengths if isinstance(lengths, tuple) else ()):
         try:
-            return (*plan(twin_at(joint, ends.values)), ends)
+            return plan(twin_at(joint, ends.values)), ends
         except BudgetTooSmall as error:
             refused = error
     assert refused is not None
@@ -194,8 +195,9 @@ def _carried_out(joint: fx.GraphModule, p: Prepared, decided: Decided, ends: End
     if not {n.name for n in p.saved} <= nodes.keys():
         raise NoRange("a saved value that the symbolic graph has not")
     homes = {name: _symbolic(home, nodes[name]) for name, home in decided.homes.items()}
-    # What kernels take was found out on the twin: here nothing is decided any more.
-    numbers_known = Workspaces(p.fused, given={})
+    # What kernels take was found out on the twin, in numbers.
+    known = {w.node: w for g in (decided.forward, decided.backward) for w in workspaces_in(g)}
+    numbers_known = Workspaces(p.fused, given=known)
     saved = tuple(nodes[n.name] for n in p.saved)
     symbolic = replace(p, joint=joint, saved=saved, workspaces=numbers_known)
     environment = _shape_env(joint)

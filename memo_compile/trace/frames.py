@@ -58,8 +58,15 @@ def _in_words(code: Any) -> str:
 
 def frame_name() -> str:
     """The frame that Dynamo is compiling, in words; "" outside of Dynamo."""
-    code = getattr(_translator(), "f_code", None)
-    return "" if code is None else _in_words(code)
+    translator = _translator()
+    code = getattr(translator, "f_code", None)
+    if code is None:
+        return ""
+    # A decorated forward is a frame of its decorator's: the module is what a user knows.
+    first = next(iter(translator.f_locals.get("args", ())), None) if code.co_name != "forward" else None
+    if isinstance(first, torch.nn.Module):
+        return f"{type(first).__qualname__}, in {_in_words(code)}"
+    return _in_words(code)
 
 
 def _callers() -> tuple[Any, list[str]]:

@@ -17,6 +17,7 @@ from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
+from memo_compile.passes.fx.ranges import NoRange
 from memo_compile.passes.fx.sizes import elements
 from memo_compile.passes.fx.unusual import unusual_ops
 from memo_compile.planning.decide import Decided
@@ -29,6 +30,7 @@ from memo_compile.schema import Plan
 from memo_compile.trace.captured import under_compiled_autograd
 from memo_compile.trace.frames import check_limit, frame_name, warn_at_limit
 from memo_compile.trace.observer import Observe, nobody
+from memo_compile.trace.ranks import groups_of
 
 log = logger("memo_compile")
 
@@ -165,6 +167,18 @@ def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int)
         )
     if limits.budget is not None and peak > limits.budget:
         _say_over(setting, limits.budget, peak, decided.obstacles)
+
+
+def check_one_plan(joint: fx.GraphModule, setting: Setting) -> None:
+    """Call this before a graph is planned for a range of lengths.
+
+    Raises:
+        NoRange: ranks plan together, for one length; so does `verify="poison"`.
+    """
+    if groups_of(joint):
+        raise NoRange("ranks plan together, for one length")
+    if setting.options.verify == "poison":
+        raise NoRange("poison is for one length")
 
 
 def _refuse(o: Options, peak: int) -> None:

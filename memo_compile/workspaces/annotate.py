@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.liveness import WORKSPACE, lifetimes
 from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, op_name, source_line, storage_of
+from memo_compile.passes.fx.ranges import at_the_upper_end
 from memo_compile.schema import Workspace
 from memo_compile.workspaces.calls import by_call
 from memo_compile.workspaces.formulas import by_formula
@@ -48,6 +49,7 @@ class Workspaces:
         if self.given is not None:
             known = self.given.get(node.name)
             return (0, "") if known is None else (known.bytes, known.how)
+        node = at_the_upper_end(node)
         if not isinstance(node.target, torch._ops.OpOverload):
             inner = self._of_subgraphs(node)
             return (0, "") if inner is None else (inner, "its subgraph")

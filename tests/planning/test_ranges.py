@@ -35,6 +35,37 @@ def test_gradients_are_right_at_every_length_of_one_range(way):
     assert ranged.offloaded_bytes or ranged.recomputed_bytes
 
 
+@pytest.mark.parametrize("way", ["min", "recompute"])
+def test_emitted_code_is_right_at_every_length_of_one_range(way):
+    """Shapes are symbols, offsets are constant, and what is held is within the plan."""
+    make = zoo.one_layer_llama if way == "min" else lambda: zoo.make("llama")
+    model, reference = make(), make()
+    fn = torch.compile(model, backend="memo", options=OPTIONS[way], dynamic=True)
+    held = {}
+    for n in (128, 33, 96):
+        x = zoo.batch(1, n)
+        checked(model, fn, reference, x)
+        model.zero_grad(set_to_none=True)
+        held[n] = memo_compile.measure_peak(lambda x=x: fn(x, labels=x).backward())
+    (plan,) = memo_compile.plans()
+    assert plan.range == "L['tokens'].size()[1] in [33, 128]"
+    assert plan.arena_bytes
+    assert plan.offloaded_bytes or plan.recomputed_bytes
+    assert max(held.values()) <= 1.01 * plan.predicted_peak
+
+
+def test_below_where_everything_fits_inductor_serves_all_lengths():
+    x = zoo.batch(1, 128)
+    roomy = 4 * memo_compile.plan(zoo.one_layer_llama(), (x,), {"labels": x}).unplanned_peak
+    model, reference = zoo.one_layer_llama(), zoo.one_layer_llama()
+    fn = torch.compile(model, backend="memo", options={"memory_budget": roomy}, dynamic=True)
+    for n in (128, 33):
+        checked(model, fn, reference, zoo.batch(1, n))
+    (plan,) = memo_compile.plans()
+    assert plan.range == "L['tokens'].size()[1] in [2, 128]"
+    assert plan.predicted_peak <= roomy
+
+
 def test_batch_and_length_may_both_vary():
     model, reference = zoo.one_layer_llama(), zoo.one_layer_llama()
     fn = torch.compile(model, backend="memo_eager", options={"memory_budget": "min"})

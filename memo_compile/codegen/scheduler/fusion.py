@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from memo_compile.codegen.emitted.numbers import number_of
 from memo_compile.codegen.scheduler.order import node_index, positions
 from memo_compile.passes.transforms.sums import is_partial
 
@@ -153,5 +154,5 @@ def _nbytes(buffer: Any) -> int:
     """Bytes of a tensor; 0 for what stands for several results, or for none."""
     if not buffer.node.has_tensor_output():
         return 0
-    elements = math.prod(int(size) for size in buffer.node.get_size())
+    elements = math.prod(number_of(size) for size in buffer.node.get_size())
     return elements * int(buffer.node.get_dtype().itemsize)

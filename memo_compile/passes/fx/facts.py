@@ -59,15 +59,15 @@ def is_dense(node: fx.Node) -> bool:
     """Whether the elements fill their storage without gaps or overlaps, in whatever order of dimensions."""
     value: torch.Tensor = node.meta["val"]
     expected = 1
-    for stride, size in sorted((t, s) for s, t in _dimensions(value) if s != 1):
+    for stride, size in sorted((t, s) for s, t in dimensions(value) if s != 1):
         if stride != expected:
             return False
         expected *= size
     return True
 
 
-def _dimensions(value: torch.Tensor) -> list[tuple[int, int]]:
-    """Size and stride of each dimension."""
+def dimensions(value: torch.Tensor) -> list[tuple[int, int]]:
+    """Size and stride of each dimension, at the upper end of ranges."""
     return [(largest(s), largest(t)) for s, t in zip(value.shape, value.stride(), strict=True)]
 
 

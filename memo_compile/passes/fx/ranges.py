@@ -15,11 +15,15 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
+from memo_compile.passes.fx.sizes import is_symbolic, largest, sizes_of, symbols_of
 
 
 class NoRange(BaseException):
     """Ends a compilation for a range of lengths: the length at hand is compiled alone. Nothing wraps it."""
+
+
+class NothingPlanned(BaseException):
+    """Ends a compilation for a range of lengths in which nothing is to be done: the graph is Inductor's as it is."""
 
 
 def has_symbols(gm: fx.GraphModule) -> bool:
@@ -46,6 +50,38 @@ def twin_at(gm: fx.GraphModule, values: Mapping[Any, int]) -> fx.GraphModule:
         if node.op == "placeholder" and isinstance(value, (torch.SymInt, torch.SymFloat)):
             made[node] = copy.meta["val"]
     return fx.GraphModule(gm, graph)
+
+
+def at_the_upper_end(node: fx.Node) -> fx.Node:
+    """A call as it is at the upper end: a node of a graph of its own, with numbers for inputs.
+
+    For what looks at single calls, in graphs that Inductor has rewritten.
+    """
+    values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
+    sizes = [v for v in values if isinstance(v, torch.SymInt)] + sizes_of(v for v in values)
+    if not any(is_symbolic(size) for size in sizes):
+        return node
+    ends = {s: largest(_symint(size, s)) for size in sizes for s in symbols_of(size)}
+    mode = next(getattr(v, "fake_mode") for v in values if hasattr(v, "fake_mode"))  # noqa: B009
+    graph = fx.Graph()
+
+    def argument(source: fx.Node) -> Any:
+        value = _at(source.meta.get("val"), ends, mode)
+        if not isinstance(value, torch.Tensor):
+            return value
+        made = graph.placeholder(source.name)
+        made.meta = {**source.meta, "val": value}
+        return made
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
+    alone = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+    alone.meta = {**node.meta, "val": _at(node.meta.get("val"), ends, mode)}
+    return alone
+
+
+def _symint(size: Any, symbol: Any) -> Any:
+    """A symbol of a size, as a size."""
+    return size.node.shape_env.create_symintnode(symbol, hint=None)
 
 
 def write_numbers(gm: fx.GraphModule) -> None:

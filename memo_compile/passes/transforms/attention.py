@@ -15,8 +15,9 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.build import call
-from memo_compile.passes.fx.facts import argument, nbytes, storage_of
+from memo_compile.passes.fx.facts import argument, dimensions, nbytes, storage_of
 from memo_compile.passes.fx.meta import WHY
+from memo_compile.passes.fx.sizes import largest
 
 PIECES = 4  # calls for one attention, at most: more would save little, and leave threads idle
 
@@ -118,7 +119,7 @@ def _spans(value: torch.Tensor) -> list[tuple[int, float]]:
     """
     found: list[tuple[int, float]] = []
     span = 1
-    for stride, size in sorted((int(t), int(s)) for s, t in zip(value.shape, value.stride(), strict=True) if s != 1):
+    for stride, size in sorted((t, s) for s, t in dimensions(value) if s != 1):
         if stride < span:
             return []
         found.append((span, stride))
@@ -130,5 +131,5 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two values with the same strides stand beside each other within one of their dimensions."""
     if a.stride() != b.stride() or a.shape != b.shape:
         return False
-    apart = abs(int(a.storage_offset()) - int(b.storage_offset()))
+    apart = abs(largest(a.storage_offset()) - largest(b.storage_offset()))
     return any(span <= apart and apart + span <= step for span, step in _spans(a))

@@ -1,0 +1,102 @@
+"""Emitted text of a graph for a range of lengths, with numbers for its symbols: those at the upper end.
+
+Offsets are constant, and no buffer is larger below: what does not overlap at the upper end overlaps nowhere.
+
+Private torch API, tried with torch 2.13: `V.graph.sizevars`, its `shape_env` and `inv_precomputed_replacements`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from memo_compile.passes.fx.sizes import upper_end
+
+_FOLDED: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_CALLED: Mapping[str, Callable[..., int]] = {"max": max, "min": min}
+
+
+def symbols_at_hand() -> dict[str, int]:
+    """The symbols of the graph that Inductor has at hand, by name, each at the upper end of its range."""
+    from torch._inductor.virtualized import V  # loads Inductor
+
+    sizes = V.graph.sizevars
+    environment: Any = sizes.shape_env
+    seen = getattr(environment, "backed_var_to_val", None) or environment.__dict__.get("var_to_val", {})
+    ends = {s: upper_end(environment.var_to_range.get(s), seen.get(s)) for s in seen}
+    values = {str(s): int(end) for s, end in ends.items() if end is not None}
+    for symbol, expr in sizes.inv_precomputed_replacements.items():
+        values[str(symbol)] = int(expr.xreplace(ends))
+    return values
+
+
+def number_of(expr: Any) -> int:
+    """A size of Inductor's at the upper end."""
+    symbols = getattr(expr, "free_symbols", ())
+    if not symbols:
+        return int(expr)
+    values = symbols_at_hand()
+    return int(expr.xreplace({s: values[str(s)] for s in symbols}))
+
+
+def numbered(lines: Sequence[str], values: Mapping[str, int]) -> list[str]:
+    """The lines with values in the place of names, and arithmetic on them done.
+
+    >>> numbered(["    buf0 = empty_strided_cpu((2*s0, s0 // 3), (s0 // 3, 1), torch.float32)"], {"s0": 6})
+    ['    buf0 = empty_strided_cpu((12, 2), (2, 1), torch.float32)']
+    """
+    if not values:
+        return list(lines)
+    named = re.compile(r"\b(" + "|".join(map(re.escape, values)) + r")\b")
+    return ["\n".join(_numbered(part, values, named) for part in line.split("\n")) for line in lines]
+
+
+def _numbered(line: str, values: Mapping[str, int], named: re.Pattern[str]) -> str:
+    text = line.lstrip()
+    if text.startswith("#") or not named.search(line):
+        return line
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # the head of a block
+        return line
+    statements = _Numbers(values).visit(tree).body
+    return line[: len(line) - len(text)] + "; ".join(map(ast.unparse, statements))
+
+
+class _Numbers(ast.NodeTransformer):
+    def __init__(self, values: Mapping[str, int]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        known = node.id in self.values and isinstance(node.ctx, ast.Load)
+        return ast.Constant(self.values[node.id]) if known else node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        fold = _FOLDED.get(type(node.op))
+        if fold is None or not all(_is_number(side) for side in (node.left, node.right)):
+            return node
+        return ast.Constant(fold(ast.literal_eval(node.left), ast.literal_eval(node.right)))
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        fold = _CALLED.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        if fold is None or not all(map(_is_number, node.args)):
+            return node
+        return ast.Constant(fold(*map(ast.literal_eval, node.args)))
+
+
+def _is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return _is_number(node.operand)
+    return isinstance(node, ast.Constant) and isinstance(node.value, int)

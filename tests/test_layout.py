@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "quiet", "schema", "versions"),
     ("logs", "registry"),
     ("models", "placement", "hardware"),
-    ("options", "passes"),
+    ("data", "options", "passes"),
     ("workspaces",),
     ("planning",),
     ("runtime",),

@@ -13,23 +13,32 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena.layout import ArenaLayout, Link, handed_on, plan_arena
+from memo_compile.codegen.arena.layout import ArenaLayout, handed_on, plan_arena
 from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, buffers_of, named
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
-from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
 from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poisoned
-from memo_compile.codegen.emitted.verifier import EmittedRegions, read_regions, verify_emitted
+from memo_compile.codegen.emitted.verifier import read_regions, verify_emitted
 from memo_compile.codegen.inductor import collection_paused, num_outputs, settings_for, through_inductor
 from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.mutations import in_place_where_known, readers_before_writers
+from memo_compile.codegen.phases import (
+    BackwardEmitted,
+    Begun,
+    ForwardEmitted,
+    ForwardPlaced,
+    Planned,
+    early_schedule,
+    next_phase,
+    placed_plan,
+)
 from memo_compile.codegen.rehearsal import Evidence, Rehearsal, donatable, links_of
 from memo_compile.codegen.scheduler.arrivals import check_arrivals
 from memo_compile.codegen.scheduler.dependencies import knows_all
@@ -121,53 +130,6 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: O
     return Looked(placed_plan(planned), planned.prepared, planned.decided, planned.evidence.layout)
 
 
-# The phases of a compilation. Each holds what the next one needs, and what all before it held.
-
-
-@dataclass(frozen=True)
-class Begun:
-    """Nothing is known yet; it stays so for a graph that needs no gradient."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The joint graph was planned. `evidence` is of dry runs, until there is better."""
-
-    prepared: Prepared
-    decided: Decided
-    plan: Plan
-    rehearsal: Rehearsal
-    evidence: Evidence
-    links: tuple[Link, ...]
-    observer: Observer
-
-
-@dataclass(frozen=True)
-class ForwardPlaced(Planned):
-    """The forward's buffers have their offsets."""
-
-    forward_body: Body
-
-
-@dataclass(frozen=True)
-class ForwardEmitted(ForwardPlaced):
-    """The forward's text was read and verified."""
-
-    regions: EmittedRegions
-
-
-@dataclass(frozen=True)
-class BackwardEmitted(ForwardEmitted):
-    """The backward's text, too; `schedule` is what a call before it may start for it."""
-
-    schedule: Schedule
-
-
-def _next(phase: Planned, to: type[Any], **more: Any) -> Any:
-    """A later phase, with what this one holds."""
-    return to(**({f.name: getattr(phase, f.name) for f in fields(phase)} | more))
-
-
 @dataclass
 class _Compilation:
     """One graph's way through Inductor. Inductor calls `partition`, then `inner` for the forward and the backward."""
@@ -177,7 +139,7 @@ class _Compilation:
     gradients_inside: bool = False
     scalar: bool = True
     rounds: int = 0  # before
-    phase: Begun | Planned = Begun()
+    phase: Begun | Planned = field(default_factory=Begun)
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
@@ -328,7 +290,7 @@ class _Compilation:
             log.debug("%s: the forward differs from its dry run and is placed again", self.setting.name)
             layout = planned.rehearsal.layout(planned.decided, body, evidence.backward)
         evidence = self._within_budget(planned, replace(evidence, forward=body, layout=layout))
-        self.phase = _next(planned, ForwardPlaced, forward_body=body, evidence=evidence)
+        self.phase = next_phase(planned, ForwardPlaced, forward_body=body, evidence=evidence)
         return buffers_of(FORWARD, layout.buffers), layout.segments
 
     def _place_backward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
@@ -371,7 +333,7 @@ class _Compilation:
         regions = read_regions(lines, outputs, inputs)
         verify_emitted(regions)
         self._report(check_order(planned_steps(planned.decided.forward), emitted_steps(lines)))
-        self.phase = _next(planned, ForwardEmitted, regions=regions)
+        self.phase = next_phase(planned, ForwardEmitted, regions=regions)
 
     def _inspect_backward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
         planned = self._now()
@@ -382,47 +344,7 @@ class _Compilation:
         schedule = early_schedule(planned.rehearsal, planned.evidence.layout, lines)
         links = [(link.output, link.input) for link in planned.links]
         verify_emitted(planned.regions, read_regions(lines, outputs, inputs), links)
-        self.phase = _next(planned, BackwardEmitted, schedule=schedule)
-
-
-def early_schedule(rehearsal: Rehearsal, layout: ArenaLayout, lines: Sequence[str]) -> Schedule:
-    """What calls before a backward may start for it: never more than one arena beside their own."""
-    schedule, budget = schedule_of(lines), rehearsal.budget
-    if rehearsal.ranged:  # places are of the size of this call's length, which the call before does not know
-        return replace(schedule, early=())
-    starts = {b.name: b.start for b in layout.buffers}
-    sizes = [(starts[named(BACKWARD, landing.buffer)], landing.nbytes) for landing in schedule.early]
-    early = how_many_early(sizes, layout.held, layout.forward_steps, layout.arena_bytes)
-    if budget is not None:
-        while early and layout.peak + sum(size for _, size in sizes[:early]) > budget:
-            early -= 1
-    poison = rehearsal.setting.options.verify == "poison"
-    return replace(schedule, early=schedule.early[:early], poison=poison)
-
-
-def placed_plan(planned: Planned) -> Plan:
-    """The plan with what the layout says, shown to the observer."""
-    evidence, decided = planned.evidence, planned.decided
-    layout, seconds = evidence.layout, evidence.seconds
-    smallest = planned.rehearsal.setting.options.memory_budget == "min"
-    plan = replace(
-        planned.plan,
-        predicted_peak=layout.peak,
-        predicted_seconds=planned.plan.predicted_seconds if seconds is None else seconds,
-        least_peak=layout.peak if smallest else min(planned.plan.least_peak, layout.peak),
-        unplanned_peak=planned.plan.unplanned_peak if decided.homes else layout.peak,
-        arena_bytes=layout.arena_bytes,
-        lower_bound=layout.lower_bound,
-        coverage=layout.coverage,
-        segments=layout.segments,
-        buffers=layout.buffers,
-    )
-    observer = planned.observer
-    observer.plan(plan)
-    emitted = planned.rehearsal.arena_arguments(decided, evidence.forward, evidence.backward)
-    observer.emitted(emitted)
-    observer.report(planned.prepared, decided, plan, emitted)
-    return plan
+        self.phase = next_phase(planned, BackwardEmitted, schedule=schedule)
 
 
 def _guarded(compiled: Any, donated: list[int]) -> Callable[[list[Any]], Any]:

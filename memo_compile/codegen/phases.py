@@ -1,0 +1,103 @@
+"""The phases of a compilation: each holds what the next one needs, and what all before it held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from memo_compile.codegen.arena.layout import ArenaLayout, Link
+from memo_compile.codegen.arena.sides import BACKWARD, named
+from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
+from memo_compile.codegen.emitted.verifier import EmittedRegions
+from memo_compile.codegen.rehearsal import Evidence, Rehearsal
+from memo_compile.planning.decide import Decided
+from memo_compile.planning.prepared import Prepared
+from memo_compile.runtime.ahead import Schedule
+from memo_compile.schema import Plan
+from memo_compile.trace.observer import Observer
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Nothing is known yet; it stays so for a graph that needs no gradient."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The joint graph was planned. `evidence` is of dry runs, until there is better."""
+
+    prepared: Prepared
+    decided: Decided
+    plan: Plan
+    rehearsal: Rehearsal
+    evidence: Evidence
+    links: tuple[Link, ...]
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class ForwardPlaced(Planned):
+    """The forward's buffers have their offsets."""
+
+    forward_body: Body
+
+
+@dataclass(frozen=True)
+class ForwardEmitted(ForwardPlaced):
+    """The forward's text was read and verified."""
+
+    regions: EmittedRegions
+
+
+@dataclass(frozen=True)
+class BackwardEmitted(ForwardEmitted):
+    """The backward's text, too; `schedule` is what a call before it may start for it."""
+
+    schedule: Schedule
+
+
+def next_phase(phase: Planned, to: type[Any], **more: Any) -> Any:
+    """A later phase, with what this one holds."""
+    return to(**({f.name: getattr(phase, f.name) for f in fields(phase)} | more))
+
+
+def early_schedule(rehearsal: Rehearsal, layout: ArenaLayout, lines: Sequence[str]) -> Schedule:
+    """What calls before a backward may start for it: never more than one arena beside their own."""
+    schedule, budget = schedule_of(lines), rehearsal.budget
+    if rehearsal.ranged:  # places are of the size of this call's length, which the call before does not know
+        return replace(schedule, early=())
+    starts = {b.name: b.start for b in layout.buffers}
+    sizes = [(starts[named(BACKWARD, landing.buffer)], landing.nbytes) for landing in schedule.early]
+    early = how_many_early(sizes, layout.held, layout.forward_steps, layout.arena_bytes)
+    if budget is not None:
+        while early and layout.peak + sum(size for _, size in sizes[:early]) > budget:
+            early -= 1
+    poison = rehearsal.setting.options.verify == "poison"
+    return replace(schedule, early=schedule.early[:early], poison=poison)
+
+
+def placed_plan(planned: Planned) -> Plan:
+    """The plan with what the layout says, shown to the observer."""
+    evidence, decided = planned.evidence, planned.decided
+    layout, seconds = evidence.layout, evidence.seconds
+    smallest = planned.rehearsal.setting.options.memory_budget == "min"
+    plan = replace(
+        planned.plan,
+        predicted_peak=layout.peak,
+        predicted_seconds=planned.plan.predicted_seconds if seconds is None else seconds,
+        least_peak=layout.peak if smallest else min(planned.plan.least_peak, layout.peak),
+        unplanned_peak=planned.plan.unplanned_peak if decided.homes else layout.peak,
+        arena_bytes=layout.arena_bytes,
+        lower_bound=layout.lower_bound,
+        coverage=layout.coverage,
+        segments=layout.segments,
+        buffers=layout.buffers,
+    )
+    observer = planned.observer
+    observer.plan(plan)
+    emitted = planned.rehearsal.arena_arguments(decided, evidence.forward, evidence.backward)
+    observer.emitted(emitted)
+    observer.report(planned.prepared, decided, plan, emitted)
+    return plan

@@ -66,7 +66,7 @@ def through_view(shape: Sequence[int], axis: TokenAxis, out_shape: Sequence[int]
     """The axis after a view from `shape` to `out_shape`; None where no dimension holds the token factor whole.
 
     >>> through_view((3, 8, 4), TokenAxis(1, 1, 8, 1), (24, 4))
-    TokenAxis(dim=0, outer=3, tokens=8, inner=1)
+    TokenAxis(dim=0, outer=3, tokens=8, inner=1, length=None)
     >>> through_view((24, 4), TokenAxis(0, 3, 8, 1), (3, 2, 4, 4)) is None
     True
     """

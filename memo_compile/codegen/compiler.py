@@ -59,7 +59,7 @@ from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, lease_input, lease_output
 from memo_compile.planning.fit_budget import WORTHWHILE, Settled, settle
 from memo_compile.planning.prepared import Prepared, prepare
-from memo_compile.planning.ranges import LEAST_ROWS, in_symbols, over_range, slice_rows
+from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import noted
@@ -183,8 +183,9 @@ class _Compilation:
             p = replace(p, unplanned_peak=rehearsal.unplanned_peak(p))
         with together(joint) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
-            if least_rows and not limits.slice_tokens:
-                limits = replace(limits, slice_tokens=slice_rows(p.tokens.tokens, least_rows))
+            if least_rows:
+                rows = slice_rows(p.tokens.tokens, least_rows, limits.slice_tokens)
+                limits = replace(limits, slice_tokens=rows)
             rehearsal = replace(rehearsal, budget=limits.budget)
             settled: Settled[Evidence] = settle(p, limits, rehearsal.looked_at, name=setting.name, backend="memo")
             ranks.confirm(settled.decided)
@@ -214,8 +215,8 @@ class _Compilation:
         check_one_plan(joint, self.setting)
         unplanned = split_as_torch(joint, inputs, num_forward_outputs, static)
 
-        def plan(graph: fx.GraphModule) -> Planned:
-            return self._planned(graph, inputs, num_forward_outputs, static, observer, least_rows=LEAST_ROWS)
+        def plan(graph: fx.GraphModule, rows: int) -> Planned:
+            return self._planned(graph, inputs, num_forward_outputs, static, observer, least_rows=rows)
 
         planned, ends = over_range(joint, self.setting.options.lengths, plan)
         emitted = in_symbols(joint, unplanned, planned.prepared, planned.decided, ends, self.setting.host)

@@ -17,7 +17,7 @@ from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.fit_budget import settle
 from memo_compile.planning.prepared import Prepared, prepare
-from memo_compile.planning.ranges import LEAST_ROWS, in_symbols, over_range, slice_rows
+from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
@@ -75,8 +75,9 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
         p = prepare(graph, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
         with together(graph) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
-            if least_rows and not limits.slice_tokens:
-                limits = replace(limits, slice_tokens=slice_rows(p.tokens.tokens, least_rows))
+            if least_rows:
+                rows = slice_rows(p.tokens.tokens, least_rows, limits.slice_tokens)
+                limits = replace(limits, slice_tokens=rows)
             settled = settle(
                 p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager"
             )
@@ -90,7 +91,7 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
             raise NoRange("ranks must plan for one length")
         unplanned = split_as_torch(joint, inputs, num_outputs, static)
         lengths = setting.options.lengths
-        (p, decided), ends = over_range(joint, lengths, lambda graph: planned(graph, least_rows=LEAST_ROWS))
+        (p, decided), ends = over_range(joint, lengths, lambda graph, rows: planned(graph, least_rows=rows))
         emitted = in_symbols(joint, unplanned, p, decided, ends, setting.host)
     else:
         write_numbers(joint)

@@ -18,7 +18,7 @@ from typing import Any
 
 from memo_compile.codegen.emitted.body import Body, read_body
 from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
-from memo_compile.codegen.emitted.numbers import number_of, numbered, symbols_at_hand
+from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
@@ -110,6 +110,7 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
             lines = [line if isinstance(line, str) else _text(line) for line in self.wrapper_call._lines]
             kept = [line for line in lines if line is not None]
             symbols = symbols_at_hand()
+            check_growing()
             body = _read(numbered(kept, symbols), output_refs, hooks.device)
             if hooks.arrange is not None:
                 shown = tuple(numbered(kept, symbols))

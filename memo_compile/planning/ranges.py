@@ -19,8 +19,9 @@ import torch.fx as fx
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
+from memo_compile.passes.fx.growth import is_largest_at_the_end
 from memo_compile.passes.fx.meta import TOKENS
-from memo_compile.passes.fx.ranges import NoRange, number_at, twin_at
+from memo_compile.passes.fx.ranges import NoRange, twin_at
 from memo_compile.passes.fx.sizes import bounded, is_symbolic, largest, seen, sizes_of, symbols_of
 from memo_compile.passes.transforms.homes import Homes
 from memo_compile.passes.transforms.partition import Split
@@ -35,15 +36,25 @@ LITTLE = 0.01  # of the bytes of all values
 SHORTEST = 4  # the upper end over the lower end, where something is sliced
 SLICES = 64
 SAMPLES = 97  # lengths of a range at which an equality is looked at
-LEAST_ROWS = 2 * SHORTEST  # of a slice at the upper end, so that it has two at the lower
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The values of all symbols at one upper end, and an input that is each symbol."""
+    """The values of all symbols at one upper end, and an input that is each symbol.
+
+    `lows` are the least values where rows are of the symbol. Values are not `sliced` where the user has said which
+    lengths there are: what torch cannot prove of borders of slices it takes for a narrower range, which is an error.
+    """
 
     values: Mapping[Any, int]
     inputs: Mapping[Any, torch.SymInt]
+    lows: Mapping[Any, int]
+    sliced: bool = True
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of a slice at the upper end, so that it has two at the lower; all of them where nothing is sliced."""
+        return 2 * SHORTEST if self.sliced else max(self.values.values())
 
 
 def upper_ends(joint: fx.GraphModule, buckets: Sequence[int] = ()) -> Iterator[Ends]:
@@ -54,7 +65,7 @@ def upper_ends(joint: fx.GraphModule, buckets: Sequence[int] = ()) -> Iterator[E
         buckets: lengths that the user pads to: the next one is the end.
 
     Raises:
-        NoRange: a size is no input, or does not grow with the length.
+        NoRange: a size is no input, or may be larger than where the length is largest.
     """
     inputs = _inputs(joint)
     now = {s: seen(value) for s, value in inputs.items()}
@@ -62,25 +73,46 @@ def upper_ends(joint: fx.GraphModule, buckets: Sequence[int] = ()) -> Iterator[E
     if not of_tensors <= inputs.keys():
         raise NoRange("a size that no input is")
     far = {s: _end(s, n, inputs[s], buckets) if s in of_tensors else n for s, n in now.items()}
-    for symbol in of_tensors:
-        if not bounded(symbol, inputs[symbol]) and not buckets:
-            farther = {**far, symbol: FAR * far[symbol]}
-            if _bytes(joint, farther) <= (1 + LITTLE) * _bytes(joint, far):
-                far = farther
-    _check_growing(joint, now, far)
-    near = {s: n if s in of_tensors and bounded(s, inputs[s]) else min(far[s], -(-5 * n // 4)) for s, n in now.items()}
+    for symbol in sorted(of_tensors, key=str) if not buckets else ():
+        farther = {**far, symbol: _within(FAR * far[symbol], symbol, inputs[symbol])}
+        if _bytes(joint, farther) <= (1 + LITTLE) * _bytes(joint, far):
+            far = farther
+    _check_growing(joint, {s: (min(2, far[s]), far[s]) for s in of_tensors})
+    given = {s for s in of_tensors if _is_given(s, inputs[s])}
+    near = {s: far[s] if s in given else min(far[s], -(-5 * n // 4)) for s, n in now.items()}
+    last = {s: far[s] if s in given else n for s, n in now.items()}
     tried = []
-    for values in (far, near, now):
+    for values in (far, near, last):
         if values not in tried:
             tried.append(values)
-            yield Ends(values, inputs)
+            yield Ends(values, inputs, {s: _low(s, values[s], inputs[s]) for s in of_tensors}, sliced=not given)
+
+
+def _low(symbol: Any, end: int, value: torch.SymInt) -> int:
+    if _is_given(symbol, value):
+        return int(value.node.shape_env.var_to_range[symbol].lower)
+    return end // SHORTEST + 1
+
+
+def _is_given(symbol: Any, value: torch.SymInt) -> bool:
+    """Whether the user has said which lengths there are, `mark_dynamic(x, dim, min=…, max=…)`: all are to be served."""
+    checks = [g.expr for g in value.node.shape_env.guards if g.expr.free_symbols == {symbol}]
+    return bounded(symbol, value) and not any(type(c).__name__ in _COMPARISONS for c in checks)
+
+
+_COMPARISONS = ("LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan")
 
 
 def _end(symbol: Any, length: int, value: torch.SymInt, buckets: Sequence[int]) -> int:
-    if bounded(symbol, value):
+    if _is_given(symbol, value):
         return largest(value)
-    bucket = next((b for b in buckets if b >= length), None)
-    return bucket if bucket is not None else 1 << (length - 1).bit_length()
+    bucket = next((b for b in sorted(buckets) if length <= b < SHORTEST * length), None)
+    return _within(bucket if bucket is not None else 1 << (length - 1).bit_length(), symbol, value)
+
+
+def _within(end: int, symbol: Any, value: torch.SymInt) -> int:
+    """An end that is not beyond what the symbol's range allows: that of the user's `mark_dynamic`, or of a check."""
+    return min(end, largest(value)) if bounded(symbol, value) else end
 
 
 def _inputs(joint: fx.GraphModule) -> dict[Any, torch.SymInt]:
@@ -97,37 +129,49 @@ def _tensor_sizes(joint: fx.GraphModule) -> list[Any]:
     return [s for s in sizes_of(_tensors(joint)) if is_symbolic(s)]
 
 
-def _bytes_of(value: torch.Tensor, values: Mapping[Any, int]) -> int:
-    count = value.element_size()
-    for size in value.shape:
-        count *= number_at(size, values)
-    return int(count)
-
-
 def _bytes(joint: fx.GraphModule, values: Mapping[Any, int]) -> int:
-    return sum(_bytes_of(v, values) for v in _tensors(joint))
-
-
-def _check_growing(joint: fx.GraphModule, now: Mapping[Any, int], end: Mapping[Any, int]) -> None:
-    """Each value must be largest at the upper end: its size there is what is counted."""
-    steps = (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 0.9, 1.0)
-    points = [{s: max(2, round(end[s] * share)) for s in now} for share in steps]
+    """Bytes of all that a step makes, but for what is as large as an input, as gradients of parameters are."""
+    placeholders = [n.meta.get("val") for n in joint.graph.find_nodes(op="placeholder")]
+    inputs = {size for v in placeholders if isinstance(v, torch.Tensor) and isinstance(size := _size(v), int)}
+    total = 0
     for value in _tensors(joint):
-        if any(is_symbolic(s) for s in value.shape):
-            sizes = [_bytes_of(value, point) for point in points]
-            if sizes != sorted(sizes):
-                raise NoRange(f"a value of shape {tuple(value.shape)} does not grow with the length")
+        size = _size(value)
+        if size not in inputs:
+            total += int(size if isinstance(size, int) else size.xreplace(dict(values))) * value.element_size()
+    return total
 
 
-def slice_rows(tokens: int, least: int) -> int:
-    """Rows of a slice where the user has not said."""
-    return max(least, tokens // SLICES)
+def _size(value: torch.Tensor) -> Any:
+    """Elements, as a sympy expression where that is none but a number."""
+    count: Any = 1
+    for size in value.shape:
+        count *= size.node.expr if isinstance(size, torch.SymInt) and is_symbolic(size) else int(size)
+    return count
+
+
+def _check_growing(joint: fx.GraphModule, box: Mapping[Any, tuple[int, int]]) -> None:
+    """Each value must be largest at the upper end: its size there is what is counted."""
+    checked: set[Any] = set()
+    for value in _tensors(joint):
+        size = _size(value)
+        if isinstance(size, int) or size in checked:
+            continue
+        checked.add(size)
+        if not is_largest_at_the_end(size, box):
+            raise NoRange(f"a value of shape {tuple(value.shape)} may be larger where a length is smaller")
+
+
+def slice_rows(tokens: int, least: int, asked: int) -> int:
+    """Rows of a slice at the upper end: what the user asks for, or a share of all, and at least so many."""
+    return max(1, min(tokens, max(least, asked or tokens // SLICES)))
 
 
 def over_range(
-    joint: fx.GraphModule, lengths: str | tuple[int, ...], plan: Callable[[fx.GraphModule], T]
+    joint: fx.GraphModule, lengths: str | tuple[int, ...], plan: Callable[[fx.GraphModule, int], T]
 ) -> tuple[T, Ends]:
     """What `plan` makes of the graph at the farthest upper end at which a budget can be kept.
+
+    It is given the graph in numbers, and the rows that a slice must have.
 
     Raises:
         NoRange: the user wants each length for itself, or the graph cannot be planned for a range.
@@ -138,7 +182,7 @@ def over_range(
     refused: BudgetTooSmall | None = None
     for ends in upper_ends(joint, lengths if isinstance(lengths, tuple) else ()):
         try:
-            return plan(twin_at(joint, ends.values)), ends
+            return plan(twin_at(joint, ends.values), ends.least_rows), ends
         except BudgetTooSmall as error:
             refused = error
     assert refused is not None
@@ -173,14 +217,21 @@ def _guarded(joint: fx.GraphModule, ends: Ends, sliced: frozenset[Any]) -> str:
     words = []
     for symbol in sorted({s for size in _tensor_sizes(joint) for s in symbols_of(size)}, key=str):
         value, end = ends.inputs[symbol], ends.values[symbol]
-        low = end // SHORTEST + 1 if symbol in sliced else 2
-        if not bounded(symbol, value):
-            assert bool(value <= end)
-            assert bool(value >= low)
+        low = ends.lows[symbol] if symbol in sliced else 2
+        if seen(value) < low and symbol in sliced:
+            raise NoRange(f"{symbol} would have slices without rows")
+        _guard(value <= end)
+        _guard(value >= low)
         if not is_symbolic(value) and low < end:
             raise NoRange(f"{symbol} has become a number")
         words.append(f"{_source(value, symbol)} in [{low}, {end}]")
     return "; ".join(words)
+
+
+def _guard(condition: Any) -> None:
+    """Let Dynamo compile anew where a condition, which holds now, does not hold."""
+    if not bool(condition):
+        raise NoRange(f"{condition} does not hold")
 
 
 def _source(value: torch.SymInt, symbol: Any) -> str:

@@ -6,9 +6,10 @@ called, a code object's cache entries, and the names of the wrapper that `torch.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def note_graph_break() -> None:
     function, between = _callers()
     if code is None or function is None:
         return
+    local = _translator().f_locals
     known = registry()
     with known.lock:
         number = known.graphs.get(id(function), 0) + 1 if between else 1
@@ -40,7 +42,7 @@ def note_graph_break() -> None:
             "graph break: %s is graph number %d of %s. memo makes a plan for each graph: memory_budget in bytes is for "
             "what they hold together, a ratio is asked of each, and transfers do not overlap across the break. "
             "TORCH_LOGS=graph_breaks tells the line and the reason.",
-            *(_in_words(code), number, _name_of(function)),
+            *(_in_words(code, local), number, _name_of(function)),
         )
 
 
@@ -52,7 +54,12 @@ def _name_of(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _in_words(code: Any) -> str:
+def _in_words(code: Any, local: Mapping[str, Any]) -> str:
+    """A frame's function and place; where it is torch's own, as that of `module.compile()` is, the module's forward."""
+    module = local.get("self")
+    if code.co_filename.startswith(_TORCH) and isinstance(module, torch.nn.Module):
+        forward = inspect.unwrap(type(module).forward)
+        code = getattr(forward, "__code__", code)
     return f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
 
 
@@ -65,8 +72,8 @@ def frame_name() -> str:
     # A decorated forward is a frame of its decorator's: the module is what a user knows.
     first = next(iter(translator.f_locals.get("args", ())), None) if code.co_name != "forward" else None
     if isinstance(first, torch.nn.Module):
-        return f"{type(first).__qualname__}, in {_in_words(code)}"
-    return _in_words(code)
+        return f"{type(first).__qualname__}, in {_in_words(code, {})}"
+    return _in_words(code, translator.f_locals)
 
 
 def _callers() -> tuple[Any, list[str]]:
@@ -146,8 +153,9 @@ def _limit_in_words(translator: Any, varying: Sequence[str]) -> str:
     from torch._dynamo import config  # loads Dynamo
 
     _, alike = _entries(translator.f_code, translator.f_locals)
+    what = _in_words(translator.f_code, translator.f_locals)
     return (
-        f"{_in_words(translator.f_code)} is compiled {alike + 1} times, for {len(varying)} different shapes, and "
+        f"{what} is compiled {alike + 1} times, for {len(varying)} different shapes, and "
         f"torch._dynamo.config.recompile_limit is {config.recompile_limit}; beyond it Dynamo would silently run "
         f"eagerly, without any budget. Sizes seen: {', '.join(varying)}. Write torch._dynamo.config.recompile_limit = "
         f"{8 * config.recompile_limit} before the first step, or pad the inputs to few lengths; TORCH_LOGS=recompiles "

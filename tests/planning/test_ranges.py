@@ -134,6 +134,91 @@ def test_what_takes_little_memory_gets_one_range():
     assert len(memo_compile.plans()) == 2
 
 
+class Prefixed(nn.Module):
+    """A value of as many rows as the length has beyond another length: largest where that other one is least."""
+
+    def __init__(self, most=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.most, self.embedding = most, nn.Embedding(64, 32)
+        self.up, self.down = nn.Linear(32, 256), nn.Linear(256, 32)
+
+    def forward(self, tokens, prefix=None):
+        if self.most is not None and tokens.shape[1] > self.most:
+            raise ValueError("too long")
+        rows = self.embedding(tokens)
+        if prefix is not None:
+            rest = torch.tanh(rows[:, prefix.shape[1] :])
+            rows = rows + torch.cat([self.embedding(prefix), rest.sin() * rest], 1)
+        return self.down(torch.tanh(self.up(rows))).square().mean()
+
+
+def compiled_and_not(make, **options):
+    options = {"memory_budget": "min", **options}
+    model = make().double()
+    return model, make().double(), torch.compile(model, backend="memo_eager", options=options, dynamic=True)
+
+
+def assert_alike(model, fn, reference, *inputs):
+    for module, function in ((model, fn), (reference, reference)):
+        module.zero_grad(set_to_none=True)
+        function(*inputs).backward()
+    grads = ({n: p.grad for n, p in m.named_parameters()} for m in (model, reference))
+    zoo.assert_close(*grads)
+
+
+def test_what_may_be_larger_at_a_smaller_length_is_compiled_alone():
+    """At the ends of both ranges, 128 and 128, nothing would be left of it."""
+    model, reference, fn = compiled_and_not(Prefixed)
+    for first in (100, 3):
+        assert_alike(model, fn, reference, zoo.batch(1, 128), zoo.batch(1, first))
+    assert [p.range for p in memo_compile.plans()] == ["", ""]
+
+
+def test_what_a_model_checks_does_not_move_the_end():
+    model, reference, fn = compiled_and_not(lambda: Prefixed(most=5000))
+    for n in (100, 33):
+        assert_alike(model, fn, reference, zoo.batch(1, n))
+    (plan,) = memo_compile.plans()
+    assert plan.range.endswith("size()[1] in [33, 128]")
+
+
+def test_a_range_that_the_user_gives_is_served_whole():
+    """Torch refuses one that is narrower. So nothing is sliced: borders would narrow it."""
+    model, reference, fn = compiled_and_not(Prefixed)
+    for n in (100, 20, 160):
+        x = zoo.batch(1, n)
+        torch._dynamo.mark_dynamic(x, 1, min=20, max=160)
+        assert_alike(model, fn, reference, x)
+    (plan,) = memo_compile.plans()
+    assert plan.range.endswith("size()[1] in [20, 160]")
+    assert plan.offloaded_bytes
+
+
+def test_a_bucket_far_away_does_not_end_the_range():
+    model, reference, fn = compiled_and_not(Prefixed, lengths=[4096, 64])
+    for n in (100, 64):
+        assert_alike(model, fn, reference, zoo.batch(1, n))
+    assert [p.range.rsplit(" in ", 1)[1] for p in memo_compile.plans()] == ["[33, 128]"]
+
+
+def test_few_tokens_beside_large_parameters():
+    """Parameters and their gradients are no reason to plan for a length that is far away."""
+    fn = torch.compile(nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512)), backend="memo_eager",
+                       options={"offload": "all"}, dynamic=True)  # fmt: skip
+    fn(torch.randn(10, 512)).sum().backward()
+    (plan,) = memo_compile.plans()
+    assert plan.range.endswith(", 16]")
+
+
+def test_a_slice_has_rows_at_every_length():
+    model, reference, fn = compiled_and_not(Prefixed, token_slice=1, memory_budget=0.6)
+    for n in (100, 33):
+        assert_alike(model, fn, reference, zoo.batch(1, n))
+    (plan,) = memo_compile.plans()
+    assert any(0 < a.offloaded < a.tokens for a in plan.activations)
+
+
 def test_lengths_are_exact_where_the_user_says_so():
     model, reference = zoo.one_layer_llama(), zoo.one_layer_llama()
     fn = torch.compile(model, backend="memo_eager", options={"memory_budget": "min", "lengths": "exact"})

@@ -2,7 +2,8 @@
 
 Offsets are constant, and no buffer is larger below: what does not overlap at the upper end overlaps nowhere.
 
-Private torch API, tried with torch 2.13: `V.graph.sizevars`, its `shape_env` and `inv_precomputed_replacements`.
+Private torch API, tried with torch 2.13: `V.graph.name_to_buffer`, `V.graph.sizevars`, its `shape_env` and
+`inv_precomputed_replacements`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from memo_compile.passes.fx.growth import is_largest_at_the_end
+from memo_compile.passes.fx.ranges import NoRange
 from memo_compile.passes.fx.sizes import upper_end
 
 _FOLDED: Mapping[type[ast.operator], Callable[[int, int], int]] = {
@@ -38,6 +41,32 @@ def symbols_at_hand() -> dict[str, int]:
     for symbol, expr in sizes.inv_precomputed_replacements.items():
         values[str(symbol)] = int(expr.xreplace(ends))
     return values
+
+
+def check_growing() -> None:
+    """Each buffer of the graph that Inductor has at hand must be largest at the upper end: so much room it has.
+
+    Raises:
+        NoRange: one may be larger where a length is smaller.
+    """
+    from torch._inductor.virtualized import V  # loads Inductor
+
+    sizes = V.graph.sizevars
+    checked: set[Any] = set()
+    for buffer in V.graph.name_to_buffer.values():
+        layout = getattr(buffer, "layout", None)
+        shape, stride = getattr(layout, "size", None), getattr(layout, "stride", None)
+        if shape is None or stride is None:
+            continue
+        span = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True))
+        span = getattr(span, "xreplace", lambda _, whole=span: whole)(sizes.inv_precomputed_replacements)
+        if not getattr(span, "free_symbols", ()) or span in checked:
+            continue
+        checked.add(span)
+        ranges = {s: sizes.shape_env.var_to_range.get(s) for s in span.free_symbols}
+        box = {s: (int(r.lower), int(r.upper)) for s, r in ranges.items() if upper_end(r, None) is not None}
+        if not is_largest_at_the_end(span, box):
+            raise NoRange(f"{buffer.get_name()}, which spans {span}, may be larger where a length is smaller")
 
 
 def number_of(expr: Any) -> int:

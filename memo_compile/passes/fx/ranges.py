@@ -107,8 +107,13 @@ def _at(value: Any, values: Mapping[Any, int], mode: Any) -> Any:
         if not any(isinstance(s, torch.SymInt) for s in sizes_of([value])):
             return value
         shape, stride = ([number_at(s, values) for s in sizes] for sizes in (value.shape, value.stride()))
+        first = number_at(value.storage_offset(), values)
         with mode:
-            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            if not first:
+                return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            last = first + sum((s - 1) * t for s, t in zip(shape, stride, strict=True))
+            whole = torch.empty(max(first, last) + 1, dtype=value.dtype, device=value.device)
+            return whole.as_strided(shape, stride, first)
     if isinstance(value, (tuple, list)):
         return type(value)(_at(v, values, mode) for v in value)
     return number_at(value, values)
@@ -150,7 +155,7 @@ def as_argument(graph: fx.Graph, value: Any) -> Any:
 
 
 _OPERATORS = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}
-_OPERATORS |= {"PythonMod": operator.mod, "CleanDiv": operator.floordiv}
+_OPERATORS |= {"PythonMod": operator.mod, "CleanDiv": operator.floordiv, "Min": torch.sym_min, "Max": torch.sym_max}
 
 
 def _computed(graph: fx.Graph, expr: Any, environment: Any) -> Any:

@@ -10,13 +10,15 @@ import argparse
 import tempfile
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import memo_compile
+from memo_compile.data import PadToLengths
 
 
-class Repeated(torch.utils.data.Dataset):
-    """Sequences that count upwards, all of one length: another length would be planned and compiled again."""
+class Counting(torch.utils.data.Dataset):
+    """Sequences that count upwards, each of another length. One plan serves a range of lengths."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -25,8 +27,14 @@ class Repeated(torch.utils.data.Dataset):
         return 64
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = (torch.arange(self.tokens) + index) % 128
-        return {"input_ids": row, "labels": row}
+        row = (torch.arange(self.tokens - 5 * index % self.tokens // 2) + index) % 128
+        return {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
+
+
+def together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows of one batch, padded to the longest of them; a tokenizer's collator does the same."""
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {k: pad_sequence([row[k] for row in rows], batch_first=True, padding_value=fill[k]) for k in fill}
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -52,7 +60,9 @@ def main(argv: list[str] | None = None) -> float:
     )
     model = LlamaForCausalLM(config)
     model.loss_type = "ForCausalLM"  # else transformers looks it up in the forward, which breaks the graph
-    model.compile(backend=a.backend, options={"memory_budget": 0.6})
+    # Padding to few lengths is not needed. Where it is done, ranges end at these lengths, which is a little faster.
+    lengths = [a.tokens * 3 // 4, a.tokens]
+    model.compile(backend=a.backend, options={"memory_budget": 0.6, "lengths": lengths})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -64,9 +74,11 @@ def main(argv: list[str] | None = None) -> float:
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
         )
-        result = Trainer(model=model, args=arguments, train_dataset=Repeated(a.tokens)).train()
+        collate = PadToLengths(lengths, collate=together)
+        result = Trainer(model=model, args=arguments, train_dataset=Counting(a.tokens), data_collator=collate).train()
     plan = memo_compile.plans()[-1]
     print(f"planned peak {plan.predicted_peak / 2**20:.1f} MiB of {plan.unplanned_peak / 2**20:.1f} MiB unplanned")
+    print(f"for {plan.range or 'one length'}")
     return float(result.training_loss)
 
 

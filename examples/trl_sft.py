@@ -13,8 +13,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import memo_compile
+from memo_compile.data import PadToLengths
 
 TEXT = "memory is what a long context needs and what a device has not"
 
@@ -54,24 +56,28 @@ def main(argv: list[str] | None = None) -> float:
     )
     model = LlamaForCausalLM(config)
     model.loss_type = "ForCausalLM"  # else transformers looks it up in the forward, which breaks the graph
-    # "min", since TRL computes the loss in a graph of its own, which has no room to spare for a ratio
-    model.compile(backend=a.backend, options={"memory_budget": "min"})
+    # Padding to few lengths is not needed. Where it is done, ranges end at these lengths, which is a little faster.
+    lengths = [a.tokens // 2, a.tokens]
+    model.compile(backend=a.backend, options={"memory_budget": "min", "lengths": lengths})
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
             max_steps=a.steps,
             max_length=a.tokens,
-            pad_to_multiple_of=a.tokens,  # one length, one plan
             per_device_train_batch_size=1,
             save_strategy="no",
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
-            gradient_checkpointing=False,  # memo decides what is recomputed
             disable_tqdm=True,
         )
+        texts = [" ".join([TEXT] * (1 + i % (a.tokens // 16))) for i in range(64)]
         trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_dict({"text": [TEXT] * 64}), processing_class=words
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"text": texts}),
+            data_collator=PadToLengths(lengths, collate=DataCollatorForLanguageModeling(pad_token_id=0)),
+            processing_class=words,
         )
         result = trainer.train()
     for plan in memo_compile.plans():

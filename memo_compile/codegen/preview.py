@@ -44,7 +44,8 @@ def dry_emission(
         input_strides: strides of inputs that differ from those of the trace, by placeholder name.
         scalar: write C++ kernels without their vectorized loops, in two thirds of the time. Which buffers a kernel
             reads and writes does not depend on them, except that rarely two loops that share a local buffer are not
-            joined: the caller compares with what is emitted in the end.
+            joined: the caller compares with what is emitted in the end. Kernels from templates have no other loops,
+            and so have graphs with any of those.
         device: as in `Hooks`.
     """
     from torch._inductor import config  # loads Inductor
@@ -62,7 +63,7 @@ def dry_emission(
         raise BodyCaptured(emission)
 
     hooks = Hooks(_placed_nowhere, arrange=capture, device=device)
-    with arena_wrapper(hooks), config.patch({"cpp.simdlen": 1} if scalar else {}):
+    with arena_wrapper(hooks), config.patch({"cpp.simdlen": 1} if scalar and not _has_templates(gm) else {}):
         try:
             compile_fx_inner(
                 twin,
@@ -81,6 +82,16 @@ def dry_emission(
 
 def _placed_nowhere(_: Body) -> Any:
     return (), ()
+
+
+def _has_templates(gm: fx.GraphModule) -> bool:
+    """Whether Inductor may fill in templates whose matmuls are written for vector units alone."""
+    from torch._inductor import config  # loads Inductor
+
+    if config.max_autotune or config.max_autotune_gemm:
+        return True
+    graphs = (m for m in gm.modules() if isinstance(m, fx.GraphModule))
+    return any("flex_attention" in str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function")
 
 
 def _twin(gm: fx.GraphModule) -> fx.GraphModule:

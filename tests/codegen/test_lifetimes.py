@@ -5,7 +5,9 @@ Everything in float64 against eager, compiled, with nothing planned away and wit
 
 import pytest
 import torch
+from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.attention.flex_attention import flex_attention
 
 LIBRARY = torch.library.Library("test_lifetimes", "DEF")
 LIBRARY.define("doubled_(Tensor(a!) x) -> ()")
@@ -71,9 +73,28 @@ def loops(x, w):
     return (z + 1.0) * torch.tanh(y @ w)
 
 
-def trained(fn):
+def scanned(x, w):
+    """Inductor lowers no scan that gradients pass through, and none in float64."""
+    y = torch.tanh(x @ w)
+
+    def step(carried, row):
+        carried = torch.tanh(carried * 0.5 + row)
+        return carried.clone(), carried.sin()
+
+    last, z = scan(step, torch.zeros_like(y[0]).detach(), y.detach(), dim=0)
+    return (z + 1.0) * torch.tanh(y @ w) + last
+
+
+def flexible_attention(x, w):
+    """On the CPU without gradients of its own, and in float32."""
+    q = torch.tanh((x @ w).detach().view(1, 64, 2, 16).transpose(1, 2)).clone(memory_format=torch.contiguous_format)
+    z = flex_attention(q, q * 0.5, q.sin()).transpose(1, 2).reshape(64, 32)
+    return (z + 1.0) * torch.tanh(x @ w) + z.cos() @ w
+
+
+def trained(fn, dtype=torch.float64):
     torch.manual_seed(0)
-    x, w = torch.randn(64, 32).double().requires_grad_(), (torch.randn(32, 32).double() * 0.2).requires_grad_()
+    x, w = torch.randn(64, 32).to(dtype).requires_grad_(), (torch.randn(32, 32).to(dtype) * 0.2).requires_grad_()
     result = fn(x, w)
     return result.detach(), *torch.autograd.grad(result.square().mean(), (x, w))
 
@@ -89,3 +110,14 @@ def test_gradients_are_those_of_eager(model, monkeypatch):
         got = trained(torch.compile(model, backend="memo", options=options))
         for a, b in zip(got, expected, strict=True):
             assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("model", [scanned, flexible_attention])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)  # Inductor's loop for a scan reads where it is
+def test_what_torch_has_in_float32_alone(model):
+    expected = trained(model, torch.float32)
+    torch._dynamo.reset()
+    got = trained(torch.compile(model, backend="memo", options={"memory_budget": "min"}), torch.float32)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()

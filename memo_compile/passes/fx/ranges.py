@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.sizes import is_symbolic, largest, sizes_of, symbols_of
+from memo_compile.passes.fx.sizes import is_symbolic, known, largest, sizes_of, symbols_of
 
 
 class NoRange(BaseException):
@@ -55,14 +55,17 @@ def twin_at(gm: fx.GraphModule, values: Mapping[Any, int]) -> fx.GraphModule:
 def at_the_upper_end(node: fx.Node) -> fx.Node:
     """A call as it is at the upper end: a node of a graph of its own, with numbers for inputs.
 
-    For what looks at single calls, in graphs that Inductor has rewritten.
+    For what looks at single calls, in graphs that Inductor has rewritten. A call on numbers alone stays as it is, and
+    so does one whose sizes depend on data; a number that does is zero.
     """
     values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
-    sizes = [v for v in values if isinstance(v, torch.SymInt)] + sizes_of(v for v in values)
-    if not any(is_symbolic(size) for size in sizes):
+    sizes = sizes_of(v for v in values)
+    mode = next((getattr(v, "fake_mode") for v in values if hasattr(v, "fake_mode")), None)  # noqa: B009
+    if mode is None or not any(is_symbolic(size) for size in sizes):
         return node
-    ends = {s: largest(_symint(size, s)) for size in sizes for s in symbols_of(size)}
-    mode = next(getattr(v, "fake_mode") for v in values if hasattr(v, "fake_mode"))  # noqa: B009
+    if not all(known(size) for size in sizes_of(v for v in values if isinstance(v, torch.Tensor))):
+        return node
+    ends = {s: largest(_symint(size, s)) if known(size) else 0 for size in sizes for s in symbols_of(size)}
     graph = fx.Graph()
 
     def argument(source: fx.Node) -> Any:

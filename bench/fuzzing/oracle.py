@@ -68,8 +68,11 @@ def judge(program: Program, backend: str, *, device: str = "cpu", ladder: bool =
         return Verdict("invalid", _said(error))
     if not all(bool(t.isfinite().all()) for _, t in expected if t.is_floating_point()):
         return Verdict("invalid", "not finite")
-    if program.draws:
-        expected = _steps(program, where, STOCK[backend])
+    if program.draws:  # eager draws other numbers than what is traced
+        try:
+            expected = _steps(program, where, STOCK[backend])
+        except Exception as error:
+            return Verdict("torch", f"stock: {_said(error)}")
     refusals: list[str] = []
     options = dict(program.options)
     try:

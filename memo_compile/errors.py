@@ -100,6 +100,17 @@ class CompiledAutograd(MemoError):
         )
 
 
+class UserStreams(MemoError):
+    """A plan that moves slices, for a graph that runs on streams of the user's own."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(
+            f"the graph runs on more than one stream{f' ({source})' if source else ''}, and memo orders copies, and "
+            "the reuse of memory, by one. Leave memory_budget out, or leave what runs on streams of your own out of "
+            "what is compiled: torch.compiler.disable on the function that enters them."
+        )
+
+
 class BudgetExceeded(MemoError):
     """A step held more than the budget that its plan was to keep. `budget`, `held` and `taken` are bytes.
 

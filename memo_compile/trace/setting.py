@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.errors import CompiledAutograd, GradientsInside, ReserveTooLarge
+from memo_compile.errors import CompiledAutograd, GradientsInside, ReserveTooLarge, UserStreams
 from memo_compile.hardware.host_memory import free_host_memory
 from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
+from memo_compile.passes.fx.facts import source_line
 from memo_compile.passes.fx.ranges import NoRange
 from memo_compile.passes.fx.sizes import elements
-from memo_compile.passes.fx.unusual import unusual_ops
+from memo_compile.passes.fx.unusual import on_streams, unusual_ops
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.problem import Limits
 from memo_compile.registry import registry
@@ -152,10 +153,13 @@ def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int)
     Raises:
         CompiledAutograd: it would take the planned backward apart.
         RecompileLimit: Dynamo would run the frame eagerly from now on.
+        UserStreams: copies and reused bytes would be ordered for one stream.
     """
     if any(h.kept < h.tokens for h in decided.homes.values()):
         if under_compiled_autograd():
             raise CompiledAutograd
+        if (node := on_streams(decided.forward)) is not None:
+            raise UserStreams(source_line(node))
         check_limit()
     elif setting.asks:
         warn_at_limit()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, vjp
 
 import memo_compile
-from memo_compile.errors import CompiledAutograd, GradientsInside
+from memo_compile.errors import CompiledAutograd, GradientsInside, UserStreams
 
 
 def made():
@@ -65,3 +65,27 @@ def test_compiled_autograd_is_left_alone_where_nothing_is_planned():
         torch.compile(model, backend="memo_eager")(x).square().mean().backward()
     for p, want in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, want)
+
+
+STREAMS = torch.library.Library("streams", "FRAGMENT")  # where torch's own ops for streams are, which need a device
+STREAMS.define("wait_for_test(Tensor x) -> Tensor")
+STREAMS.impl("wait_for_test", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("streams::wait_for_test", torch.empty_like, lib=STREAMS)
+torch.library.register_autograd("streams::wait_for_test", lambda ctx, gradient: gradient, lib=STREAMS)
+
+
+def on_two_streams(x, w):
+    y = torch.tanh(x @ w)
+    z = torch.tanh(torch.ops.streams.wait_for_test(y) @ w)
+    return torch.tanh(z @ w).square().mean()
+
+
+def test_streams_of_the_user_are_left_alone_or_refused():
+    x, w = torch.randn(2048, 64), torch.randn(64, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(on_two_streams(x, w), w)
+    (got,) = torch.autograd.grad(torch.compile(on_two_streams, backend="memo_eager")(x, w), w)
+    torch.testing.assert_close(got, expected)
+    torch._dynamo.reset()
+    error = refusal(torch.compile(on_two_streams, backend="memo_eager", options={"memory_budget": "min"}), x, w)
+    assert isinstance(error, UserStreams)
+    assert "wait_for_test(y)" in str(error)

@@ -15,6 +15,21 @@ def unusual_ops(gm: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(_unusual(gm)))
 
 
+def on_streams(gm: fx.GraphModule) -> fx.Node | None:
+    """The first node that a user's stream runs, or that makes streams wait; None where one stream runs all.
+
+    `torch/_functorch/_aot_autograd/streams.py` writes both.
+    """
+    return next(
+        (
+            node
+            for node in gm.graph.nodes
+            if getattr(node.target, "namespace", "") == "streams" or "stream" in (node.meta.get("custom") or {})
+        ),
+        None,
+    )
+
+
 def _unusual(gm: fx.GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator) or (

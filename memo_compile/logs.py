@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from memo_compile.schema import Plan
+from memo_compile.schema import Binding, Cause, Plan
 
 MIB = 2**20
-NO_AXIS = "whole: no token axis"  # how the planner's reason begins
 LARGE = 0.05  # of the saved bytes: below that, what cannot be sliced is not worth a warning
 
 
@@ -65,12 +64,12 @@ def advice(plan: Plan) -> Iterator[str]:
     if not plan.offloaded_bytes and not plan.recomputed_bytes:
         return
     saved = sum(a.bytes for a in plan.activations)
-    whole = sum(a.bytes for a in plan.activations if a.reason.startswith(NO_AXIS))
+    whole = sum(a.bytes for a in plan.activations if a.cause is Cause.NO_TOKEN_AXIS)
     if plan.stops and whole > LARGE * saved:
         stop = plan.stops[0]
         yield (
             f"{whole / MIB:.1f} MiB of saved activations are kept whole, since no token axis reaches them: it ends at "
             f"{stop.op} ({stop.source}): {stop.reason}"
         )
-    if "host" in plan.binding:
+    if plan.binding is Binding.HOST_MEMORY:
         yield "host memory is what limits the plan: raise host_budget to recompute less"

@@ -13,7 +13,7 @@ import zoo
 
 import memo_compile
 from memo_compile import logs
-from memo_compile.schema import ActivationPlan, Plan, Stop
+from memo_compile.schema import ActivationPlan, Binding, Cause, Plan, Stop
 
 RANKS = 2
 SCRIPT = """
@@ -138,11 +138,11 @@ def test_every_module_takes_its_logger_from_there():
             assert "getLogger" not in path.read_text(), path
 
 
-def plan_of(binding, reason):
-    """A plan that offloads one activation of 1 MiB, with another of 1 MiB for which `reason` is given."""
+def plan_of(binding, cause):
+    """A plan that offloads one activation of 1 MiB, with another of 1 MiB for which `cause` is given."""
     activations = [
-        ActivationPlan(name, (1024, 256), "float32", 2**20, "model.py:1: y", 1024, *homes, reason)
-        for name, homes, reason in (("a", (0, 1024, 0), "sliced"), ("b", (1024, 0, 0), reason))
+        ActivationPlan(name, (1024, 256), "float32", 2**20, "model.py:1: y", 1024, *homes, cause)
+        for name, homes, cause in (("a", (0, 1024, 0), Cause.SLICED), ("b", (1024, 0, 0), cause))
     ]
     numbers = {"predicted_peak": 1, "least_peak": 1, "unplanned_peak": 1, "predicted_seconds": 1.0, "host_bytes": 1}
     return Plan(
@@ -157,12 +157,12 @@ def plan_of(binding, reason):
 
 
 def test_host_memory_that_binds_is_said():
-    assert not list(logs.advice(plan_of("device memory", "sliced")))
-    (line,) = logs.advice(plan_of("host memory", "sliced"))
+    assert not list(logs.advice(plan_of(Binding.DEVICE_MEMORY, Cause.SLICED)))
+    (line,) = logs.advice(plan_of(Binding.HOST_MEMORY, Cause.SLICED))
     assert "raise host_budget" in line
 
 
 def test_large_activations_that_cannot_be_sliced_are_said():
-    (line,) = logs.advice(plan_of("device memory", "whole: no token axis reaches it"))
+    (line,) = logs.advice(plan_of(Binding.DEVICE_MEMORY, Cause.NO_TOKEN_AXIS))
     assert "1.0 MiB of saved activations are kept whole" in line
     assert "aten.cumsum.default (model.py:2" in line

@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.codegen.arena.layout import ArenaLayout, handed_on, plan_arena
-from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, buffers_of, named
+from memo_compile.codegen.arena.sides import buffers_of
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poisoned
@@ -63,7 +63,7 @@ from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import noted
-from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan
+from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan, Side
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.observer import Observe, Observer, nobody
 from memo_compile.trace.ranks import together
@@ -292,7 +292,7 @@ class _Compilation:
             layout = planned.rehearsal.layout(planned.decided, body, evidence.backward)
         evidence = self._within_budget(planned, replace(evidence, forward=body, layout=layout))
         self.phase = next_phase(planned, ForwardPlaced, forward_body=body, evidence=evidence)
-        return buffers_of(FORWARD, layout.buffers), layout.segments
+        return buffers_of(Side.FORWARD, layout.buffers), layout.segments
 
     def _place_backward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
         planned = self._now()
@@ -300,13 +300,13 @@ class _Compilation:
         layout, forward = evidence.layout, evidence.forward
         if body != evidence.backward:
             log.debug("%s: the backward differs from its dry run and is placed again", self.setting.name)
-            placed = {b.name for b in layout.buffers}
-            if self.scalar and any(named(FORWARD, name) in placed for name in handed_on(forward, body, planned.links)):
+            placed = {b.name for b in buffers_of(Side.FORWARD, layout.buffers)}
+            if self.scalar and placed & handed_on(forward, body, planned.links):
                 raise _Exceeded(planned)  # the forward's code has put into the arena what the user is to keep
             layout = plan_arena(**rehearsal.arena_arguments(planned.decided, forward, body), emitted=layout)
         evidence = self._within_budget(planned, replace(evidence, backward=body, layout=layout))
         self.phase = replace(planned, evidence=evidence)
-        return buffers_of(BACKWARD, layout.buffers), layout.segments
+        return buffers_of(Side.BACKWARD, layout.buffers), layout.segments
 
     def _within_budget(self, planned: Planned, evidence: Evidence) -> Evidence:
         budget, peak = planned.rehearsal.budget, evidence.layout.peak
@@ -320,10 +320,11 @@ class _Compilation:
         planned = self._now()
         layout, outputs = planned.evidence.layout, planned.evidence.forward.outputs
         if not backward:
-            return [IMPORT], poisoned(lines, buffers_of(FORWARD, layout.buffers), 0)
-        received = {named(FORWARD, str(outputs[link.output])): link.input for link in planned.links}
-        kept = kept_for_backward(layout.buffers, layout.segments, layout.forward_steps, received)
-        return [IMPORT], poisoned(lines, buffers_of(BACKWARD, layout.buffers), layout.forward_steps, kept)
+            return [IMPORT], poisoned(lines, buffers_of(Side.FORWARD, layout.buffers), 0)
+        received = {str(outputs[link.output]): link.input for link in planned.links}
+        saved = buffers_of(Side.FORWARD, layout.buffers)
+        kept = kept_for_backward(saved, layout.segments, layout.forward_steps, received)
+        return [IMPORT], poisoned(lines, buffers_of(Side.BACKWARD, layout.buffers), layout.forward_steps, kept)
 
     def _report(self, lost: Sequence[str]) -> None:
         if lost:

@@ -21,7 +21,7 @@ from memo_compile.codegen.scheduler.order import (
     planned_steps,
 )
 from memo_compile.options import Options
-from memo_compile.planning.decide import Decided
+from memo_compile.planning.decide import CarriedOut
 
 Partition = Callable[[fx.GraphModule, Any, int, "list[int] | None"], tuple[fx.GraphModule, fx.GraphModule]]
 
@@ -83,7 +83,7 @@ def collection_paused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def settings_for(decided: Decided, graph: fx.GraphModule) -> Iterator[None]:
+def settings_for(decided: CarriedOut, graph: fx.GraphModule) -> Iterator[None]:
     """Products and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
     from torch._inductor import config  # loads Inductor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from memo_compile.codegen.arena.layout import ArenaLayout, Link
-from memo_compile.codegen.arena.sides import BACKWARD, named
+from memo_compile.codegen.arena.sides import buffers_of
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
 from memo_compile.codegen.emitted.verifier import EmittedRegions
@@ -15,7 +15,7 @@ from memo_compile.codegen.rehearsal import Evidence, Rehearsal
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.runtime.ahead import Schedule
-from memo_compile.schema import Plan
+from memo_compile.schema import Plan, Side
 from memo_compile.trace.observer import Observer
 
 
@@ -68,8 +68,8 @@ def early_schedule(rehearsal: Rehearsal, layout: ArenaLayout, lines: Sequence[st
     schedule, budget = schedule_of(lines), rehearsal.budget
     if rehearsal.ranged:  # places are of the size of this call's length, which the call before does not know
         return replace(schedule, early=())
-    starts = {b.name: b.start for b in layout.buffers}
-    sizes = [(starts[named(BACKWARD, landing.buffer)], landing.nbytes) for landing in schedule.early]
+    starts = {b.name: b.start for b in buffers_of(Side.BACKWARD, layout.buffers)}
+    sizes = [(starts[landing.buffer], landing.nbytes) for landing in schedule.early]
     early = how_many_early(sizes, layout.held, layout.forward_steps, layout.arena_bytes)
     if budget is not None:
         while early and layout.peak + sum(size for _, size in sizes[:early]) > budget:

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, plan_arena
-from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, Side, named
+from memo_compile.codegen.arena.sides import key_of
 from memo_compile.codegen.arrange import Arrangement, arrangement_of, rearranged, step_seconds
 from memo_compile.codegen.donation import donating
 from memo_compile.codegen.emitted.body import Body
@@ -20,9 +20,9 @@ from memo_compile.codegen.preview import dry_emission
 from memo_compile.codegen.wrapper import Emission
 from memo_compile.passes.fx.facts import nbytes
 from memo_compile.passes.transforms.partition import num_mutated_outputs, received
-from memo_compile.planning.decide import Decided
+from memo_compile.planning.decide import CarriedOut, Decided
 from memo_compile.planning.prepared import Prepared
-from memo_compile.schema import Plan
+from memo_compile.schema import Side
 from memo_compile.trace.setting import Setting
 
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
@@ -64,7 +64,7 @@ class Rehearsal:
     def unplanned_peak(self, p: Prepared) -> int:
         """What Inductor's own two graphs would hold in an arena."""
         split = p.unplanned
-        plain = Decided(_NO_PLAN, split.forward, split.backward, split.saved)
+        plain = CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved)
         return self.dry(plain).layout.peak
 
     def looked_at(self, decided: Decided) -> tuple[int, Evidence]:
@@ -75,7 +75,7 @@ class Rehearsal:
         evidence = self.dry(decided)
         return evidence.layout.peak, evidence
 
-    def dry(self, decided: Decided) -> Evidence:
+    def dry(self, decided: CarriedOut) -> Evidence:
         """Dry runs of both graphs, and the arena that they would have."""
         with settings_for(decided, decided.forward):
             forward = dry_emission(
@@ -93,7 +93,7 @@ class Rehearsal:
         plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
         return plain if decided.ahead else self._overlapping(decided, forward, backward, plain)
 
-    def _overlapping(self, decided: Decided, forward: Emission, backward: Emission, plain: Evidence) -> Evidence:
+    def _overlapping(self, decided: CarriedOut, forward: Emission, backward: Emission, plain: Evidence) -> Evidence:
         """The same with transfers moved so that they overlap, if the arena holds no more for it."""
         profile, links = self.setting.profile, links_of(decided, self.num_forward_outputs)
         arrangement = arrangement_of(forward, backward, profile, links, self.num_forward_outputs)
@@ -104,18 +104,18 @@ class Rehearsal:
             return plain
         return Evidence(front.body, back.body, layout, arrangement, step_seconds((front, back), profile))
 
-    def layout(self, decided: Decided, forward: Body, backward: Body) -> ArenaLayout:
+    def layout(self, decided: CarriedOut, forward: Body, backward: Body) -> ArenaLayout:
         """Where the buffers of two bodies lie."""
         arguments = self.arena_arguments(decided, forward, backward)
         plain = plan_arena(**arguments)
         if not backward.landings or not decided.ahead:
             return plain
         # Where it costs nothing, or the budget has room, slices land in storages that a call before can take.
-        alone = plan_arena(**arguments, alone=frozenset(named(BACKWARD, name) for name in backward.landings))
+        alone = plan_arena(**arguments, alone=frozenset(backward.landings))
         budget = self.budget if self.budget is not None else plain.peak
         return alone if alone.peak <= max(plain.peak, budget) else plain
 
-    def arena_arguments(self, decided: Decided, forward: Body, backward: Body) -> dict[str, Any]:
+    def arena_arguments(self, decided: CarriedOut, forward: Body, backward: Body) -> dict[str, Any]:
         """What `plan_arena` is given."""
         placeholders = decided.backward.graph.find_nodes(op="placeholder")
         return {
@@ -125,18 +125,18 @@ class Rehearsal:
             "user_outputs": self.num_forward_outputs,
             "tangents": {n.name: nbytes(n) for n in placeholders if "tangents" in str(n.target)},
             "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
-            "layer_of": self._layer_of(FORWARD, forward) | self._layer_of(BACKWARD, backward),
+            "layer_of": self._layer_of(Side.FORWARD, forward) | self._layer_of(Side.BACKWARD, backward),
         }
 
     def _layer_of(self, side: Side, body: Body) -> dict[str, int]:
         """The layer of each buffer that a node of one makes; its forward and its backward count as two."""
         return {
-            named(side, name): 2 * self.layers[origin] + (side == BACKWARD)
+            key_of(side, name): 2 * self.layers[origin] + (side is Side.BACKWARD)
             for name, origin in body.origins.items()
             if origin in self.layers
         }
 
-    def _dry_backward(self, decided: Decided, forward: Body) -> Emission:
+    def _dry_backward(self, decided: CarriedOut, forward: Body) -> Emission:
         links = links_of(decided, self.num_forward_outputs)
         strides = {link.input: forward.strides[link.output] for link in links}
         (output,) = decided.backward.graph.find_nodes(op="output")
@@ -164,16 +164,13 @@ class Rehearsal:
         return [i for i in shown if isinstance(output.args[0][i], fx.Node)]
 
 
-_NO_PLAN = Plan("", "memo", None, 0, 0, 0, 0.0, 0, 0, 0, "", 0.0, "", "", ())
-
-
-def links_of(decided: Decided, num_forward_outputs: int) -> tuple[Link, ...]:
+def links_of(decided: CarriedOut, num_forward_outputs: int) -> tuple[Link, ...]:
     """Which forward output is which backward input: saved values come first among these."""
     inputs = received(decided.backward, len(decided.saved))
     return tuple(Link(num_forward_outputs + i, node.name) for i, node in enumerate(inputs))
 
 
-def donatable(decided: Decided, forward: Body, num_forward_outputs: int) -> list[int]:
+def donatable(decided: CarriedOut, forward: Body, num_forward_outputs: int) -> list[int]:
     """Backward inputs into whose bytes the backward may write once it has read them: memo's own, and no one else's."""
     for_user = set(forward.outputs[:num_forward_outputs])
     storages = forward.outputs[num_forward_outputs : num_forward_outputs + len(decided.saved)]

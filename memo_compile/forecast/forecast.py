@@ -30,6 +30,7 @@ from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
 from memo_compile.planning.search import best_of
+from memo_compile.schema import Binding
 from memo_compile.trace.offline import trace
 
 MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
@@ -119,8 +120,8 @@ class Forecast:
     flops: float
     mfu: float
     tokens_per_second: float
-    binding: str
-    prices: Mapping[str, float]
+    binding: Binding
+    prices: Mapping[Binding, float]
     homes: tuple[Home, ...]
     tensors: tuple[Home, ...]
     largest: tuple[Tensor, ...]
@@ -282,12 +283,12 @@ def _forecast(
     )
 
 
-def _binds(problem: Problem, decision: Decision) -> str:
+def _binds(problem: Problem, decision: Decision) -> Binding:
     """What limits the plan: what the program prices; where whole tensors leave it without prices, what is used up."""
-    if decision.binding != "nothing" or decision.recompute_seconds + decision.stall_seconds == 0:
+    if decision.binding is not Binding.NOTHING or decision.recompute_seconds + decision.stall_seconds == 0:
         return decision.binding
     offloaded = sum(a.bytes * decision.residency[a.name].offloaded / a.tokens for a in problem.activations)
-    return "host memory" if offloaded > 0.99 * problem.host_budget else "device memory"
+    return Binding.HOST_MEMORY if offloaded > 0.99 * problem.host_budget else Binding.DEVICE_MEMORY
 
 
 def _op(node: fx.Node) -> str:

@@ -14,6 +14,7 @@ from memo_compile.planning.anchors import first_needed
 from memo_compile.planning.residency import Activation, Decision, Problem, Residency, memory_profile
 from memo_compile.planning.rounding import decide
 from memo_compile.planning.simulate import Simulation, simulate
+from memo_compile.schema import Binding
 
 SOLVER_SECONDS = 120.0
 LAST = 2  # layers at the end of the stack that stay: their slices would come back as soon as they left
@@ -234,7 +235,14 @@ def alone(stack: Stack, name: str) -> tuple[Problem, Decision, bool]:
     peak = played.peak if fits else max(memory_profile(outcome.problem, outcome.residency))
     stalls = sum(played.stalls.values())
     decision = Decision(
-        dict(outcome.residency), peak, played.seconds, stalls, played.recompute_seconds, "nothing", {}, 0.0
+        residency=dict(outcome.residency),
+        peak=peak,
+        seconds=played.seconds,
+        stall_seconds=stalls,
+        recompute_seconds=played.recompute_seconds,
+        binding=Binding.NOTHING,
+        prices={},
+        solver_seconds=0.0,
     )
     return replace(outcome.problem, budget=p.budget, host_budget=p.host_budget), decision, fits
 

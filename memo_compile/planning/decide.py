@@ -32,39 +32,47 @@ from memo_compile.planning.summary import (
     makers_of,
     recomputed_flops,
 )
-from memo_compile.schema import Plan
+from memo_compile.schema import Cause, Plan
 from memo_compile.workspaces.annotate import workspaces_in
 
 HOST_ROUNDS = 3  # in which plans that miss the host budget by a few slices aim lower
 
 
-@dataclass(frozen=True)
-class Decided:
-    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words.
+@dataclass(frozen=True, kw_only=True)
+class CarriedOut:
+    """Two graphs, and the homes that they carry out.
 
-    `limits` are those that it was decided within, `problem` what the linear program was given; `ahead` says whether
-    transfers overlap with computation.
+    `saved` are the values that the forward hands over, by name; `ahead` says whether transfers overlap with compute.
     """
 
-    plan: Plan
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[str, ...]
     homes: Mapping[str, Homes] = field(default_factory=dict)
-    obstacles: tuple[str, ...] = ()
-    limits: Limits | None = None
     ahead: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(CarriedOut):
+    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words.
+
+    `limits` are those that it was decided within, `problem` what the linear program was given.
+    """
+
+    plan: Plan
+    limits: Limits
+    obstacles: tuple[str, ...] = ()
     problem: residency.Problem | None = None
 
 
-def lease_output(decided: Decided, num_forward_outputs: int) -> int | None:
+def lease_output(decided: CarriedOut, num_forward_outputs: int) -> int | None:
     """Which output of the forward is the host lease; None where nothing is offloaded."""
     (output,) = decided.forward.graph.find_nodes(op="output")
     outputs = output.args[0]
     return next((i for i in range(num_forward_outputs, len(outputs)) if _is_lease(outputs[i])), None)
 
 
-def lease_input(decided: Decided) -> int:
+def lease_input(decided: CarriedOut) -> int:
     """Which input of the backward is the host lease, where there is one."""
     names = [n.name for n in decided.backward.graph.find_nodes(op="placeholder")]
     return names.index(HOST_LEASE)
@@ -153,7 +161,17 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     )
     plan = replace(plan, workspaces=workspaces_in(sliced.forward, sliced.backward))
     in_the_way = obstacles(sliced.forward, sliced.backward, frozenset(sliced.saved), makers_of(p), p.fused)
-    return Decided(plan, sliced.forward, sliced.backward, sliced.saved, homes, in_the_way, limits, ahead, problem)
+    return Decided(
+        forward=sliced.forward,
+        backward=sliced.backward,
+        saved=sliced.saved,
+        homes=homes,
+        ahead=ahead,
+        plan=plan,
+        limits=limits,
+        obstacles=in_the_way,
+        problem=problem,
+    )
 
 
 def carry_out(
@@ -188,7 +206,7 @@ def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: fl
         blank_plan(p, limits, name, backend),
         predicted_seconds=sum(step_seconds(p, n) for n in scheduled),
         seconds=time.perf_counter() - started,
-        activations=tuple(activation_plan(n, whole, "kept: the budget allows it") for n in kept if nbytes(n)),
+        activations=tuple(activation_plan(n, whole, Cause.FITS) for n in kept if nbytes(n)),
         workspaces=workspaces_in(split.forward, split.backward),
     )
-    return Decided(plan, split.forward, split.backward, split.saved, limits=limits)
+    return Decided(forward=split.forward, backward=split.backward, saved=split.saved, plan=plan, limits=limits)

@@ -39,6 +39,7 @@ from memo_compile.placement.highs import quiet_highs
 from memo_compile.planning.columns import UNIT, Columns, Grid, Scale
 from memo_compile.planning.residency import Problem, Residency
 from memo_compile.planning.rows import Limited, Rows, last_copy, rows_of_time
+from memo_compile.schema import Binding
 
 TIE_BREAK = 1e-4  # of the seconds that a transfer takes: enough to prefer fewer bytes, too little to pay for them
 
@@ -49,7 +50,7 @@ class Answer:
     peak: float
     stall: float
     lost: float  # seconds of stalls and recomputation
-    prices: dict[str, float]
+    prices: dict[Binding, float]
 
 
 def solve(
@@ -92,7 +93,7 @@ def solve(
         return None
     values = np.array(solution.col_value)
     fractions = np.stack([values[c.kept : c.away], values[c.away : c.again], values[c.again : c.live]], axis=1)
-    prices = dict.fromkeys(("device memory", "host memory", "offload rate", "prefetch rate"), 0.0)
+    prices: dict[Binding, float] = {b: 0.0 for b in Binding if b is not Binding.NOTHING}
     if budget is not None and fixed is None:
         # An integer program has no duals: prices are those of the same program with all fractions free.
         relaxed = solution
@@ -193,13 +194,13 @@ def _prices(
     values: np.ndarray[Any, Any],
     memory: list[int],
     host: int,
-    rates: Mapping[str, list[Limited]],
+    rates: Mapping[Binding, list[Limited]],
     scale: Scale,
-) -> dict[str, float]:
+) -> dict[Binding, float]:
     """Seconds saved by one more GiB or GB/s. A dual is the change of the objective as its row's bound is raised."""
     prices = {
-        "device memory": scale.tick * 1024 * max(0.0, -float(sum(duals[r] for r in memory))),
-        "host memory": scale.tick * 1024 * max(0.0, -float(duals[host])),
+        Binding.DEVICE_MEMORY: scale.tick * 1024 * max(0.0, -float(sum(duals[r] for r in memory))),
+        Binding.HOST_MEMORY: scale.tick * 1024 * max(0.0, -float(duals[host])),
     }
     for kind, limited in rates.items():
         # One more GB/s raises the bound by 1e9 bytes for each second that the row's time lasts.

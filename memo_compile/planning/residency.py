@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from memo_compile.schema import Binding
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -59,8 +61,8 @@ class Decision:
     """The program's answer.
 
     `seconds` is the predicted step, `peak` the least memory in which it takes no longer, transfers included. `prices`
-    are the duals: the seconds that one more GiB of "device memory" or "host memory", or one more GB/s of "offload rate"
-    or "prefetch rate" would save. `binding` names the one that costs most in proportion: price times what there is.
+    are the duals: the seconds that one more GiB of memory or one more GB/s of a link would save. `binding` is the one
+    that costs most in proportion: price times what there is.
     """
 
     residency: dict[str, Residency]
@@ -68,8 +70,8 @@ class Decision:
     seconds: float
     stall_seconds: float
     recompute_seconds: float
-    binding: str
-    prices: Mapping[str, float]
+    binding: Binding
+    prices: Mapping[Binding, float]
     solver_seconds: float
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from memo_compile.planning.columns import Grid, grid_of
 from memo_compile.planning.program import Answer, solve
 from memo_compile.planning.residency import Activation, Decision, Problem, Residency, memory_profile
+from memo_compile.schema import Binding
 
 SLACK = 0.0005  # of the smallest peak: room in which the least plan may choose the faster of two
 
@@ -150,21 +151,21 @@ def _decision(
 ) -> Decision:
     recompute = _recompute_seconds(problem, residency)
     amounts = {
-        "device memory": (problem.budget or 0) / 2**30,
-        "host memory": problem.host_budget / 2**30,
-        "offload rate": problem.d2h / 1e9,
-        "prefetch rate": problem.h2d / 1e9,
+        Binding.DEVICE_MEMORY: (problem.budget or 0) / 2**30,
+        Binding.HOST_MEMORY: problem.host_budget / 2**30,
+        Binding.OFFLOAD_RATE: problem.d2h / 1e9,
+        Binding.PREFETCH_RATE: problem.h2d / 1e9,
     }
     worth = {key: price * amounts[key] for key, price in free.prices.items()}
     return Decision(
-        dict(residency),
-        int(fixed.peak),
-        sum(problem.seconds) + recompute + fixed.stall,
-        fixed.stall,
-        recompute,
-        max(worth, key=lambda key: worth[key]) if any(worth.values()) else "nothing",
-        free.prices,
-        solver_seconds,
+        residency=dict(residency),
+        peak=int(fixed.peak),
+        seconds=sum(problem.seconds) + recompute + fixed.stall,
+        stall_seconds=fixed.stall,
+        recompute_seconds=recompute,
+        binding=max(worth, key=lambda key: worth[key]) if any(worth.values()) else Binding.NOTHING,
+        prices=free.prices,
+        solver_seconds=solver_seconds,
     )
 
 

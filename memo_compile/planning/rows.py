@@ -10,6 +10,7 @@ import numpy as np
 
 from memo_compile.planning.columns import UNIT, Columns, Grid, Scale
 from memo_compile.planning.residency import Problem
+from memo_compile.schema import Binding
 
 DRAIN = 40  # intervals of the backward in which offloads may still run, at least
 
@@ -106,7 +107,7 @@ Limited = tuple[int, dict[int, float], float]  # a row, and by how much a rate o
 
 def rows_of_time(
     problem: Problem, grid: Grid, c: Columns, scale: Scale, rows: Rows, left: frozenset[str] | None
-) -> tuple[list[int], dict[str, list[Limited]]]:
+) -> tuple[list[int], dict[Binding, list[Limited]]]:
     """Rows for each interval. Returns those of memory, and those that a rate limits.
 
     `left` are the activations known to be offloaded; with None transfers are instantaneous, as if stalls cost nothing.
@@ -117,11 +118,11 @@ def rows_of_time(
         if a.recompute_seconds:
             again[grid.of_step[a.first_backward]][c.again + i] = a.recompute_seconds / scale.tick
     memory: list[int] = []
-    rates: dict[str, list[Limited]] = {"offload rate": [], "prefetch rate": []}
+    rates: dict[Binding, list[Limited]] = {Binding.OFFLOAD_RATE: [], Binding.PREFETCH_RATE: []}
     last = last_copy(grid, c)
     out_first = _out_first(problem, grid, c, left or frozenset())
 
-    def limited(kind: str, column: int, rate: float, time_of: dict[int, float], constant: float) -> None:
+    def limited(kind: Binding, column: int, rate: float, time_of: dict[int, float], constant: float) -> None:
         row = rows.add({column: 1.0, **{k: -rate * v for k, v in time_of.items()}}, -math.inf, rate * constant)
         rates[kind].append((row, time_of, constant))
 
@@ -130,8 +131,8 @@ def rows_of_time(
         of_time = {k: -v for k, v in time_of.items()}
         row = rows.add({out: 1 / scale.out_rate, back: 1 / scale.in_rate, **of_time}, -math.inf, constant)
         # A rate larger by d takes d · amount / rate² off the seconds.
-        rates["offload rate"].append((row, {out: scale.out_rate**-2}, 0.0))
-        rates["prefetch rate"].append((row, {back: scale.in_rate**-2}, 0.0))
+        rates[Binding.OFFLOAD_RATE].append((row, {out: scale.out_rate**-2}, 0.0))
+        rates[Binding.PREFETCH_RATE].append((row, {back: scale.in_rate**-2}, 0.0))
 
     for i in range(c.intervals):
         before = i > 0
@@ -146,11 +147,11 @@ def rows_of_time(
             in_turn(c.out_stalled + i, c.back_stalled + i, stalled, 0.0)
             in_turn(c.out + i, c.back + i, again[i], seconds)
         elif i < last:
-            limited("offload rate", c.out_stalled + i, scale.out_rate, stalled, 0.0)
-            limited("offload rate", c.out + i, scale.out_rate, again[i], seconds)
+            limited(Binding.OFFLOAD_RATE, c.out_stalled + i, scale.out_rate, stalled, 0.0)
+            limited(Binding.OFFLOAD_RATE, c.out + i, scale.out_rate, again[i], seconds)
         elif i >= grid.forward:
-            limited("prefetch rate", c.back_stalled + i, scale.in_rate, stalled, 0.0)
-            limited("prefetch rate", c.back + i, scale.in_rate, again[i], seconds)
+            limited(Binding.PREFETCH_RATE, c.back_stalled + i, scale.in_rate, stalled, 0.0)
+            limited(Binding.PREFETCH_RATE, c.back + i, scale.in_rate, again[i], seconds)
         if i < last:
             copied = {c.out_stalled + i: 1.0, c.out + i: 1.0}
             row = {c.waiting + i: 1.0, **copied, **{k: -v for k, v in released[i].items()}}

@@ -8,15 +8,12 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.peak_tensors import obstacles
 from memo_compile.passes.analysis.tokens import TokenInfo
-from memo_compile.passes.fx.facts import (
-    nbytes,
-    source_line,
-)
+from memo_compile.passes.fx.facts import nbytes, source_line
 from memo_compile.passes.fx.meta import LAYER, TOKENS
 from memo_compile.passes.transforms.homes import Homes
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import SMALL, Limits
-from memo_compile.schema import ActivationPlan, Plan, Stop
+from memo_compile.schema import ActivationPlan, Binding, Cause, Plan, Stop
 
 
 def recomputed_flops(p: Prepared, homes: Mapping[str, Homes]) -> int:
@@ -52,7 +49,7 @@ def blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:
         recomputed_flops=0,
         solver="none: everything fits",
         seconds=0.0,
-        binding="nothing",
+        binding=Binding.NOTHING,
         token_axis=str(p.tokens.axis),
         activations=(),
         stops=tuple(Stop(s.node, s.op, s.source, s.reason) for s in p.tokens.stops if s.node in forward),
@@ -66,41 +63,43 @@ def activation_plans(p: Prepared, homes: Mapping[str, Homes], limits: Limits) ->
             continue
         home = homes.get(node.name)
         if home is not None:
-            plans.append(activation_plan(node, home, _reason(p, node, home, limits)))
+            plans.append(activation_plan(node, home, *_cause(p, node, home, limits)))
             continue
-        small = nbytes(node) < SMALL
-        if node.name in p.policies.saved:
-            reason = "kept: a policy of the user's checkpoints says so"
-            plans.append(activation_plan(node, Homes(1, 1, 0, 0, None), reason))
-            continue
-        reason = f"kept: below {SMALL} bytes" if small else "kept: its storage is an output's or another value's"
-        plans.append(activation_plan(node, Homes(1, 1, 0, 0, None), reason))
+        plans.append(activation_plan(node, Homes(1, 1, 0, 0, None), *_why_kept(p, node)))
     return tuple(plans)
 
 
-def _reason(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> str:
+def _why_kept(p: Prepared, node: fx.Node) -> tuple[Cause, str]:
+    """Of what no decision was taken on."""
+    if node.name in p.policies.saved:
+        return Cause.POLICY_KEPT, ""
+    return (Cause.SMALL, f"{SMALL} bytes") if nbytes(node) < SMALL else (Cause.SHARED_STORAGE, "")
+
+
+def _cause(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> tuple[Cause, str]:
     if node.name in p.policies.offloaded:
-        return "offloaded: a policy of the user's checkpoints says so"
+        return Cause.POLICY_OFFLOADED, ""
     if home.axis is None:
-        return "whole: no token axis reaches it"
+        return Cause.NO_TOKEN_AXIS, ""
     if p.chains[node.name] is None and limits.recompute:
-        return "sliced; not recomputed: its last bits decide something, or it must not run twice"
+        return Cause.SLICED_NOT_RECOMPUTED, ""
     info: TokenInfo = node.meta[TOKENS]
-    return "sliced" if info.sliceable else f"sliced; recomputed whole or not at all: {info.reason}"
+    return (Cause.SLICED, "") if info.sliceable else (Cause.SLICED_RECOMPUTED_WHOLE, info.reason)
 
 
-def activation_plan(node: fx.Node, home: Homes, reason: str) -> ActivationPlan:
+def activation_plan(node: fx.Node, home: Homes, cause: Cause, detail: str = "") -> ActivationPlan:
     value = node.meta["val"]
     return ActivationPlan(
-        node.name,
-        tuple(int(s) for s in value.shape),
-        str(value.dtype).removeprefix("torch."),
-        nbytes(node),
-        source_line(node),
-        home.tokens,
-        home.kept,
-        home.offloaded,
-        home.recomputed,
-        reason,
-        node.meta[LAYER].index if LAYER in node.meta else None,
+        name=node.name,
+        shape=tuple(int(s) for s in value.shape),
+        dtype=str(value.dtype).removeprefix("torch."),
+        bytes=nbytes(node),
+        source=source_line(node),
+        tokens=home.tokens,
+        kept=home.kept,
+        offloaded=home.offloaded,
+        recomputed=home.recomputed,
+        cause=cause,
+        detail=detail,
+        layer=node.meta[LAYER].index if LAYER in node.meta else None,
     )

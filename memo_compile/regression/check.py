@@ -17,11 +17,11 @@ from typing import Any
 from memo_compile.codegen.arena.layout import ALIGNMENT
 from memo_compile.errors import InvalidBaseline, InvalidOption
 from memo_compile.hardware.profiles import PROFILES, resolve
-from memo_compile.logs import NO_AXIS, logger
+from memo_compile.logs import logger
 from memo_compile.placement import Buffer
 from memo_compile.placement.bounds import lower_bound
 from memo_compile.regression.baseline import Baseline, Change, Figures, Tensor, compare, load, save
-from memo_compile.schema import ActivationPlan, Plan
+from memo_compile.schema import ActivationPlan, Cause, Plan
 from memo_compile.trace.targets import load_target, made_of_fakes
 
 log = logger(__name__)
@@ -171,7 +171,7 @@ def _calibrate() -> float:
 def _tensor(a: ActivationPlan, graph: int | None) -> Tensor:
     name = a.name if graph is None else f"{graph}:{a.name}"
     kept, offloaded, recomputed = (a.share(rows) for rows in (a.kept, a.offloaded, a.recomputed))
-    whole = a.bytes if a.reason.startswith(NO_AXIS) else 0
+    whole = a.bytes if a.cause is Cause.NO_TOKEN_AXIS else 0
     return Tensor(name, _portable(a.source), a.bytes, kept, offloaded, recomputed, whole)
 
 
@@ -193,12 +193,12 @@ def _loose_segments(plan: Plan) -> Iterator[str]:
         inside = [b for b in plan.buffers if b.segment == segment.name]
         bound = lower_bound([Buffer(b.name, b.size, b.start, b.end) for b in inside], ALIGNMENT)
         if segment.size > bound:
-            highest = max(inside, key=lambda b: (b.offset + b.size, b.name))
+            highest = max(inside, key=lambda b: (b.offset + b.size, b.side, b.name))
             loose.append((segment.size - bound, segment, bound, highest))
     for _, segment, bound, highest in sorted(loose, key=lambda entry: (-entry[0], entry[1].name)):
         yield (
             f"{segment.name} holds {segment.size:,} bytes for at most {bound:,} live; "
-            f"{highest.name} ({highest.size:,} bytes) lies at its end"
+            f"{highest.name} of the {highest.side} ({highest.size:,} bytes) lies at its end"
         )
 
 

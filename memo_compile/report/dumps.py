@@ -201,7 +201,7 @@ def compilation_record(p: Prepared, decided: Decided, options: Options) -> dict[
         "profile": asdict(p.profile),
         "torch_config": torch_config(),
         "fused": p.fused,
-        "limits": asdict(decided.limits) if decided.limits is not None else None,
+        "limits": asdict(decided.limits),
         "ahead": decided.ahead,
         "unplanned_peak": p.unplanned_peak,
         "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.homes.items()},

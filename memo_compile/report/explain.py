@@ -40,7 +40,7 @@ from memo_compile.report.explanation import (
 )
 from memo_compile.report.picture import layers_by_value
 from memo_compile.runtime.ops import register
-from memo_compile.schema import ActivationPlan, Plan
+from memo_compile.schema import ActivationPlan, Cause, Plan
 from memo_compile.versions import check_torch
 
 MIN_SQUARE = 64  # a size below that makes no square worth a word
@@ -268,12 +268,12 @@ def layer_rows(p: Prepared, plan: Plan) -> tuple[LayerRow, ...]:
 
 def unsliced_rows(plan: Plan) -> tuple[Unsliced, ...]:
     """Saved activations that have one home, and those whose rows cannot be recomputed alone; small ones left out."""
-    groups: dict[tuple[str, str], list[ActivationPlan]] = defaultdict(list)
+    groups: dict[tuple[str, Cause, str], list[ActivationPlan]] = defaultdict(list)
     for a in plan.activations:
-        if a.reason != "sliced" and not a.reason.startswith("kept"):
-            groups[a.source, a.reason].append(a)
+        if a.cause is not Cause.SLICED and not a.cause.keeps:
+            groups[a.source, a.cause, a.detail].append(a)
     rows = [
-        Unsliced(group[0].name, sum(a.bytes for a in group), len(group), source, reason)
-        for (source, reason), group in groups.items()
+        Unsliced(group[0].name, sum(a.bytes for a in group), len(group), source, group[0].reason)
+        for (source, _, _), group in groups.items()
     ]
     return tuple(sorted(rows, key=lambda r: (-r.bytes, r.name)))

@@ -15,6 +15,11 @@ TEXT_WIDTH = 160
 LARGEST = 8  # rows of the tables of tensors and of workspaces
 SQUARES = "; S×S: these grow with the square of the tokens"
 
+
+class Alarm(str):
+    """A cell that is to stand out."""
+
+
 Table = tuple[str, Sequence[str], list[Sequence[str]]]  # title, columns, rows
 
 
@@ -121,9 +126,9 @@ class Explanation:
 
 
 def tables(explanation: Explanation) -> list[Table]:
-    """All tables, in the order in which they are read. Cells that begin with "!" are to stand out."""
+    """All tables, in the order in which they are read."""
     count = len(explanation.graphs)
-    breaks = [(f"!{b.reason}", short(b.source)) for b in explanation.breaks]
+    breaks = [(Alarm(b.reason), short(b.source)) for b in explanation.breaks]
     found: list[Table] = [(f"{count} graph{'s' * (count != 1)}, {len(breaks)} breaks", ("why", "where"), [*breaks])]
     for graph in explanation.graphs:
         found += _graph_tables(graph)
@@ -137,7 +142,7 @@ def _graph_tables(graph: GraphExplained) -> Iterable[Table]:
     budget = "unlimited" if plan.budget is None else human(plan.budget)
     ratio = f"{plan.arena_bytes / plan.lower_bound:.4f}" if plan.lower_bound else "1"
     facts: list[Sequence[str]] = [
-        ("budget", f"!{budget}: {graph.refused}" if graph.refused else budget),
+        ("budget", Alarm(f"{budget}: {graph.refused}") if graph.refused else budget),
         ("peak", f"{human(plan.predicted_peak)} ({human(plan.unplanned_peak)} unplanned)"),
         ("arena", f"{human(plan.arena_bytes)}, lower bound {human(plan.lower_bound)}, ratio {ratio}"),
         ("saved", f"{human(sum(a.bytes for a in plan.activations))} in {len(plan.activations)} activations"),
@@ -156,8 +161,8 @@ def _graph_tables(graph: GraphExplained) -> Iterable[Table]:
                 (
                     r.name,
                     r.op.removeprefix("aten."),
-                    f"!{_shape(r.shape, r.dtype)} S×S" if r.quadratic else _shape(r.shape, r.dtype),
-                    f"!{human(r.bytes)}" if r.quadratic else human(r.bytes),
+                    Alarm(f"{_shape(r.shape, r.dtype)} S×S") if r.quadratic else _shape(r.shape, r.dtype),
+                    Alarm(human(r.bytes)) if r.quadratic else human(r.bytes),
                     str(r.count),
                     short(r.source),
                 )
@@ -239,7 +244,7 @@ def render(explanation: Explanation) -> Any:
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(c.removeprefix("!"), style="bold red" if c.startswith("!") else "") for c in row))
+            table.add_row(*(Text(c, style="bold red" if isinstance(c, Alarm) else "") for c in row))
         parts.append(table)
     return Group(*parts)
 
@@ -269,6 +274,6 @@ def as_html(explanation: Explanation) -> str:
 
 
 def _cell(text: str) -> str:
-    if text.startswith("!"):
-        return f"<td style='text-align:left;color:#c92a2a;font-weight:bold'>{html.escape(text[1:])}</td>"
+    if isinstance(text, Alarm):
+        return f"<td style='text-align:left;color:#c92a2a;font-weight:bold'>{html.escape(text)}</td>"
     return f"<td style='text-align:left'>{html.escape(text)}</td>"

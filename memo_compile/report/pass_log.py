@@ -34,6 +34,7 @@ class Line:
     bytes: int
     source: str
     why: str
+    is_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def readable(gm: fx.GraphModule) -> str:
 def snapshot(gm: fx.GraphModule) -> Snapshot:
     """What a graph looks like now."""
     lines = tuple(
-        Line(n.name, statement(n), nbytes(n), source_line(n), str(n.meta.get(WHY, "")))
+        Line(n.name, statement(n), nbytes(n), source_line(n), str(n.meta.get(WHY, "")), n.op == "placeholder")
         for n in gm.graph.nodes
         if n.op != "output"
     )
@@ -115,7 +116,7 @@ class Watched:
 def pass_log(annotating: Watched, p: Prepared, decided: Decided) -> list[PassRecord]:
     """The passes in order, those that act from the decision; words of their own for those that make more of it."""
     acting = Watched(annotating.last)
-    if decided.homes and decided.limits is not None:
+    if decided.homes:
         carry_out(p, decided.homes, ahead=decided.ahead, host_budget=decided.limits.host, watch=acting)
     else:
         acting("partition", {"forward": decided.forward, "backward": decided.backward}, None)
@@ -154,7 +155,7 @@ def _tokens(p: Prepared) -> str:
 def _partition(p: Prepared, decided: Decided, split: Mapping[str, Snapshot]) -> str:
     front, back = ({line.name for line in split[g].lines} for g in ("forward", "backward"))
     nodes = [n for n in p.joint.graph.nodes if n.op == "call_function"]
-    held = {line.name for line in split["backward"].lines if line.text.endswith(" = input")}
+    held = {line.name for line in split["backward"].lines if line.is_input}
     twice = [n for n in nodes if n.name in front and n.name in back and n.name not in held]
     lines = [
         f"joint, {len(p.joint.graph.nodes)} nodes -> forward, {len(front)}, and backward, {len(back)}",

@@ -16,7 +16,7 @@ import torch.fx as fx
 from memo_compile.logs import logger
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes, reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, schema_name, source_line, storage_of
-from memo_compile.passes.fx.meta import FOR
+from memo_compile.passes.fx.meta import FOR, PART_OF
 from memo_compile.passes.transforms.homes import Homes
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
@@ -158,7 +158,7 @@ def _edges(shown: Mapping[str, set[fx.Node]], saved: frozenset[str]) -> list[str
                 if source in nodes:
                     lines[f"  {_id(side, source)} -> {_id(side, node)};"] = None
                 elif side == "backward":
-                    name = source.name.removesuffix("_kept")
+                    name = str(source.meta.get(PART_OF, source.name))
                     if name in made and name in saved:
                         lines[
                             f"  {_id('forward', made[name])} -> {_id(side, node)} [style=dashed, constraint=false];"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, named
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.hardware.profiles import is_calibrated
 from memo_compile.passes.analysis.liveness import lifetimes
@@ -25,11 +25,31 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.residency import Residency
 from memo_compile.planning.simulate import Simulation, simulate
-from memo_compile.schema import Plan
+from memo_compile.schema import Plan, Side
 
 REPORT_VERSION = 1
 
-# What a tensor is, in the order in which a report stacks them.
+
+class Category(IntEnum):
+    """What a tensor is, in the order in which a report stacks them."""
+
+    OUTPUT = 0
+    KEPT = 1
+    OFFLOADED = 2
+    FORWARD_TRANSIENT = 3
+    PREFETCHED = 4
+    RECOMPUTED = 5
+    BACKWARD_TRANSIENT = 6
+    GRADIENT = 7
+    KERNEL = 8
+
+    @property
+    def transient(self) -> bool:
+        """Whether it is born and dead within one pass."""
+        return self in (Category.FORWARD_TRANSIENT, Category.BACKWARD_TRANSIENT)
+
+
+# A category's words, in their order.
 CATEGORIES = (
     "output",
     "kept activation",
@@ -98,11 +118,10 @@ class _Facts:
         self.layers = {n.name: n.meta[LAYER].index for n in p.joint.graph.nodes if LAYER in n.meta}
         self.sources = {n.name: source_line(n) for n in p.joint.graph.nodes}
 
-    def row(self, node: fx.Node | None, name: str, category: str, size: int, start: int, end: int) -> list[Any]:
+    def row(self, node: fx.Node | None, name: str, category: Category, size: int, start: int, end: int) -> list[Any]:
         """[key, name, category, bytes, start, end, op, shape, layer, source, why]; texts by index."""
         text = self.strings
         key = str(node.meta.get(FOR) or node.meta.get(PART_OF) or node.name) if node is not None else name
-        key = key.removesuffix("_kept")
         value = node.meta.get("val") if node is not None else None
         shape = ""
         if isinstance(value, torch.Tensor):
@@ -112,29 +131,30 @@ class _Facts:
         if node is not None and FOR in node.meta and name != key:
             name = f"{key} (landing)" if node.meta.get(ROLE) is Role.LANDING else f"{key} ({name})"
         op = op_name(node) if node is not None and node.op == "call_function" else ""
-        number = CATEGORIES.index(category)
-        texts = [text(op), text(shape)]
-        return [text(key), text(name), number, size, start, end, *texts, self.layers.get(key), text(source), text(why)]
+        numbers = [int(category), size, start, end]
+        facts = [text(op), text(shape), self.layers.get(key), text(source), text(why)]
+        return [text(key), text(name), *numbers, *facts]
 
-    def in_the_forward(self, node: fx.Node | None, *, crosses: bool, for_user: bool) -> str:
+    def in_the_forward(self, node: fx.Node | None, *, crosses: bool, for_user: bool) -> Category:
         """The category of a value that the forward makes."""
         if for_user:
-            return "output"
+            return Category.OUTPUT
         home = self.homes.get(node.name) if node is not None else None
         if home is not None and home.offloaded:
-            return "offloaded activation"
-        return "kept activation" if crosses else "forward transient"
+            return Category.OFFLOADED
+        return Category.KEPT if crosses else Category.FORWARD_TRANSIENT
 
-    def in_the_backward(self, node: fx.Node | None, *, returned: bool) -> str:
+    def in_the_backward(self, node: fx.Node | None, *, returned: bool) -> Category:
         """The category of a value that the backward makes."""
         if returned:
-            return "gradient"
+            return Category.GRADIENT
         if node is None:
-            return "backward transient"
+            return Category.BACKWARD_TRANSIENT
         role = node.meta.get(ROLE)
         if role in (Role.LANDING, Role.PREFETCHED):
-            return "prefetched"
-        return "recomputed" if node.name in self.in_forward or role is Role.RECOMPUTED else "backward transient"
+            return Category.PREFETCHED
+        made_again = node.name in self.in_forward or role is Role.RECOMPUTED
+        return Category.RECOMPUTED if made_again else Category.BACKWARD_TRANSIENT
 
 
 def _graph_timeline(
@@ -172,28 +192,28 @@ def _emitted_timeline(decided: Decided, emitted: Mapping[str, Any], plan: Plan, 
     forward: Body = emitted["forward"]
     backward: Body = emitted["backward"]
     split, steps = forward.steps, forward.steps + backward.steps
-    placed = {b.name: b for b in plan.buffers}
+    placed = {(b.side, b.name): b for b in plan.buffers}
     for_user = {s for s in forward.outputs[: emitted["user_outputs"]] if s is not None}
     returned = {s for s in backward.outputs if s is not None}
     rows = []
-    for side, body, graph in ((FORWARD, forward, decided.forward), (BACKWARD, backward, decided.backward)):
+    for side, body, graph in ((Side.FORWARD, forward, decided.forward), (Side.BACKWARD, backward, decided.backward)):
         nodes = {n.name: n for n in graph.graph.nodes}
-        shift = 0 if side == FORWARD else split
+        shift = 0 if side is Side.FORWARD else split
         for s in body.storages.values():
             if s.kind == "input" or not s.bytes:
                 continue
             node = nodes.get(body.origins.get(s.name, ""))
-            at = placed.get(named(side, s.name))
+            at = placed.get((side, s.name))
             start, end = (at.start, at.end) if at is not None else (shift + s.start, shift + s.end)
-            if side == FORWARD:
+            if side is Side.FORWARD:
                 user = s.name in for_user
                 end = steps if user else end
                 category = facts.in_the_forward(node, crosses=end > split, for_user=user)
             else:
                 end = steps if s.name in returned else end
                 category = facts.in_the_backward(node, returned=s.name in returned)
-            if s.kind in ("kernel", "workspace") and category in ("forward transient", "backward transient"):
-                category = "kernel"
+            if s.kind in ("kernel", "workspace") and category.transient:
+                category = Category.KERNEL
             row = facts.row(node, node.name if node is not None else s.name, category, s.bytes, start, end)
             rows.append([*row, *((at.segment, at.offset) if at is not None else ("", 0))])
     labels = [facts.strings(text) for text in (*forward.labels, *backward.labels)]

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memo_compile import plan
 from memo_compile.errors import InvalidOption
 from memo_compile.forecast.presets import PRESETS, build
+from memo_compile.schema import Cause
 
 PUBLISHED = {
     "gpt-7b": 6.65e9,
@@ -76,4 +77,4 @@ def test_the_token_axis_runs_through_the_collectives(name):
     large = [a for a in made.activations if a.bytes > 2**20]
     assert {a.tokens for a in large} == {1024}
     inside = [a for a in large if 8192 in a.shape]
-    assert any("mm" in a.name and a.reason == "sliced" for a in inside)
+    assert any("mm" in a.name and a.cause is Cause.SLICED for a in inside)

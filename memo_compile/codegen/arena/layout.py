@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from memo_compile.codegen.arena.segments import Lives, choose_cuts, segment_of
-from memo_compile.codegen.arena.sides import BACKWARD, FORWARD, named, side_of
+from memo_compile.codegen.arena.sides import Sided, key_of
 from memo_compile.codegen.emitted.body import Body, live_bytes
-from memo_compile.placement import Buffer, place_layers, verify
-from memo_compile.schema import ArenaBuffer, ArenaSegment
+from memo_compile.placement import place_layers, verify
+from memo_compile.schema import ArenaBuffer, ArenaSegment, Side
 
 ALIGNMENT = 64  # bytes: what torch's own CPU allocator gives, and enough for vector loads and for CUDA's TMA
 SMALLEST = 256  # bytes: alignment would cost a scalar more than it takes, so that torch's allocator keeps those
@@ -42,7 +42,7 @@ class Link:
 
 @dataclass(frozen=True)
 class ArenaLayout:
-    """Where everything lies. Names of buffers tell their side: see `sides.named`.
+    """Where everything lies.
 
     `held` and `live` count the arena alone, step by step; `outside` what lies outside it; `peak` the worst sum.
     """
@@ -85,7 +85,7 @@ class ArenaLayout:
 class _Timeline:
     steps: int
     forward_steps: int
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[Sided, ...]
     outside: tuple[int, ...]
     kernels: tuple[int, ...]
     portion: int
@@ -112,11 +112,12 @@ def plan_arena(
         user_outputs: the first so many outputs of the forward go to the user.
         tangents: bytes of the backward's inputs that come from autograd, by name: it lets go of them in the call.
         chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
-        alone: names of backward buffers that get a segment of their own, so that a call before can take it.
-        layer_of: by name, the layer of buffers of layers that may repeat; those that do are placed once.
+        alone: backward buffers that get a segment of their own, so that a call before can take it.
+        layer_of: by `key_of` a buffer, the layer of those of layers that may repeat; those that do are placed once.
         emitted: a layout that the forward's code stands by already; its offsets are kept for the forward's buffers.
     """
-    timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=alone)
+    keys = frozenset(key_of(Side.BACKWARD, name) for name in alone)
+    timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=keys)
     if emitted is not None:
         return _lay_out(timeline, *_around(emitted, timeline, layer_of or {}))
     return _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
@@ -126,8 +127,8 @@ def _around(
     emitted: ArenaLayout, timeline: _Timeline, layer_of: Mapping[str, int]
 ) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
     """The forward's buffers where its code has put them, the backward's placed anew in segments beside."""
-    lives = {b.name: b for b in timeline.buffers}
-    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if side_of(b.name) == FORWARD]
+    lives = {b.local: b for b in timeline.buffers if b.side is Side.FORWARD}
+    fixed = [replace(b, end=lives[b.name].end) for b in emitted.buffers if b.side is Side.FORWARD]
     segments = []
     for s in emitted.segments:
         inside = [b for b in fixed if b.segment == s.name]
@@ -135,7 +136,7 @@ def _around(
             segments.append(replace(s, end=max(b.end for b in inside)))
     held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
     beside = tuple(o + h for o, h in zip(timeline.outside, held, strict=True))
-    born = tuple(b for b in timeline.buffers if side_of(b.name) == BACKWARD)
+    born = tuple(b for b in timeline.buffers if b.side is Side.BACKWARD)
     groups = _groups(replace(timeline, buffers=born, outside=beside))
     more, buffers = _placed(groups, layer_of, len(emitted.segments))
     return [*segments, *more], [*fixed, *buffers]
@@ -152,13 +153,13 @@ def _timeline(
         storage = forward.outputs[link.output]
         if storage is not None:
             death[storage] = max(death.get(storage, 0), f + backward.storages[link.input].end)
-    inside: list[Buffer] = []
+    inside: list[Sided] = []
     gone = [(f, f + max(1, _last_held(backward, name, size)), size) for name, size in tangents.items()]
     kernels: list[tuple[int, int, int]] = []
     for s in forward.storages.values():
         end = steps if s.name in for_user else max(s.end, death.get(s.name, 0))
         if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in for_user:
-            inside.append(Buffer(named(FORWARD, s.name), s.bytes, s.start, end))
+            inside.append(Sided.of(Side.FORWARD, s.name, s.bytes, s.start, end))
         elif s.kind != "input":  # outputs, kernels' own, scalars
             gone.append((s.start, end, s.bytes))
             if s.kind in ("kernel", "held") and s.name not in for_user:
@@ -166,7 +167,7 @@ def _timeline(
     for s in backward.storages.values():
         end = backward.steps if s.name in returned else s.end
         if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in returned:
-            inside.append(Buffer(named(BACKWARD, s.name), s.bytes, f + s.start, f + end))
+            inside.append(Sided.of(Side.BACKWARD, s.name, s.bytes, f + s.start, f + end))
         elif s.kind != "input":
             gone.append((f + s.start, f + end, s.bytes))
             if s.kind in ("kernel", "held") and s.name not in returned:
@@ -196,11 +197,11 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _groups(timeline: _Timeline) -> list[list[Buffer]]:
+def _groups(timeline: _Timeline) -> list[list[Sided]]:
     """The buffers of each segment."""
     whole = [replace(b, size=_aligned(b.size)) for b in timeline.buffers]
     lives = Lives.of(whole, timeline.steps, timeline.forward_steps, timeline.portion, timeline.alone)
-    groups: dict[int, list[Buffer]] = defaultdict(list)
+    groups: dict[int, list[Sided]] = defaultdict(list)
     for b, segment in zip(
         timeline.buffers, segment_of(lives, choose_cuts(lives, timeline.outside)).tolist(), strict=True
     ):
@@ -209,7 +210,7 @@ def _groups(timeline: _Timeline) -> list[list[Buffer]]:
 
 
 def _placed(
-    groups: Sequence[Sequence[Buffer]], layer_of: Mapping[str, int], first: int = 0
+    groups: Sequence[Sequence[Sided]], layer_of: Mapping[str, int], first: int = 0
 ) -> tuple[list[ArenaSegment], list[ArenaBuffer]]:
     """Each group at offsets in a segment of its own, numbered from `first`."""
     segments: list[ArenaSegment] = []
@@ -220,7 +221,9 @@ def _placed(
         verify(group, placement)
         start, end = min(b.start for b in group), max(b.end for b in group)
         segments.append(ArenaSegment(name, placement.peak, start, end))
-        buffers += [ArenaBuffer(b.name, name, placement.offsets[b.name], b.size, b.start, b.end) for b in group]
+        buffers += [
+            ArenaBuffer(b.side, b.local, name, placement.offsets[b.name], b.size, b.start, b.end) for b in group
+        ]
     return segments, buffers
 
 

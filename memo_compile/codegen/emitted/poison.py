@@ -40,7 +40,7 @@ def kept_for_backward(
     forward_steps: int,
     received: Mapping[str, str],
 ) -> list[Kept]:
-    """What the backward is to fill of the forward's; `received` names a backward input that holds each buffer."""
+    """What the backward is to fill of the forward's buffers; `received` names the backward input that holds each."""
     sizes = {s.name: s.size for s in segments}
     return [
         Kept(received[b.name], sizes[b.segment], b.offset, b.size, b.end - forward_steps)
@@ -85,7 +85,7 @@ def _lives(
         yield 0, f"kept_bytes({k.name}, {k.segment}, {k.offset}, {k.size})", k.end
     for b in buffers:
         view = f"alloc_from_pool({b.segment}, {b.offset}, torch.uint8, ({b.size}, ), (1, ))"
-        yield made[b.name.split(":", 1)[1]], view, b.end - first
+        yield made[b.name], view, b.end - first
 
 
 def _fill_of(line: str) -> list[str]:

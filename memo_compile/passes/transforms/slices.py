@@ -287,6 +287,7 @@ def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Homes) -> fx.Node:
     value: torch.Tensor = held.meta["val"]
     with graph.inserting_before(held):
         rows = graph.placeholder(f"{held.name}_kept")
+    rows.meta[PART_OF] = held.name
     with fake_mode(graph):
         shape = _slice_shape(value, plan, plan.tokens - plan.kept, plan.tokens)
         rows.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)

@@ -17,8 +17,9 @@ from torch._inductor import compile_fx
 
 import memo_compile
 from memo_compile.codegen.arena.layout import plan_arena
+from memo_compile.codegen.arena.sides import key_of
 from memo_compile.codegen.emitted.body import Body, Storage
-from memo_compile.schema import Plan
+from memo_compile.schema import Plan, Side
 
 SCRIPT = """
 import sys, torch, zoo, memo_compile
@@ -186,11 +187,11 @@ def test_layers_that_repeat_are_placed_once():
         for i, (size, start, life) in enumerate(shape):
             name = f"buf{k}_{i}"
             storages[name] = Storage(name, "allocated", size << 10, 7 * k + start, 7 * k + start + life)
-            layer_of[f"fw:{name}"] = 2 * k
+            layer_of[key_of(Side.FORWARD, name)] = 2 * k
     forward, backward = Body(28, storages, (), ()), Body(1, {}, (), ())
     layout = plan_arena(forward, backward, [], 0, layer_of=layer_of)
     places = {b.name: b.offset for b in layout.buffers}
     assert len(layout.segments) == 1
     assert layout.arena_bytes == layout.lower_bound
     for i in range(len(shape)):
-        assert len({places[f"fw:buf{k}_{i}"] for k in range(4)}) == 1
+        assert len({places[f"buf{k}_{i}"] for k in range(4)}) == 1

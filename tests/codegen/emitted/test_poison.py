@@ -11,7 +11,7 @@ import memo_compile
 from memo_compile.codegen.emitted.poison import Kept, poisoned
 from memo_compile.runtime.ops import ahead, pool, register
 from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_landing
-from memo_compile.schema import ArenaBuffer
+from memo_compile.schema import ArenaBuffer, Side
 
 CPU = torch.device("cpu")
 BODY = """
@@ -43,8 +43,8 @@ def after(lines, text):
 def test_a_segment_is_filled_when_taken_and_a_buffer_behind_its_last_statement():
     # statements of the layout: buf0, kernel_0, buf1, buf2, del, kernel_1, del, kernel_2
     buffers = [
-        ArenaBuffer("fw:buf0", "memo_arena_0", 0, 64, 0, 6),
-        ArenaBuffer("fw:buf1", "memo_arena_0", 64, 64, 2, 20),
+        ArenaBuffer(Side.FORWARD, "buf0", "memo_arena_0", 0, 64, 0, 6),
+        ArenaBuffer(Side.FORWARD, "buf1", "memo_arena_0", 64, 64, 2, 20),
     ]
     lines = poisoned(BODY, buffers, 0)
     assert after(lines, "memo_arena_0 = empty")[0] == "poison(memo_arena_0)"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import resource
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memo_compile.errors import InvalidOption, MemoError, UnsupportedTorch
 from memo_compile.hardware.host_memory import free_host_memory, memory_limit
 from memo_compile.hardware.profiles import resolve, save, stored_profile
+from memo_compile.placement.kernel import find_compiler
 
 if TYPE_CHECKING:
     from memo_compile.hardware.efficiency import Efficiency
@@ -107,9 +106,7 @@ def _torch_supported() -> Finding:
 
 
 def _compiler() -> Finding:
-    """Inductor's own choice of a C++ compiler, or those that it would look for."""
-    asked = os.environ.get("CXX")
-    found = next((path for name in (asked, "g++", "clang++", "c++") if name and (path := shutil.which(name))), None)
+    found = find_compiler()
     if found is None:
         advice = "install g++, or name a compiler in CXX; backend memo_eager and memo plan work without"
         return Finding("C++ compiler", "none", advice, stops=True)

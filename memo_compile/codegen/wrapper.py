@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +18,11 @@ from typing import Any
 from memo_compile.codegen.emitted.body import Body, read_body
 from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
 from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
+from memo_compile.codegen.emitted.text import source_of
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
+from memo_compile.passes.fx.facts import schema_name_of
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 # Called with the finished body. Returns the buffers and segments to emit; an empty pair leaves the text as it is.
@@ -175,9 +176,8 @@ def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) 
             return "kernel", number_of(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
-    source = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     body = read_body(
-        source,
+        source_of(lines),
         output_refs,
         _input_names(),
         kernel_storage,
@@ -199,8 +199,7 @@ def _origin(buffer: Any) -> str:
 
 def _schema_name(buffer: Any) -> str:
     """The op that makes a buffer, "" where that is none of torch's or memo's."""
-    schema = getattr(getattr(buffer, "op_overload", None), "_schema", None)
-    return str(getattr(schema, "name", ""))
+    return schema_name_of(getattr(buffer, "op_overload", None))
 
 
 def _stride(output: Any) -> tuple[int, ...] | None:
@@ -217,7 +216,7 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
     A segment is taken before its first buffer and its name dropped behind its last: from then on its buffers alone
     hold it, and it is free when they are gone.
     """
-    places = {b.name.split(":", 1)[1]: b for b in buffers}
+    places = {b.name: b for b in buffers}
     landings = landing_buffers(lines)
     shared = Counter(b.segment for b in buffers)
     sizes = {s.name: s.size for s in segments}

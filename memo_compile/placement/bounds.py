@@ -1,4 +1,4 @@
-"""The lower bound: the largest sum of live bytes over the timeline."""
+"""Live bytes over the timeline, and the lower bound: the largest sum of them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ def worst_moment(buffers: Sequence[Buffer], alignment: int = 1) -> tuple[int, in
         if live > best:
             step, best = t, live
     return step, best
+
+
+def live_bytes(ranges: Sequence[tuple[int, int, int]], steps: int) -> list[int]:
+    """Sum of bytes over time for (start, end, bytes) triples, one number for each step."""
+    change = [0] * (steps + 1)
+    for start, end, size in ranges:
+        if end > start:
+            change[start] += size
+            change[min(end, steps)] -= size
+    total, out = 0, []
+    for step in range(steps):
+        total += change[step]
+        out.append(total)
+    return out

@@ -21,6 +21,7 @@ from memo_compile.passes.fx.facts import op_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, ROLE, WHY, Role
 from memo_compile.passes.transforms.homes import Homes
 from memo_compile.placement import Buffer, place
+from memo_compile.placement.bounds import live_bytes
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.residency import Residency
@@ -223,15 +224,7 @@ def _emitted_timeline(decided: Decided, emitted: Mapping[str, Any], plan: Plan, 
 
 def _held(plan: Plan, steps: int) -> list[int]:
     """Bytes of the arena's segments at each step, whatever lies in them."""
-    change = [0] * (steps + 1)
-    for s in plan.segments:
-        change[s.start] += s.size
-        change[min(s.end, steps)] -= s.size
-    total, held = 0, []
-    for step in range(steps):
-        total += change[step]
-        held.append(total)
-    return held
+    return live_bytes([(s.start, s.end, s.size) for s in plan.segments], steps)
 
 
 def _segments(plan: Plan) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.fx.facts import schema_name
 from memo_compile.workspaces.recording import Key
 
 
@@ -49,7 +50,7 @@ os.register_at_fork(after_in_child=_lock_anew)
 
 def key_of(node: fx.Node) -> Key:
     """The node's op and the shapes of its operands that are tensors, as the profiler tells them."""
-    name = str(getattr(getattr(node.target, "_schema", None), "name", node.target))
+    name = schema_name(node) or str(node.target)
     values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in (*node.args, *node.kwargs.values())]
     shapes = (tuple(int(s) for s in v.shape) for v in values if isinstance(v, torch.Tensor))
     return name, tuple(s for s in shapes if s)

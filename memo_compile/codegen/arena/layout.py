@@ -19,8 +19,10 @@ from types import MappingProxyType
 
 from memo_compile.codegen.arena.segments import Lives, choose_cuts, segment_of
 from memo_compile.codegen.arena.sides import Sided, key_of
-from memo_compile.codegen.emitted.body import Body, live_bytes
+from memo_compile.codegen.emitted.body import Body
 from memo_compile.placement import place_layers, verify
+from memo_compile.placement.bounds import live_bytes
+from memo_compile.placement.problem import aligned
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Side
 
 ALIGNMENT = 64  # bytes: what torch's own CPU allocator gives, and enough for vector loads and for CUDA's TMA
@@ -193,13 +195,9 @@ def _last_held(backward: Body, tangent: str, size: int) -> int:
     return backward.storages[tangent].end if size >= SMALLEST and tangent in backward.storages else backward.steps
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def _groups(timeline: _Timeline) -> list[list[Sided]]:
     """The buffers of each segment."""
-    whole = [replace(b, size=_aligned(b.size)) for b in timeline.buffers]
+    whole = [replace(b, size=aligned(b.size, ALIGNMENT)) for b in timeline.buffers]
     lives = Lives.of(whole, timeline.steps, timeline.forward_steps, timeline.portion, timeline.alone)
     groups: dict[int, list[Sided]] = defaultdict(list)
     for b, segment in zip(
@@ -229,7 +227,7 @@ def _placed(
 
 def _lay_out(timeline: _Timeline, segments: Sequence[ArenaSegment], buffers: Sequence[ArenaBuffer]) -> ArenaLayout:
     held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
-    live = live_bytes([(b.start, b.end, _aligned(b.size)) for b in timeline.buffers], timeline.steps)
+    live = live_bytes([(b.start, b.end, aligned(b.size, ALIGNMENT)) for b in timeline.buffers], timeline.steps)
     return ArenaLayout(
         tuple(segments),
         tuple(buffers),

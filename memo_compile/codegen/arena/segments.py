@@ -97,17 +97,19 @@ def held_bytes(lives: Lives, cuts: Sequence[int]) -> Array:
     end = np.zeros(len(size), dtype=np.int64)
     np.minimum.at(start, segment, lives.start)
     np.maximum.at(end, segment, lives.end)
-    change = np.zeros(lives.steps + 1, dtype=np.int64)
-    np.add.at(change, start, size)
-    np.add.at(change, end, -size)
-    return np.cumsum(change[:-1])
+    return _live(lives.steps, start, end, size)
 
 
 def live_bytes_of(lives: Lives) -> Array:
     """Bytes of buffers live at each step."""
-    change = np.zeros(lives.steps + 1, dtype=np.int64)
-    np.add.at(change, lives.start, lives.size)
-    np.add.at(change, lives.end, -lives.size)
+    return _live(lives.steps, lives.start, lives.end, lives.size)
+
+
+def _live(steps: int, start: Array, end: Array, size: Array) -> Array:
+    """`placement.bounds.live_bytes` for arrays."""
+    change = np.zeros(steps + 1, dtype=np.int64)
+    np.add.at(change, start, size)
+    np.add.at(change, end, -size)
     return np.cumsum(change[:-1])
 
 
@@ -198,10 +200,7 @@ def _with(cuts: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
 def scratch_bytes(lives: Lives) -> Array:
     """Bytes of what is not kept for the backward, at each step."""
     scratch = (lives.portion == 0).nonzero()[0]
-    change = np.zeros(lives.steps + 1, dtype=np.int64)
-    np.add.at(change, lives.start[scratch], lives.size[scratch])
-    np.add.at(change, lives.end[scratch], -lives.size[scratch])
-    return np.cumsum(change[:-1])
+    return _live(lives.steps, lives.start[scratch], lives.end[scratch], lives.size[scratch])
 
 
 def candidates(lives: Lives, scratch: Array) -> list[int]:

@@ -299,17 +299,6 @@ def _label(statement: ast.stmt) -> str:
     return ast.unparse(value.func) if isinstance(value, ast.Call) else ""
 
 
-def flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """Statements in order; the bodies of `with` blocks stand in line."""
-    flat: list[ast.stmt] = []
-    for statement in body:
-        if isinstance(statement, ast.With):
-            flat.extend(flatten(statement.body))
-        else:
-            flat.append(statement)
-    return flat
-
-
 def _names(tree: ast.AST) -> list[str]:
     return [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
 
@@ -324,17 +313,3 @@ def alias_source(value: ast.expr) -> str | None:
         first = value.args[0]
         return first.id if isinstance(first, ast.Name) else None
     return None
-
-
-def live_bytes(ranges: Sequence[tuple[int, int, int]], steps: int) -> list[int]:
-    """Sum of bytes over time for (start, end, bytes) triples, one number for each step."""
-    change = [0] * (steps + 1)
-    for start, end, size in ranges:
-        if end > start:
-            change[start] += size
-            change[min(end, steps)] -= size
-    total, out = 0, []
-    for step in range(steps):
-        total += change[step]
-        out.append(total)
-    return out

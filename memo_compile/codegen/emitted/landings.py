@@ -7,28 +7,23 @@ then comes from `memo::landing`, which hands over what is there already, and all
 from __future__ import annotations
 
 import ast
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from memo_compile.codegen.emitted.body import flatten
+from memo_compile.codegen.emitted.text import LANDING, PREFETCH, call_in, statements_of
 from memo_compile.runtime.ahead import Landing, Schedule
-
-_PREFETCH = "torch.ops.memo.prefetch_.default"
-_LANDING = "torch.ops.memo.landing.default"
 
 
 def _calls(lines: Sequence[str]) -> list[tuple[str | None, ast.Call]]:
     """Target and call of each statement that is one."""
-    text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     found: list[tuple[str | None, ast.Call]] = []
-    for statement in flatten(ast.parse(text).body):
-        if not isinstance(statement, (ast.Expr, ast.Assign)) or not isinstance(statement.value, ast.Call):
-            continue
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
-        found.append((target.id if isinstance(target, ast.Name) else None, statement.value))
+    for statement in statements_of(lines):
+        call = call_in(statement)
+        if call is not None:
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+            found.append((target.id if isinstance(target, ast.Name) else None, call))
     return found
 
 
@@ -42,7 +37,7 @@ def landing_buffers(lines: Sequence[str]) -> dict[str, tuple[str, int]]:
     """For each buffer in which a slice lands: the name of the lease, and the slice's offset in it."""
     found: dict[str, tuple[str, int]] = {}
     for _, call in _calls(lines):
-        if ast.unparse(call.func) == _PREFETCH:
+        if ast.unparse(call.func) == PREFETCH:
             buffer, lease = _name(call.args[0]), _name(call.args[1])
             if buffer is not None and lease is not None:
                 found[buffer] = (lease, ast.literal_eval(call.args[2]))
@@ -53,12 +48,12 @@ def take_landing(segment: str, size: int, lease: str, offset: int, make: str) ->
     """The statement that takes a landing place; `make` is the allocation that it replaces, `empty_strided_DEVICE`."""
     kind = make.rsplit("_", 1)[1]
     where = f"torch.device('{kind}')" if kind == "cpu" else f"torch.device('{kind}', torch.{kind}.current_device())"
-    return f"{segment} = {_LANDING}({lease}, {offset}, {size}, {where})"
+    return f"{segment} = {LANDING}({lease}, {offset}, {size}, {where})"
 
 
 def landing_size(call: ast.expr) -> int | None:
     """The bytes that `take_landing`'s call asks for; None for any other expression."""
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == _LANDING:
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == LANDING:
         return int(ast.literal_eval(call.args[2]))
     return None
 
@@ -78,7 +73,7 @@ def schedule_of(lines: Sequence[str]) -> Schedule:
             name = _name(segment)
             assert name is not None
             views[target] = (name, ast.unparse(dtype), ast.literal_eval(shape), ast.literal_eval(stride))
-        elif ast.unparse(call.func) == _PREFETCH:
+        elif ast.unparse(call.func) == PREFETCH:
             count += 1
             buffer = _name(call.args[0])
             if buffer is not None and buffer in views and views[buffer][0] in taken:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import ast
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.emitted.body import flatten
+from memo_compile.codegen.emitted.text import statements_of
 from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.passes.analysis.costs import node_cost, node_flops
 
@@ -44,7 +43,7 @@ def _seconds(text: str, profile: DeviceProfile) -> float:
     if text.lstrip().startswith(("#", "with ", "del ")):
         return 0.0
     try:
-        statements: list[Any] = [*flatten(ast.parse(textwrap.dedent(text)).body)]
+        statements: list[Any] = [*statements_of([text])]
     except SyntaxError:
         return 0.0
     calls = [(s, s.value) for s in statements if isinstance(getattr(s, "value", None), ast.Call)]

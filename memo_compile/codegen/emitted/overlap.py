@@ -13,13 +13,13 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from memo_compile.codegen.emitted.body import DTYPE_BYTES, Body, alias_source, allocation_of, flatten, live_bytes
+from memo_compile.codegen.emitted.body import DTYPE_BYTES, Body, alias_source, allocation_of
+from memo_compile.codegen.emitted.text import memo_op, statements_of
+from memo_compile.placement.bounds import live_bytes
 
-_PREFIX = "torch.ops.memo."
 _TRANSFERS = frozenset({"offload", "offload_wait", "prefetch_", "wait_"})
 SWEEPS = 4  # over the prefetches: each may go on once the one before it has gone ahead
 
@@ -76,7 +76,7 @@ def read_lines(lines: Sequence[str], itemsize: Mapping[str, int], seconds: Seque
 def _read(text: str, itemsize: dict[str, int], sizes: dict[str, int]) -> Line:
     if text.lstrip().startswith("with "):
         return Line(text, "fixed", statements=0)
-    statements = flatten(ast.parse(textwrap.dedent(text)).body)
+    statements = statements_of([text])
     names = frozenset(n.id for s in statements for n in ast.walk(s) if isinstance(n, ast.Name))
     targets = [t for s in statements if isinstance(s, ast.Assign) for t in s.targets]
     binds = frozenset(n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
@@ -94,8 +94,8 @@ def _read(text: str, itemsize: dict[str, int], sizes: dict[str, int]) -> Line:
         (name,) = binds
         itemsize[name], sizes[name] = DTYPE_BYTES.get(ast.unparse(value.args[2]).rsplit(".", 1)[-1], 1), size
         return replace(plain, kind="empty", buffer=name, bytes=size)
-    kind = function.removeprefix(_PREFIX).removesuffix(".default")
-    if not function.startswith(_PREFIX) or kind not in _TRANSFERS:
+    kind = memo_op(value)
+    if kind not in _TRANSFERS:
         return plain
     buffer, at = alias_source(value.args[0]) or "", int(ast.literal_eval(value.args[2]))
     return replace(plain, kind=kind, buffer=buffer, at=at, bytes=_moved(value.args[0], buffer, itemsize, sizes))

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from memo_compile.codegen.emitted.body import flatten
+from memo_compile.codegen.emitted.text import LANDING, WAIT, statements_of
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 IMPORT = "from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_landing"
 _SEGMENT = re.compile(r"^\s*(?P<name>memo_arena_\d+) = (?P<maker>[\w.]+)\(")
 _BUFFER = re.compile(r"^\s*(?P<name>\w+) = alloc_from_pool\(")
-_LANDING = "torch.ops.memo.landing.default"
-_WAIT = "torch.ops.memo.wait_.default"
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def poisoned(lines: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, k
     for i, line in enumerate(text):
         indent = line[: len(line) - len(line.lstrip())]
         out += [indent + more for more in before[i]]
-        out.append(line.replace(_LANDING, "poisoned_landing"))
+        out.append(line.replace(LANDING, "poisoned_landing"))
         out += [indent + more for more in (*_fill_of(line), *behind[i])]
     return out
 
@@ -91,16 +88,14 @@ def _lives(
 def _fill_of(line: str) -> list[str]:
     """What is filled behind a line whatever lives: a segment that was taken, a slice that has come back."""
     taken = _SEGMENT.match(line)
-    if taken is not None and taken["maker"] != _LANDING:
+    if taken is not None and taken["maker"] != LANDING:
         return [f"poison({taken['name']})"]
-    return [line.strip().replace(_WAIT, "poison_host")] if line.lstrip().startswith(_WAIT) else []
+    return [line.strip().replace(WAIT, "poison_host")] if line.lstrip().startswith(WAIT) else []
 
 
 def _last_lines(text: Sequence[str]) -> list[int]:
     """The last line of each statement, in the layout's numbers."""
-    blank = ["" if line.lstrip().startswith("#") else line for line in text]
-    statements = flatten(ast.parse(textwrap.dedent("\n".join(blank))).body)
-    return [(s.end_lineno or s.lineno) - 1 for s in statements if not _of_segment(s)]
+    return [(s.end_lineno or s.lineno) - 1 for s in statements_of(text) if not _of_segment(s)]
 
 
 def _of_segment(statement: ast.stmt) -> bool:

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from memo_compile.codegen.scheduler.dependencies import has_name, roots_of
 from memo_compile.codegen.scheduler.order import transfer_of_node
 from memo_compile.errors import EmittedOrderChanged
+from memo_compile.passes.fx.facts import schema_name_of
 
 _WRITE_THEIR_FIRST = ("memo::mm_into_", "memo::addmm_into_", "aten::copy_")
 
@@ -63,7 +64,7 @@ def _reads(node: Any) -> Iterator[str]:
     if type(node).__name__ == "SchedulerNode":
         yield from (d.name for d in node.read_writes.reads if isinstance(d, MemoryDep))
     elif type(node).__name__ != "NopKernelSchedulerNode" and transfer_of_node(node) is None:
-        schema = getattr(getattr(node.node, "op_overload", None), "_schema", None)
         given = list(getattr(node.node, "inputs", ()))
-        written = given[:1] if str(getattr(schema, "name", "")) in _WRITE_THEIR_FIRST else []
+        op = schema_name_of(getattr(node.node, "op_overload", None))
+        written = given[:1] if op in _WRITE_THEIR_FIRST else []
         yield from (v.get_name() for v in pytree.tree_leaves(given[len(written) :]) if has_name(v))

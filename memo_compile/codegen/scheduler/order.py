@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import heapq
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.emitted.body import flatten
+from memo_compile.codegen.emitted.text import call_in, memo_op, statements_of
 from memo_compile.errors import EmittedOrderChanged
 
 STARTS = {"offload": "offload_wait", "prefetch_": "wait_"}
@@ -81,16 +80,15 @@ _INTO = frozenset({"mm_into_", "addmm_into_", *_ATTENTION})
 
 def emitted_steps(lines: Sequence[str]) -> list[Step]:
     """The order in emitted text: transfers, and calls of kernels that Inductor does not write itself."""
-    text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     steps = []
-    for statement in flatten(ast.parse(text).body):
-        call = _call_in(statement)
+    for statement in statements_of(lines):
+        call = call_in(statement)
         if call is None:
             continue
         function, moved = ast.unparse(call.func), _moves(call)
         if moved is not None:
             steps.append(Step(moved, ast.literal_eval(call.args[2])))
-        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or _memo_op(function) in _INTO:
+        elif function.startswith(("extern_kernels.", "torch.ops.aten.")) or memo_op(call) in _INTO:
             steps.append(Step(function))
     return steps
 
@@ -104,8 +102,7 @@ def check_landings(lines: Sequence[str]) -> None:
     Raises:
         EmittedOrderChanged: naming the first that does.
     """
-    text = textwrap.dedent("\n".join(line for line in lines if not line.lstrip().startswith("#")))
-    statements = [(s, _call_in(s)) for s in flatten(ast.parse(text).body)]
+    statements = [(s, call_in(s)) for s in statements_of(lines)]
     moved = [(i, call) for i, (_, call) in enumerate(statements) if call is not None and _moves(call)]
     waited = {call.args[0].id: i for i, call in moved if _moves(call) == "wait_" and isinstance(call.args[0], ast.Name)}
     transfers = {i for i, _ in moved}
@@ -121,19 +118,10 @@ def check_landings(lines: Sequence[str]) -> None:
             )
 
 
-def _call_in(statement: ast.stmt) -> ast.Call | None:
-    value = statement.value if isinstance(statement, (ast.Expr, ast.Assign)) else None
-    return value if isinstance(value, ast.Call) else None
-
-
 def _moves(call: ast.Call) -> str | None:
     """The transfer that a call is."""
-    function = ast.unparse(call.func)
-    return _memo_op(function) if function.startswith("torch.ops.memo.") and _memo_op(function) in TRANSFERS else None
-
-
-def _memo_op(function: str) -> str:
-    return function.removeprefix("torch.ops.memo.").removesuffix(".default")
+    op = memo_op(call)
+    return op if op in TRANSFERS else None
 
 
 def overlaps(planned: Sequence[Step]) -> dict[Step, int]:

@@ -24,7 +24,7 @@ import torch.fx as fx
 from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.models.collectives import NAMESPACE
 from memo_compile.passes.analysis.liveness import reaches_memory
-from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, storage_of
+from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, schema_of, storage_of
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _heads_and_tokens(node: fx.Node) -> tuple[int, int]:
 
 
 def _query_key_value(node: fx.Node, backward: bool) -> list[Any]:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     names = [a.name for a in schema.arguments] if schema is not None else []
     places = [names.index(n) for n in ("query", "key", "value")] if "query" in names else [0, 1, 2]
     args: Any = node.args
@@ -238,7 +238,7 @@ def _query_key_value(node: fx.Node, backward: bool) -> list[Any]:
 
 def _causal(node: fx.Node) -> bool:
     """Whether the op skips what lies behind a query: by its own argument. A mask alone skips nothing."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     for i, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.name in ("is_causal", "custom_mask_type"):
             given = node.args[i] if i < len(node.args) else argument.default_value

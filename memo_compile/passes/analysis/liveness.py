@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, op_name, storage_of
+from memo_compile.placement.bounds import live_bytes
 
 KEEP = "memo.keep.default"
 WORKSPACE = "memo_workspace"  # in a node's meta: bytes that its call allocates for itself, beyond its results
@@ -42,16 +43,8 @@ class Lifetimes:
 
     def live_bytes(self, skip: frozenset[str] = frozenset()) -> list[int]:
         """Bytes live during each step, workspaces with them, storages in `skip` left out."""
-        change = [0] * (self.steps + 1)
-        for r in self.ranges.values():
-            if r.name not in skip and r.end > r.start:
-                change[r.start] += r.bytes
-                change[min(r.end, self.steps)] -= r.bytes
-        total, out = 0, []
-        for step in range(self.steps):
-            total += change[step]
-            out.append(total + self.workspaces.get(step, 0))
-        return out
+        ranges = [(r.start, r.end, r.bytes) for r in self.ranges.values() if r.name not in skip]
+        return [held + self.workspaces.get(step, 0) for step, held in enumerate(live_bytes(ranges, self.steps))]
 
 
 def last_reads(gm: fx.GraphModule, *, fused: bool, ignore_output: bool = False) -> dict[str, int]:

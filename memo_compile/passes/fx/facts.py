@@ -89,14 +89,27 @@ def op_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_function" else node.op
 
 
-def schema_name(node: fx.Node) -> str:
+def schema_of(target: object) -> torch.FunctionSchema | None:
+    """The schema of an op; None for what is no op of torch."""
+    found: torch.FunctionSchema | None = getattr(target, "_schema", None)
+    return found
+
+
+def schema_name_of(target: object) -> str:
     """The name of an op's schema, such as "aten::mm"; "" for what is no op of torch."""
-    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
+    schema = schema_of(target)
+    return schema.name if schema is not None else ""
+
+
+def schema_name(node: fx.Node) -> str:
+    """The name of the schema of what a node calls; "" for what is no op of torch."""
+    return schema_name_of(node.target)
 
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether an op's schema says that it writes to an argument."""
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+    schema = schema_of(node.target)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def is_view(node: fx.Node) -> bool:

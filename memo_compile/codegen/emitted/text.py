@@ -1,0 +1,56 @@
+"""Emitted lines as Python statements. The verifier parses for itself: it shares nothing with what it checks."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Sequence
+
+NAMESPACE = "torch.ops.memo."
+LANDING = f"{NAMESPACE}landing.default"
+PREFETCH = f"{NAMESPACE}prefetch_.default"
+WAIT = f"{NAMESPACE}wait_.default"
+
+
+def source_of(lines: Sequence[str]) -> str:
+    """Lines as one text without comments; each line keeps its number."""
+    return textwrap.dedent("\n".join("" if line.lstrip().startswith("#") else line for line in lines))
+
+
+def statements_of(lines: Sequence[str]) -> list[ast.stmt]:
+    """The statements of emitted lines in order.
+
+    Raises:
+        SyntaxError: a line is no whole statement, such as the head of a block.
+
+    >>> [ast.unparse(s) for s in statements_of(["# a comment", "    with guard:", "        a = f()", "    del a"])]
+    ['a = f()', 'del a']
+    """
+    return flatten(ast.parse(source_of(lines)).body)
+
+
+def flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:
+    """Statements in order; the bodies of `with` blocks stand in line."""
+    flat: list[ast.stmt] = []
+    for statement in body:
+        if isinstance(statement, ast.With):
+            flat.extend(flatten(statement.body))
+        else:
+            flat.append(statement)
+    return flat
+
+
+def call_in(statement: ast.stmt) -> ast.Call | None:
+    """The call that a statement makes, where that is all it does."""
+    value = statement.value if isinstance(statement, (ast.Expr, ast.Assign)) else None
+    return value if isinstance(value, ast.Call) else None
+
+
+def memo_op(call: ast.Call) -> str:
+    """The op of memo's own that a call is; "" for any other.
+
+    >>> memo_op(ast.parse("torch.ops.memo.wait_.default(a, 0)").body[0].value)
+    'wait_'
+    """
+    function = ast.unparse(call.func)
+    return function.removeprefix(NAMESPACE).removesuffix(".default") if function.startswith(NAMESPACE) else ""

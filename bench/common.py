@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import memo_compile
-from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
+from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig, hugging_face
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -38,24 +38,7 @@ def reference_gpt(layers: int, tokens: int) -> torch.nn.Module:
 
 def hf_gpt2(layers: int, tokens: int, dropout: float) -> torch.nn.Module:
     """Hugging Face's GPT-2, in float32, training."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=tokens,
-        n_embd=WIDTH,
-        n_layer=layers,
-        n_head=8,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"
-    return model.train()
+    return hugging_face.hf_gpt2(vocab=VOCABULARY, layers=layers, width=WIDTH, heads=8, tokens=tokens, dropout=dropout)
 
 
 MODELS: dict[str, Callable[[int, int], torch.nn.Module]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench import common
-from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
+from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig, hugging_face
 
 TOKENS = 1024
 SMALL = {"vocab": 512, "layers": 2, "width": 256, "heads": 8}
@@ -48,20 +48,4 @@ def hf_gpt2() -> Target:
 
 def hf_llama() -> Target:
     """Hugging Face's Llama."""
-    from transformers import LlamaConfig as Config
-    from transformers import LlamaForCausalLM
-
-    config = Config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    model.loss_type = "ForCausalLM"
-    return _target(model, LEAST)
+    return _target(hugging_face.hf_llama(**SMALL, kv_heads=2, ffn=688), LEAST)

@@ -88,6 +88,12 @@ def test_passes_planning_and_placement_know_nothing_of_what_runs_or_shows():
     assert FLOOR["codegen"] < FLOOR["report"]
 
 
+@pytest.mark.parametrize(("folder", "above"), [("fx", ("analysis", "transforms")), ("analysis", ("transforms",))])
+def test_facts_know_no_passes_and_what_annotates_knows_nothing_of_what_acts(folder, above):
+    for path in (PACKAGE / "passes" / folder).glob("*.py"):
+        assert not [part for part in above if f"memo_compile.passes.{part}" in path.read_text(encoding="utf-8")], path
+
+
 def test_an_import_upwards_and_one_without_a_reason_are_found():
     planning = PACKAGE / "planning" / "decide.py"
     assert upward(planning, "def f():\n    from memo_compile.runtime.ops import pool\n") == {"runtime"}

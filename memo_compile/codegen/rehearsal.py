@@ -19,7 +19,8 @@ from memo_compile.codegen.lowerings import POISON
 from memo_compile.codegen.preview import dry_emission
 from memo_compile.codegen.wrapper import Emission
 from memo_compile.passes.fx.facts import nbytes
-from memo_compile.passes.transforms.partition import num_mutated_outputs, received
+from memo_compile.passes.fx.mutations import num_mutated_outputs
+from memo_compile.passes.transforms.partition import received
 from memo_compile.planning.decide import CarriedOut, Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.schema import Side

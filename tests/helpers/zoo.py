@@ -3,15 +3,10 @@
 import torch
 import transformers
 
-from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
+from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig, hugging_face
 
 TOKENS = 128
 SMALL = {"vocab": 64, "layers": 2, "width": 32, "heads": 4}
-
-
-def _hf(model):
-    model.loss_type = "ForCausalLM"  # left to itself, transformers looks it up with a warning, which breaks the graph
-    return model
 
 
 def llama():
@@ -29,35 +24,11 @@ def gpt(dropout=0.0):
 
 
 def hf_llama():
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return _hf(transformers.LlamaForCausalLM(config))
+    return hugging_face.hf_llama(**SMALL, kv_heads=2, ffn=96)
 
 
 def hf_gpt2(dropout=0.0):
-    config = transformers.GPT2Config(
-        vocab_size=64,
-        n_positions=TOKENS,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return _hf(transformers.GPT2LMHeadModel(config))
+    return hugging_face.hf_gpt2(**SMALL, tokens=TOKENS, dropout=dropout)
 
 
 def hf_bert(dropout=0.0):

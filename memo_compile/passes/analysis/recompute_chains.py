@@ -7,7 +7,9 @@ from collections.abc import Collection
 import torch.fx as fx
 
 from memo_compile.passes.analysis.bit_sensitive import any_decides
-from memo_compile.passes.transforms.partition import UNCHECKED, readable_inputs, recompute_chain
+from memo_compile.passes.fx.facts import is_pure
+from memo_compile.passes.fx.meta import UNCHECKED
+from memo_compile.passes.fx.mutations import readable_inputs
 
 Chains = dict[str, tuple[fx.Node, ...] | None]
 
@@ -25,3 +27,22 @@ def recompute_chains(joint: fx.GraphModule, saved: Collection[fx.Node], exact: f
         chain = None if once else recompute_chain(node, available)
         chains[node.name] = tuple(chain) if chain is not None and not any_decides(chain) else None
     return chains
+
+
+def recompute_chain(value: fx.Node, available: Collection[fx.Node]) -> list[fx.Node] | None:
+    """The nodes that must run again, in graph order and `value` last, to make `value` from what is available.
+
+    Returns None where the chain meets a node that must not run twice: random numbers, collectives, mutations.
+    """
+    chain: dict[fx.Node, None] = {}
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if node in chain or (node in available and node is not value):
+            continue
+        if not is_pure(node):
+            return None
+        chain[node] = None
+        stack.extend(node.all_input_nodes)
+    position = {n: i for i, n in enumerate(value.graph.nodes)}
+    return sorted(chain, key=position.__getitem__)

@@ -9,6 +9,7 @@ LAYER = "memo_layer"  # LayerInfo: the repeated layer that the node stands in
 WHY = "memo_why"  # why a pass inserted the node, in words
 FOR = "memo_for"  # the name of the saved activation that the node serves
 PART_OF = "memo_part_of"  # the name of the saved activation of which the value is the kept rows
+UNCHECKED = "saved_tensor_with_no_vc_check"  # torch's mark of what an autograd function keeps by itself
 ROLE = "memo_role"  # Role: what a node that a pass inserted makes
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import DrawnTwice
+from memo_compile.passes.analysis.recompute_chains import recompute_chain
 from memo_compile.passes.analysis.user_checkpoints import NO_POLICIES, Policies
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import (
@@ -29,10 +30,11 @@ from memo_compile.passes.fx.facts import (
     storage_of,
     writes_in_place,
 )
+from memo_compile.passes.fx.meta import UNCHECKED
+from memo_compile.passes.fx.mutations import readable_inputs
 from memo_compile.passes.fx.provenance import because
 
 NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
-UNCHECKED = "saved_tensor_with_no_vc_check"  # torch's mark of what an autograd function keeps by itself
 SYMBOL = 3  # of the kinds of saved values, the last
 SMALL_STATISTIC = 8  # a reduction is kept beside its argument if it is so many times smaller than the result
 
@@ -197,47 +199,6 @@ def received(backward: fx.GraphModule, saved: int) -> list[fx.Node]:
 def _saved_names(forward: fx.GraphModule, num_fwd_outputs: int) -> tuple[str, ...]:
     (output,) = forward.graph.find_nodes(op="output")
     return tuple(n.name for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node))
-
-
-def recompute_chain(value: fx.Node, available: Collection[fx.Node]) -> list[fx.Node] | None:
-    """The nodes that must run again, in graph order and `value` last, to make `value` from what is available.
-
-    Returns None where the chain meets a node that must not run twice: random numbers, collectives, mutations.
-    """
-    chain: dict[fx.Node, None] = {}
-    stack = [value]
-    while stack:
-        node = stack.pop()
-        if node in chain or (node in available and node is not value):
-            continue
-        if not is_pure(node):
-            return None
-        chain[node] = None
-        stack.extend(node.all_input_nodes)
-    position = {n: i for i, n in enumerate(value.graph.nodes)}
-    return sorted(chain, key=position.__getitem__)
-
-
-def readable_inputs(joint: fx.GraphModule) -> set[fx.Node]:
-    """The inputs that hold in the backward what they held in the forward: no tangents, nothing that is mutated."""
-    placeholders = joint.graph.find_nodes(op="placeholder")
-    described = {d.mutated_input for d in _output_descriptors(joint) if hasattr(d, "mutated_input")}
-    mutated = {n for n in placeholders if n.meta.get("desc") in described}
-    for node in joint.graph.nodes:
-        if node.op == "call_function" and writes_in_place(node):
-            mutated.update(a for a in node.all_input_nodes[:1] if a.op == "placeholder")
-    return {n for n in placeholders if "tangents" not in str(n.target)} - mutated
-
-
-def num_mutated_outputs(gm: fx.GraphModule) -> int:
-    """How many leading outputs are not the user's, but new values of inputs that AOTAutograd copies back."""
-    return sum(1 for d in _output_descriptors(gm) if hasattr(d, "mutated_input"))
-
-
-def _output_descriptors(gm: fx.GraphModule) -> list[Any]:
-    """AOTAutograd's description of each output; private: `output.meta["desc"]`, `InputMutationAOTOutput`."""
-    (output,) = gm.graph.find_nodes(op="output")
-    return [d for d in output.meta.get("desc", ()) if d is not None]
 
 
 def canonical_saved(

@@ -18,22 +18,21 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.analysis.recompute_chains import recompute_chain
 from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
-from memo_compile.passes.fx.meta import PART_OF, TOKENS, Role
+from memo_compile.passes.fx.meta import PART_OF, TOKENS, UNCHECKED, Role
+from memo_compile.passes.fx.mutations import readable_inputs
 from memo_compile.passes.fx.provenance import because
 from memo_compile.passes.fx.sizes import is_symbolic, largest
 from memo_compile.passes.transforms.homes import Homes, Transfer, host_layout
 from memo_compile.passes.transforms.partition import (
     SYMBOL,
-    UNCHECKED,
     Split,
     order_backward,
-    readable_inputs,
     received,
-    recompute_chain,
     saved_kind,
 )
 from memo_compile.passes.transforms.token_slices import (

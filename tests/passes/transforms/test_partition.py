@@ -6,11 +6,11 @@ from torch._functorch.aot_autograd import aot_function
 
 from memo_compile.errors import DrawnTwice
 from memo_compile.passes.analysis.liveness import last_reads, lifetimes
+from memo_compile.passes.analysis.recompute_chains import recompute_chain
 from memo_compile.passes.fx.facts import is_seed, nbytes
 from memo_compile.passes.transforms.partition import (
     canonical_saved,
     order_backward,
-    recompute_chain,
     split_min_cut,
     split_saving,
 )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from memo_compile.passes.transforms.partition import UNCHECKED, Split, received
+from memo_compile.passes.fx.meta import UNCHECKED
+from memo_compile.passes.transforms.partition import Split, received
 from memo_compile.passes.transforms.slices import _in_torchs_order
 from memo_compile.planning.decide import decide
 from memo_compile.trace.offline import trace

@@ -56,8 +56,8 @@ from memo_compile.passes.fx.facts import check_sizes
 from memo_compile.passes.fx.meta import LAYER
 from memo_compile.passes.fx.ranges import NoRange, NothingPlanned, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
-from memo_compile.planning.decide import Decided, lease_input, lease_output
-from memo_compile.planning.fit_budget import WORTHWHILE, Settled, settle
+from memo_compile.planning.decide import Decided, decide, lease_input, lease_output
+from memo_compile.planning.fit_budget import WORTHWHILE, Fitted, fit_budget
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.ahead import Schedule
@@ -187,21 +187,22 @@ class _Compilation:
                 rows = slice_rows(p.tokens.tokens, least_rows, limits.slice_tokens)
                 limits = replace(limits, slice_tokens=rows)
             rehearsal = replace(rehearsal, budget=limits.budget)
-            settled: Settled[Evidence] = settle(p, limits, rehearsal.looked_at, name=setting.name, backend="memo")
-            ranks.confirm(settled.decided)
-        check_planned(setting, limits, settled.decided, settled.peak)
-        if limits.budget is not None and settled.peak > limits.budget:
+            make = partial(decide, p, name=setting.name, backend="memo", watch=observer.watch)
+            fitted: Fitted[Evidence] = fit_budget(p, limits, make, rehearsal.looked_at)
+            ranks.confirm(fitted.decided)
+        check_planned(setting, limits, fitted.decided, fitted.peak)
+        if limits.budget is not None and fitted.peak > limits.budget:
             rehearsal = replace(rehearsal, budget=None)  # the least that there is was taken
-        decided = settled.decided
+        decided = fitted.decided
         plan = replace(
             decided.plan,
-            budget=limits.given(settled.peak),
-            rounds=self.rounds + settled.rounds,
+            budget=limits.given(fitted.peak),
+            rounds=self.rounds + fitted.rounds,
             seconds=time.perf_counter() - started,
         )
         links = links_of(decided, num_forward_outputs)
         observer.decided(p, decided, setting.options)
-        return Planned(p, decided, plan, rehearsal, settled.evidence, links, observer)
+        return Planned(p, decided, plan, rehearsal, fitted.evidence, links, observer)
 
     def _over_range(
         self,

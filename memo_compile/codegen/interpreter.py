@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from memo_compile.codegen.donation import nothing_donated
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
 from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
-from memo_compile.planning.decide import Decided
-from memo_compile.planning.fit_budget import settle
+from memo_compile.planning.decide import Decided, decide
+from memo_compile.planning.fit_budget import fit_budget
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
@@ -78,13 +79,12 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
             if least_rows:
                 rows = slice_rows(p.tokens.tokens, least_rows, limits.slice_tokens)
                 limits = replace(limits, slice_tokens=rows)
-            settled = settle(
-                p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo_eager"
-            )
-            ranks.confirm(settled.decided)
-        check_planned(setting, limits, settled.decided, settled.peak)
-        plan = replace(settled.decided.plan, budget=limits.given(settled.peak), rounds=settled.rounds)
-        return p, replace(settled.decided, plan=plan)
+            make = partial(decide, p, name=setting.name, backend="memo_eager", watch=dump.watch)
+            fitted = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None))
+            ranks.confirm(fitted.decided)
+        check_planned(setting, limits, fitted.decided, fitted.peak)
+        plan = replace(fitted.decided.plan, budget=limits.given(fitted.peak), rounds=fitted.rounds)
+        return p, replace(fitted.decided, plan=plan)
 
     if has_symbols(joint):
         if groups_of(joint):

@@ -93,13 +93,13 @@ class _Choice:
     sliced: Sliced
 
 
-def _within_host(p: Prepared, limits: Limits) -> _Choice:
+def _within_host(p: Prepared, limits: Limits, watch: Watch) -> _Choice:
     """Homes whose slices fit in host memory as they lie there, whole and aligned: the program counts bare bytes.
 
     Raises:
         HostBudgetExceeded: everything is to be offloaded, and does not fit.
     """
-    choice, host = _chosen(p, limits, limits.host), limits.host
+    choice, host = _chosen(p, limits, limits.host, watch), limits.host
     for rounds_left in reversed(range(HOST_ROUNDS)):
         excess = choice.sliced.host_bytes - limits.host
         if excess <= 0:
@@ -107,11 +107,11 @@ def _within_host(p: Prepared, limits: Limits) -> _Choice:
         if limits.offload == "all":
             raise HostBudgetExceeded(choice.sliced.host_bytes, 0, limits.host)
         host = max(0, host - 2 * excess) if rounds_left else 0  # without offloading at last
-        choice = _chosen(p, limits, host)
+        choice = _chosen(p, limits, host, watch)
     return choice
 
 
-def _chosen(p: Prepared, limits: Limits, host: int) -> _Choice:
+def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
     """Homes for `host` bytes of host memory."""
     view = view_of(p, replace(limits, host=host))
     everything = limits.offload == "all"
@@ -126,11 +126,12 @@ def _chosen(p: Prepared, limits: Limits, host: int) -> _Choice:
         for r in [decision.residency[a.name]]
     }
     ahead = fits and (everything or limits.objective == "time")
-    return _Choice(problem, decision, homes, ahead, carry_out(p, homes, ahead=ahead, host_budget=limits.host))
+    sliced = carry_out(p, homes, ahead=ahead, host_budget=limits.host, watch=watch)
+    return _Choice(problem, decision, homes, ahead, sliced)
 
 
-def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
-    """Choose homes within `limits` and build the graphs that carry them out.
+def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch = unwatched) -> Decided:
+    """Choose homes within `limits` and build the graphs that carry them out, as `watch` is shown.
 
     Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
 
@@ -144,7 +145,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str) -> Decided:
     roomy = limits.budget is None or limits.budget >= p.unplanned_peak
     if not everything and limits.objective == "time" and roomy and not p.policies.offloaded:
         return _unplanned(p, limits, name, backend, started)
-    choice = _within_host(p, limits)
+    choice = _within_host(p, limits, watch)
     problem, decision, homes, ahead, sliced = choice.problem, choice.decision, choice.homes, choice.ahead, choice.sliced
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
     plan = replace(

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
-from memo_compile.planning.decide import Decided, decide
+from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.search import least_peak
@@ -23,10 +23,12 @@ WORTHWHILE = (
 )
 TRIFLE = 1e-3  # of a step's budget: a graph behind a graph break may be a few bytes
 T = TypeVar("T")
+Decide = Callable[[Limits], Decided]
+Evaluate = Callable[[Decided], tuple[int, T]]
 
 
 @dataclass(frozen=True)
-class Settled(Generic[T]):
+class Fitted(Generic[T]):
     """A plan with what it was found to hold: `peak` bytes, and the evidence for it."""
 
     decided: Decided
@@ -35,12 +37,11 @@ class Settled(Generic[T]):
     rounds: int
 
 
-def settle(
-    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], *, name: str, backend: str
-) -> Settled[T]:
+def fit_budget(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> Fitted[T]:
     """The fastest plan that `evaluate` finds within `limits.budget`.
 
     Args:
+        decide: makes the plan for given limits (`planning.decide.decide`).
         evaluate: the bytes that the graphs of a plan hold at most, and what tells so.
 
     Where not even the smallest plan is within a budget that is not promised, that plan.
@@ -48,32 +49,31 @@ def settle(
     Raises:
         BudgetTooSmall: not even the smallest plan is within the budget.
     """
-    settled = _settled(p, limits, evaluate, name, backend)
-    least = settled.peak if limits.objective == "memory" else min(settled.peak, least_peak(p, limits))
-    plan = replace(settled.decided.plan, least_peak=least)
-    return replace(settled, decided=replace(settled.decided, plan=plan))
+    fitted = _fitted(p, limits, decide, evaluate)
+    least = fitted.peak if limits.objective == "memory" else min(fitted.peak, least_peak(p, limits))
+    plan = replace(fitted.decided.plan, least_peak=least)
+    return replace(fitted, decided=replace(fitted.decided, plan=plan))
 
 
-def _settled(
-    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], name: str, backend: str
-) -> Settled[T]:
+def _fitted(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> Fitted[T]:
     if limits.objective == "memory":
-        return Settled(*_smallest(p, limits, evaluate, name, backend), rounds=1)
+        return Fitted(*_smallest(p, limits, decide, evaluate), rounds=1)
     target = limits.budget
     if p.fused and target is not None and target < p.unplanned_peak:
         target = int(AIM * target)
     rounds = 0
     for rounds in range(1, ROUNDS + 1):
-        decided, peak, evidence = _looked_at(p, replace(limits, budget=target), evaluate, name, backend)
+        decided, peak, evidence = _looked_at(replace(limits, budget=target), decide, evaluate)
         if limits.budget is None or peak <= limits.budget:
-            return Settled(decided, peak, evidence, rounds)
+            return Fitted(decided, peak, evidence, rounds)
+        name = decided.plan.name
         log.debug("%s: the plan for %s bytes holds %s, over a budget of %s", name, target, peak, limits.budget)
         assert target is not None
         target = max(1, min(target, decided.plan.predicted_peak) - int(OVERSHOOT * (peak - limits.budget)))
-    decided, peak, evidence = _smallest(p, limits, evaluate, name, backend)
+    decided, peak, evidence = _smallest(p, limits, decide, evaluate)
     if limits.budget is not None and peak > limits.budget and limits.promised and not trifling(peak, limits):
         raise BudgetTooSmall(limits.budget, peak, decided.obstacles, limits.beside)
-    return Settled(decided, peak, evidence, rounds + 1)
+    return Fitted(decided, peak, evidence, rounds + 1)
 
 
 def trifling(peak: int, limits: Limits) -> bool:
@@ -81,21 +81,17 @@ def trifling(peak: int, limits: Limits) -> bool:
     return limits.budget is not None and peak <= TRIFLE * (limits.budget + limits.beside)
 
 
-def _smallest(
-    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], name: str, backend: str
-) -> tuple[Decided, int, T]:
+def _smallest(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> tuple[Decided, int, T]:
     """The plan that holds least: of a small graph that may be the unplanned one, which a compiler fuses further."""
-    least = _looked_at(p, replace(limits, objective="memory"), evaluate, name, backend)
+    least = _looked_at(replace(limits, objective="memory"), decide, evaluate)
     if limits.offload == "all" or least[1] <= WORTHWHILE * p.unplanned_peak:
         return least
-    unplanned = _looked_at(p, replace(limits, budget=None, objective="time", offload=False), evaluate, name, backend)
+    unplanned = _looked_at(replace(limits, budget=None, objective="time", offload=False), decide, evaluate)
     if least[1] <= unplanned[1]:
         return least
     return replace(unplanned[0], obstacles=least[0].obstacles), *unplanned[1:]
 
 
-def _looked_at(
-    p: Prepared, limits: Limits, evaluate: Callable[[Decided], tuple[int, T]], name: str, backend: str
-) -> tuple[Decided, int, T]:
-    decided = decide(p, limits, name=name, backend=backend)
+def _looked_at(limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> tuple[Decided, int, T]:
+    decided = decide(limits)
     return (decided, *evaluate(decided))

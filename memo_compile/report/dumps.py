@@ -43,7 +43,7 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.report.graph_io import graph_to_json
 from memo_compile.report.measured import profiled
-from memo_compile.report.pass_log import Watched, as_files, pass_log, readable, snapshot
+from memo_compile.report.pass_log import Watched, Watching, as_files, pass_log, readable, snapshot
 from memo_compile.report.picture import layer_dot, render
 from memo_compile.report.tables import layer_table
 from memo_compile.report.timeline import report_data, simulated
@@ -60,7 +60,7 @@ class Dump:
     """A folder for one graph, or None for no dump: without a trace either, every method does nothing."""
 
     folder: Path | None
-    passes: Watched | None = None
+    passes: Watching | None = None
 
     @property
     def wanted(self) -> bool:
@@ -86,7 +86,7 @@ class Dump:
         """`joint.py` and `joint.json`: the joint graph as it came in, before a pass has touched it."""
         if not self.wanted:
             return
-        self.passes = Watched({"joint": snapshot(gm)})
+        self.passes = Watching(Watched({"joint": snapshot(gm)}))
         self._show("joint.py", readable(gm))
         try:
             graph = graph_to_json(gm)

@@ -1,6 +1,7 @@
 """What each pass did to the graphs: before and after as Python, a diff in words, and what it found.
 
-Passes that annotate are watched as they run. Those that act are run once more, on the decision that was taken.
+Passes are watched as they run: those that annotate once, those that act each time that graphs are built for homes. What
+is told is the building of the graphs that were decided on.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from memo_compile.passes import pipeline
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import nbytes, op_name, source_line
 from memo_compile.passes.fx.meta import TOKENS, WHY
 from memo_compile.passes.pipeline import Graphs
-from memo_compile.planning.decide import Decided, carry_out
+from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.report.plain import plain
 
@@ -98,6 +100,7 @@ class Watched:
 
     last: Mapping[str, Snapshot]
     records: list[PassRecord] = field(default_factory=list)
+    graphs: list[Graphs] = field(default_factory=list)
 
     def __call__(self, name: str, graphs: Graphs, found: Any) -> None:
         """See `passes.pipeline.Watch`."""
@@ -111,22 +114,41 @@ class Watched:
             summary = f"{_NOTES[name]}\n\n{summary}"
         self.records.append(PassRecord(name, self.last, after, summary, plain(found)))
         self.last = after
+        self.graphs.append(graphs)
 
 
-def pass_log(annotating: Watched, p: Prepared, decided: Decided) -> list[PassRecord]:
-    """The passes in order, those that act from the decision; words of their own for those that make more of it."""
-    acting = Watched(annotating.last)
-    if decided.homes:
-        carry_out(p, decided.homes, ahead=decided.ahead, host_budget=decided.limits.host, watch=acting)
-    else:
-        acting("partition", {"forward": decided.forward, "backward": decided.backward}, None)
+@dataclass
+class Watching:
+    """Notes passes that annotate, and those that act for each time that graphs were built."""
+
+    annotating: Watched
+    acting: list[Watched] = field(default_factory=list)
+
+    def __call__(self, name: str, graphs: Graphs, found: Any) -> None:
+        """See `passes.pipeline.Watch`."""
+        if name == pipeline.ACTING[0][0]:
+            self.acting.append(Watched(self.annotating.last))
+        (self.acting[-1] if self.acting else self.annotating)(name, graphs, found)
+
+    def built(self, decided: Decided) -> Watched:
+        """How the graphs of a decision were built; of one to change nothing, torch's own split."""
+        for run in self.acting:
+            if run.graphs[-1]["forward"] is decided.forward:
+                return run
+        split = Watched(self.annotating.last)
+        split("partition", {"forward": decided.forward, "backward": decided.backward}, None)
+        return split
+
+
+def pass_log(watched: Watching, p: Prepared, decided: Decided) -> list[PassRecord]:
+    """The passes in order, those that act as for the decision; words of their own for those that make more of it."""
     in_words: dict[str, Callable[[PassRecord], str]] = {
         "tokens": lambda _: _tokens(p),
         "partition": lambda record: _partition(p, decided, record.after),
     }
     return [
         replace(r, summary=in_words[r.name](r)) if r.name in in_words else r
-        for r in (*annotating.records, *acting.records)
+        for r in (*watched.annotating.records, *watched.built(decided).records)
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,8 @@ from memo_compile.errors import NothingToPlan, memo_error
 from memo_compile.options import Options
 from memo_compile.passes.analysis.costs import Timer
 from memo_compile.passes.fx.facts import check_sizes
-from memo_compile.planning.fit_budget import settle
+from memo_compile.planning.decide import decide
+from memo_compile.planning.fit_budget import fit_budget
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
@@ -41,8 +43,9 @@ def plan_offline(
     """See `memo_compile.plan`."""
     p, setting = trace(model, args, kwargs, options)
     limits = limits_for(setting, p.unplanned_peak)
-    settled = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name=setting.name, backend="memo")
-    return replace(settled.decided.plan, budget=limits.budget, rounds=settled.rounds)
+    make = partial(decide, p, name=setting.name, backend="memo")
+    fitted = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None))
+    return replace(fitted.decided.plan, budget=limits.budget, rounds=fitted.rounds)
 
 
 def trace(

@@ -1,12 +1,14 @@
 """The closed loop between a plan and what it is found to hold."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import zoo
 
 from memo_compile.errors import BudgetTooSmall
-from memo_compile.planning.fit_budget import ROUNDS, settle
+from memo_compile.planning.decide import decide
+from memo_compile.planning.fit_budget import ROUNDS, fit_budget
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for
 
@@ -18,20 +20,20 @@ def traced():
     return p, limits_for(setting, p.unplanned_peak)
 
 
-def settled(p, limits, peak_of):
-    """What is settled on where `peak_of` says what a plan holds, with the plans it was asked about."""
+def fitted(p, limits, peak_of):
+    """What is chosen where `peak_of` says what a plan holds, with the plans it was asked about."""
     asked = []
 
     def evaluate(decided):
         asked.append(decided)
         return peak_of(decided), None
 
-    return settle(p, limits, evaluate, name="model", backend="memo"), asked
+    return fit_budget(p, limits, partial(decide, p, name="model", backend="memo"), evaluate), asked
 
 
 def test_the_least_plan_is_taken_where_it_holds_less(traced):
     p, limits = traced
-    found, asked = settled(p, limits, lambda d: p.unplanned_peak // 2)
+    found, asked = fitted(p, limits, lambda d: p.unplanned_peak // 2)
     assert found.decided.homes
     assert len(asked) == 1
 
@@ -39,7 +41,7 @@ def test_the_least_plan_is_taken_where_it_holds_less(traced):
 def test_the_unplanned_graph_is_the_least_where_no_plan_holds_less(traced):
     """Offloading a small model gains less than what a compiler no longer fuses."""
     p, limits = traced
-    found, asked = settled(p, limits, lambda d: p.unplanned_peak - bool(not d.homes))
+    found, asked = fitted(p, limits, lambda d: p.unplanned_peak - bool(not d.homes))
     assert not found.decided.homes
     assert found.peak == p.unplanned_peak - 1
     assert len(asked) == 2
@@ -54,7 +56,7 @@ def test_a_missed_budget_is_aimed_at_again_lower(traced):
         targets.append(decided.limits.budget)
         return budget + 1000 * (len(targets) < ROUNDS)
 
-    found, _ = settled(p, replace(limits, budget=budget, objective="time"), excess)
+    found, _ = fitted(p, replace(limits, budget=budget, objective="time"), excess)
     assert found.rounds == ROUNDS
     assert budget > targets[0] > targets[1] + 1000
 
@@ -62,7 +64,7 @@ def test_a_missed_budget_is_aimed_at_again_lower(traced):
 def test_a_budget_that_no_plan_keeps_is_refused_with_what_was_found(traced):
     p, limits = traced
     with pytest.raises(BudgetTooSmall) as caught:
-        settled(
+        fitted(
             p,
             replace(limits, budget=p.unplanned_peak // 2, objective="time"),
             lambda d: p.unplanned_peak + bool(d.homes),

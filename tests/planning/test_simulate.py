@@ -3,13 +3,15 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bench import zoo
-from memo_compile.planning.fit_budget import settle
+from memo_compile.planning import decide as planning
+from memo_compile.planning.fit_budget import fit_budget
 from memo_compile.planning.residency import Activation, Problem, Residency
 from memo_compile.planning.rounding import decide, evaluate
 from memo_compile.planning.simulate import simulate
@@ -181,7 +183,8 @@ def test_the_program_predicts_what_the_simulator_plays_for_real_models(target, h
     model, args, kwargs, _ = target()
     p, setting = trace(model, args, kwargs, {"memory_budget": 0.65, "hardware": hardware})
     limits = limits_for(setting, p.unplanned_peak)
-    decided = settle(p, limits, lambda d: (d.plan.predicted_peak, None), name="zoo", backend="memo").decided
+    make = partial(planning.decide, p, name="zoo", backend="memo")
+    decided = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None)).decided
     where = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
     assert any(r.offloaded or r.recomputed for r in where.values())
     predicted, played = evaluate(decided.problem, where), simulate(decided.problem, where)

@@ -47,5 +47,5 @@ class PadToLengths:
     def _padded(self, key: str, value: Any, tokens: int, length: int) -> Any:
         if not self._counts(value) or value.shape[self.dim] != tokens:
             return value
-        behind = [0, 0] * (value.dim() - 1 - self.dim) + [0, length - tokens]
-        return pad(value, behind, value=self.fill.get(key, FILL.get(key, 0)))
+        padding = [0, 0] * (value.dim() - 1 - self.dim) + [0, length - tokens]
+        return pad(value, padding, value=self.fill.get(key, FILL.get(key, 0)))

@@ -130,7 +130,7 @@ class Keeps(torch.autograd.Function):
 
 
 def test_what_a_function_keeps_by_itself_is_read_as_eager_reads_it(backend, options):
-    """Written to before the backward, it must not be what a product is made again from. Or autograd refuses it: it does
+    """Written to before the backward, it must not be what a matmul is made again from. Or autograd refuses it: it does
     under `aot_eager`.
     """
 
@@ -350,7 +350,7 @@ class InALoop(nn.Module):
 
 
 def in_two(x):
-    """Two graphs, one behind the other."""
+    """Two graphs, one after the other."""
     x = (x * 2).sin()
     torch._dynamo.graph_break()
     return x.cos().mean()
@@ -626,7 +626,7 @@ def test_a_model_without_token_axis_keeps_tensors_whole(backend):
 
 
 def test_rows_of_several_sequences_may_have_all_three_homes(backend):
-    """Of two sequences, the rows of one home are no matrix that a product could be written to."""
+    """Of two sequences, the rows of one home are no matrix that a matmul could be written to."""
     model, x = make(), rows().view(2, 128, 32)
     model(x).square().mean().backward()
     expected = grads(model)

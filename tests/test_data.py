@@ -25,7 +25,7 @@ def test_a_batch_is_padded_to_the_next_length():
         assert torch.equal(batch["weight"], torch.tensor([0.5, 0.5]))
 
 
-def test_tokens_may_have_features_behind_them():
+def test_tokens_may_have_features_after_them():
     collate = PadToLengths([8], collate=lambda rows: {"x": torch.stack(rows)})
     batch = collate([torch.ones(5, 3)] * 2)
     assert batch["x"].shape == (2, 8, 3)

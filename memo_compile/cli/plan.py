@@ -1,7 +1,7 @@
 """Plan training without a GPU: what a rank holds, where activations go, how long a step takes.
 
 Either one of the models that memo knows by name (--preset), or a function, package.module:function, that returns
-(model, args) or (model, args, kwargs). It is called with fake tensors. Options behind these are for `memo check`.
+(model, args) or (model, args, kwargs). It is called with fake tensors. Options after these are for `memo check`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure-kernels",
         action="store_true",
-        help="time products and attentions on this machine's device of that hardware, instead of reckoning",
+        help="time matmuls and attentions on this machine's device of that hardware, instead of reckoning",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
 

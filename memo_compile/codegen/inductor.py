@@ -14,7 +14,7 @@ from typing import Any
 import torch.fx as fx
 from torch._functorch import config as functorch_config
 
-from memo_compile.codegen.scheduler.fusion import wait_for_products
+from memo_compile.codegen.scheduler.fusion import wait_for_matmuls
 from memo_compile.codegen.scheduler.lost_dependencies import Waits, added_waits, restored
 from memo_compile.codegen.scheduler.order import (
     place_transfers,
@@ -84,7 +84,7 @@ def collection_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settings_for(decided: CarriedOut, graph: fx.GraphModule) -> Iterator[None]:
-    """Products and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
+    """Matmuls and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
     from torch._inductor import config  # loads Inductor
 
     moves = any(h.offloaded for h in decided.homes.values())
@@ -92,18 +92,18 @@ def settings_for(decided: CarriedOut, graph: fx.GraphModule) -> Iterator[None]:
     waits: Waits = {}
 
     def before_fusion(nodes: list[Any]) -> list[Any]:
-        nodes = wait_for_products(nodes)
+        nodes = wait_for_matmuls(nodes)
         waits.update(added_waits(nodes))
         return nodes
 
-    def behind_fusion(nodes: list[Any]) -> list[Any]:
+    def after_fusion(nodes: list[Any]) -> list[Any]:
         nodes = restored(nodes, waits)
         return place(nodes) if place is not None else nodes
 
     settings: dict[str, Any] = {}
     if decided.homes:
         settings["_pre_fusion_custom_pass"] = before_fusion
-        settings["_post_fusion_custom_pass"] = behind_fusion
+        settings["_post_fusion_custom_pass"] = after_fusion
     if moves:
         settings["reorder_for_peak_memory"] = False
     with config.patch(settings):

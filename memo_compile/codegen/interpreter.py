@@ -125,7 +125,7 @@ class _Poisoning(_Interpreter):
 
 
 def _interpreted(gm: fx.GraphModule, _: Sequence[Any], *, poisoning: bool = False) -> Callable[[list[Any]], Any]:
-    """A boxed call: the interpreter owns its inputs, and drops each value behind its last reader."""
+    """A boxed call: the interpreter owns its inputs, and drops each value after its last reader."""
     interpreter = _Poisoning if poisoning else _Interpreter
     run = boxed(lambda args: interpreter(gm).boxed_run(args))
     (output,) = gm.graph.find_nodes(op="output")

@@ -2,7 +2,7 @@
 
 Values that were made of a buffer before an op writes to it are computed before it does.
 Inductor lowers elementwise ops to formulas, which are computed where they are read. It computes those that read a
-buffer when an op that mutates it is lowered, but puts them behind that op (torch/_inductor/ir.py, `FallbackKernel`:
+buffer when an op that mutates it is lowered, but puts them after that op (torch/_inductor/ir.py, `FallbackKernel`:
 the op is registered first, then come its `MutationOutput`s): they read what the op has written.
 
 And no kernel writes its result over what a region or an op that memo does not know may still hold.

@@ -52,7 +52,7 @@ def dry_emission(
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
 
-    with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written behind every pass
+    with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written after every pass
         twin = _twin(gm)
     graph = twin.graph
     (output,) = graph.find_nodes(op="output")

@@ -213,7 +213,7 @@ def _stride(output: Any) -> tuple[int, ...] | None:
 def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequence[ArenaSegment]) -> list[str]:
     """Replace the allocation lines of placed buffers by views into their segment.
 
-    A segment is taken before its first buffer and its name dropped behind its last: from then on its buffers alone
+    A segment is taken before its first buffer and its name dropped after its last: from then on its buffers alone
     hold it, and it is free when they are gone.
     """
     places = {b.name: b for b in buffers}

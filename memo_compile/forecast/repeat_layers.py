@@ -1,6 +1,6 @@
 """From a trace of a few layers to the program of many: one layer's steps and activations are repeated.
 
-A layer in the middle of a stack is the template. Copies of its forward stand behind it, copies of its backward before
+A layer in the middle of a stack is the template. Copies of its forward stand after it, copies of its backward before
 it, so that the copies, in the forward's order, are one stack with the traced layers. All that crosses from layer to
 layer (the residual stream, gradients) does so between neighbouring copies as it did in the trace. Gradients of weights
 are left out of the timeline but for the step that makes them: they are counted by formula (`forecast/parallel.py`).
@@ -171,7 +171,7 @@ def repeated_ranges(start: int, end: int, p: Period) -> list[tuple[int, int, int
     """(copy, start, end) of each copy of a live range [start, end) of the trace, on the long timeline.
 
     What the template makes is made by every copy. What comes from elsewhere is there once: made before the template, it
-    reaches into the template itself, the first of the copies; made behind it, into the last, which runs backward first.
+    reaches into the template itself, the first of the copies; made after it, into the last, which runs backward first.
     """
     on, back = p.forward * p.extra, p.backward * p.extra
     if p.start <= start < p.stop:

@@ -1,4 +1,4 @@
-"""Measures this machine: copies each way and both at once, memory bandwidth, products and attention by their shapes."""
+"""Measures this machine: copies each way and both at once, memory bandwidth, matmuls and attention by their shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 COPY = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes of one copy
 WIDTHS = {"cpu": (64, 128, 256, 512, 1024, 2048), "cuda": (256, 512, 1024, 2048, 4096, 8192, 16384)}
 TOKENS = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
-ROWS = {"cpu": (16, 128), "cuda": (128, 512, 2048)}  # of products that are wider
+ROWS = {"cpu": (16, 128), "cuda": (128, 512, 2048)}  # of matmuls that are wider
 WIDE = {"cpu": (256, 1024), "cuda": (2048, 4096, 16384)}
 GROUPS = {"cpu": (1,), "cuda": (1, 32)}  # heads of attention, beside HEADS
 TYPES = {"cpu": ("float32", "float64", "bfloat16"), "cuda": ("bfloat16", "float16", "float32", "float64")}
@@ -32,7 +32,7 @@ TINY = 1e-9
 def measure(device: str, say: Say = lambda _: None) -> DeviceProfile:
     """A profile of this machine's device of that type ("cpu" or "cuda"), in less than a minute.
 
-    The peak of each type of number is the best rate that a product reached, so that efficiencies are shares of that.
+    The peak of each type of number is the best rate that a matmul reached, so that efficiencies are shares of that.
     Links between devices are not measured: they are those of the built-in profile.
     """
     base = built_in(device)
@@ -42,12 +42,12 @@ def measure(device: str, say: Say = lambda _: None) -> DeviceProfile:
     bandwidth = _bandwidth(device)
     peaks: dict[str, float] = {}
     for name in TYPES[device]:
-        say(f"products in {name}")
+        say(f"matmuls in {name}")
         width = WIDTHS[device][-2]
-        peaks[name] = _product(device, width, width, getattr(torch, name)).rate
+        peaks[name] = _matmul(device, width, width, getattr(torch, name)).rate
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     kind = str(dtype).removeprefix("torch.")
-    square, thin = _products(device, dtype, say)
+    square, thin = _matmuls(device, dtype, say)
     peak = peaks[kind] = max(peaks[kind], *(r.rate for rates in (square, *thin.values()) for r in rates))
     forward, backward = _attentions(device, dtype, say)
     matmul = _shares(square, peak)
@@ -86,17 +86,17 @@ class Rate:
 Rates = list[Rate]
 
 
-def _products(device: str, dtype: torch.dtype, say: Say) -> tuple[Rates, dict[int, Rates]]:
-    """Square products by width; and for each number of rows, the square one and wider ones."""
+def _matmuls(device: str, dtype: torch.dtype, say: Say) -> tuple[Rates, dict[int, Rates]]:
+    """Square matmuls by width; and for each number of rows, the square one and wider ones."""
     square = []
     for width in WIDTHS[device]:
-        say(f"products of {width} × {width}")
-        square.append(_product(device, width, width, dtype))
+        say(f"matmuls of {width} × {width}")
+        square.append(_matmul(device, width, width, dtype))
     thin: dict[int, Rates] = {}
     for rows in ROWS[device]:
-        say(f"products of {rows} rows")
+        say(f"matmuls of {rows} rows")
         widths = (rows, *(w for w in WIDE[device] if w > rows))
-        thin[rows] = [_product(device, rows, width, dtype) for width in widths]
+        thin[rows] = [_matmul(device, rows, width, dtype) for width in widths]
     return square, thin
 
 
@@ -137,7 +137,7 @@ def _wait(device: str) -> None:
 def _seconds(device: str, fn: Callable[[], Any], repeats: int = REPEATS) -> float:
     """On a CPU the fastest of a few runs, after one to warm up; on a GPU the mean over a while, after a while.
 
-    A GPU runs what is queued one behind the other, and lowers its clocks after some tenths of a second of hard work:
+    A GPU runs what is queued one after the other, and lowers its clocks after some tenths of a second of hard work:
     waiting for every run would count the wait as work, and short runs would show rates that no training reaches.
     """
     fn()
@@ -149,7 +149,7 @@ def _seconds(device: str, fn: Callable[[], Any], repeats: int = REPEATS) -> floa
 
 
 def _timed(device: str, fn: Callable[[], Any], calls: int) -> float:
-    """Seconds that so many runs take, one behind the other."""
+    """Seconds that so many runs take, one after the other."""
     _wait(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -201,7 +201,7 @@ def _bandwidth(device: str) -> float:
     return 2 * COPY[device] / _seconds(device, lambda: torch.add(x, 1.0, out=y))
 
 
-def _product(device: str, rows: int, width: int, dtype: torch.dtype) -> Rate:
+def _matmul(device: str, rows: int, width: int, dtype: torch.dtype) -> Rate:
     """Of (rows, width) times (width, width)."""
     a, b = (torch.rand(n, width, device=device).to(dtype) for n in (rows, width))
     flops = 2.0 * rows * width**2

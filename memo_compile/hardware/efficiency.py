@@ -1,7 +1,7 @@
 """What share of a device's peak kernels reach: by their FLOPs, and by their FLOPs within a class of shapes.
 
-A product of few rows and one that is square may have as many FLOPs and not the same share, and so may attention over
-few heads and long sequences. So a profile may hold tables by class: for products by their smallest dimension, for
+A matmul of few rows and one that is square may have as many FLOPs and not the same share, and so may attention over
+few heads and long sequences. So a profile may hold tables by class: for matmuls by their smallest dimension, for
 attention by batch times heads, where the FLOPs then tell the length.
 """
 

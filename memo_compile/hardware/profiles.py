@@ -37,9 +37,9 @@ class DeviceProfile:
     `device` is the type that torch gives it. `d2h` and `h2d` are the host link's rates each way for one device, and
     `both_ways` the share of each that is left while both are busy, which plans need not know: a slice cannot come back
     before what leaves ahead of it is out, so that the two copy at once for moments only. `link` is the rate at which a
-    device receives from its peers in one machine. Efficiencies of products and of fused attention are tables of (FLOPs
+    device receives from its peers in one machine. Efficiencies of matmuls and of fused attention are tables of (FLOPs
     of one op, share of the peak), between whose entries `share_at` interpolates; the others are shares for large
-    transfers. Where shapes were measured, `products_by_rows` has a table for each smallest dimension of a product, and
+    transfers. Where shapes were measured, `products_by_rows` has a table for each smallest dimension of a matmul, and
     `attention_by_heads` and its backward one for each number of sequences times heads; they are then what counts.
     """
 
@@ -69,8 +69,8 @@ class DeviceProfile:
         """Peak FLOP/s for a dtype; that of float32 where the profile does not name it."""
         return self.peak_flops.get(dtype, self.peak_flops["float32"])
 
-    def product_share(self, flops: float, rows: float) -> float:
-        """The share of the peak that a product reaches whose smallest dimension is `rows`."""
+    def matmul_share(self, flops: float, rows: float) -> float:
+        """The share of the peak that a matmul reaches whose smallest dimension is `rows`."""
         if not self.products_by_rows:
             return share_at(self.matmul_efficiency, flops)
         return share_in(self.products_by_rows, rows, flops)
@@ -98,7 +98,7 @@ def _rising_to(best: float, scale: float = 1.0) -> Efficiency:
     return tuple((size * scale, share * best) for size, share in shares)
 
 
-_MAMF = "products: 'Maximum Achievable Matmul FLOPS' in Bekman, Machine Learning Engineering"
+_MAMF = "matmuls: 'Maximum Achievable Matmul FLOPS' in Bekman, Machine Learning Engineering"
 
 
 _A100_EFFICIENCIES = (_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60, 0.3))
@@ -109,14 +109,14 @@ _A100_SOURCES = (
 )
 
 
-# Of products of a model 4 096 wide, and of cuDNN's attention, which torch takes on this chip. Traced in a step of 64K
+# Of matmuls of a model 4 096 wide, and of cuDNN's attention, which torch takes on this chip. Traced in a step of 64K
 # tokens on an H200 under its power limit, with torch 2.11, their kernels reached 75, 62 and 52 %. Whole steps of 64K to
 # 256K tokens took 4 to 5 % longer than these say; with the shares below, 0.2 to 1.0 %. Small ones from `memo doctor`.
 _HOPPER_EFFICIENCIES = (_rising_to(0.70, 0.3), _rising_to(0.60, 2.0), _rising_to(0.503, 10.0))
 
 
 _ON_HOPPER = (
-    "products at 70 %, attention at 60 % forward and 50 % backward, so that training steps on an H200 take as long as "
+    "matmuls at 70 %, attention at 60 % forward and 50 % backward, so that training steps on an H200 take as long as "
     "they did (bench/results/gpu.md)"
 )
 

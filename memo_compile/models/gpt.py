@@ -28,7 +28,7 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

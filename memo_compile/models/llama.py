@@ -100,7 +100,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ Between the parallel regions a rank holds its share of the tokens, (batch, token
 tokens and its share of heads, features or vocabulary. Gathered inputs are not saved but gathered again in the backward.
 With one rank these functions are plain linear layers.
 
-Gradients of what every rank holds whole (norms, biases behind a sum over ranks) are sums over the rank's own tokens:
+Gradients of what every rank holds whole (norms, biases after a sum over ranks) are sums over the rank's own tokens:
 the training loop adds them up over the ranks.
 """
 

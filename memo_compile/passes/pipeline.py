@@ -24,7 +24,7 @@ from memo_compile.passes.analysis.user_checkpoints import policies_of
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.homes import Homes
 from memo_compile.passes.transforms.masks import share_masks
-from memo_compile.passes.transforms.matmuls import keep_early_products
+from memo_compile.passes.transforms.matmuls import keep_early_matmuls
 from memo_compile.passes.transforms.offloads import schedule_offloads
 from memo_compile.passes.transforms.partition import Split, split_saving
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
@@ -119,7 +119,7 @@ ACTING: tuple[tuple[str, Callable[[Decision, Any], Split | Sliced]], ...] = (
     ("slices", lambda d, g: _sliced(d, g)),
     ("offloads", lambda d, g: _with_offloads(d, g)),
     ("prefetches", lambda d, g: _with_prefetches(d, g)),
-    ("matmuls", lambda d, g: replace(g, backward=keep_early_products(g.backward))),
+    ("matmuls", lambda d, g: replace(g, backward=keep_early_matmuls(g.backward))),
     ("masks", lambda d, g: _each(share_masks, g) if d.fused else g),
     ("attention", lambda d, g: _each(write_over_attention_inputs, g) if d.fused else g),
     ("workspaces", lambda d, g: _each(d.workspaces, g)),

@@ -98,7 +98,7 @@ def _ask(
     turn: int,
     deadline: Deadline,
 ) -> tuple[int, Ints, int]:
-    """Joined buffers and all orders at one capacity. The first that knows counts; those behind it are stopped."""
+    """Joined buffers and all orders at one capacity. The first that knows counts; those after it are stopped."""
     flags = [np.zeros(1, np.int32) for _ in range(1 + len(ranks))]
     asked: list[Future[tuple[int, Ints, int]]] = [
         pool.submit(kernel.search_joined, core, capacity, budget, turn, flags[0])

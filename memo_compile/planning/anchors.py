@@ -2,7 +2,7 @@
 
 To make an activation again, those that it is made from must be there: it pulls their first use in the backward forward
 in time. Anchors are activations that are never made again, so that such chains end at them: the paper's and every
-checkpointing scheme's layer inputs. Here they are found in the graph: bottlenecks, behind which nothing that came
+checkpointing scheme's layer inputs. Here they are found in the graph: bottlenecks, after which nothing that came
 before is needed to recompute what comes after. Too many anchors hold too much, too few drag in too much, so that the
 planner asks the linear program about each of a few sets.
 """

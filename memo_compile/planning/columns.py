@@ -67,12 +67,12 @@ class Columns:
     stall: int  # ticks before the interval
     out_stalled: int  # copied to the host in the stall
     out: int  # copied to the host during the interval
-    waiting: int  # made and not copied, behind the interval
-    overdue: int  # due less copied, behind the interval; below 0 where copies are ahead
+    waiting: int  # made and not copied, after the interval
+    overdue: int  # due less copied, after the interval; below 0 where copies are ahead
     held: int  # overdue at the start of the interval
     back_stalled: int  # landed in the stall
     back: int  # landed during the interval
-    early: int  # landed and not yet used, behind the interval
+    early: int  # landed and not yet used, after the interval
     top: int  # the peak
     count: int
 

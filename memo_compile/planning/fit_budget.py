@@ -21,7 +21,7 @@ AIM = 0.985  # of a budget, at first, where a compiler fuses: plans miss by abou
 WORTHWHILE = (
     0.7  # of the unplanned peak by the model, up to 1.22 times the emitted graph's: plans below need no comparison
 )
-TRIFLE = 1e-3  # of a step's budget: a graph behind a graph break may be a few bytes
+TRIFLE = 1e-3  # of a step's budget: a graph after a graph break may be a few bytes
 T = TypeVar("T")
 Decide = Callable[[Limits], Decided]
 Evaluate = Callable[[Decided], tuple[int, T]]

@@ -49,7 +49,7 @@ def _events(
 ) -> tuple[Changes, np.ndarray[Any, Any], Changes, Changes, Changes]:
     """What changes at the start of each interval: live bytes (with a constant), released, due and needed slices.
 
-    Where it is known what is offloaded (`left`), nothing waits behind the rest.
+    Where it is known what is offloaded (`left`), nothing waits after the rest.
     """
     m, steps = c.intervals, len(problem.seconds)
     changes: Changes = [{} for _ in range(m + 1)]
@@ -81,11 +81,11 @@ def _events(
 def _out_first(problem: Problem, grid: Grid, c: Columns, left: frozenset[str]) -> dict[int, dict[int, float]]:
     """By interval in which an activation of `left` is needed: what may still wait, since it leaves later."""
     queue = _queue(problem)
-    behind: dict[int, float] = {}
+    earlier: dict[int, float] = {}
     may_wait: list[dict[int, float]] = []
     for i in reversed(queue):
-        may_wait.append(dict(behind))
-        behind[c.away + i] = -problem.activations[i].bytes / UNIT
+        may_wait.append(dict(earlier))
+        earlier[c.away + i] = -problem.activations[i].bytes / UNIT
     place = {i: n for n, i in enumerate(queue)}
     rows: dict[int, dict[int, float]] = {}
     farthest = -1

@@ -2,7 +2,7 @@
 
 In the manner of `torch._dynamo.explain`, and for what is saved of JAX's `print_saved_residuals`. Each graph is planned
 and placed as the backend would, from dry runs of Inductor; in its place stands a callable that returns zeros, so that
-Dynamo goes on behind a graph break.
+Dynamo goes on after a graph break.
 
 Private torch APIs, tried with torch 2.13: `GraphModule.compile_subgraph_reason`, which Dynamo leaves on what it hands
 to a backend.
@@ -49,7 +49,7 @@ MIN_SQUARE = 64  # a size below that makes no square worth a word
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
     """Compile `model(*args, **kwargs)` without running a step, and say what memo would do and why.
 
-    Between graphs (behind a graph break) the model's own Python runs on zeros: what depends on values may take
+    Between graphs (after a graph break) the model's own Python runs on zeros: what depends on values may take
     another way there.
 
     Args:
@@ -176,7 +176,7 @@ def _data_sizes(p: Prepared) -> set[int]:
 def _squares(p: Prepared) -> set[str]:
     """Values in whose shape a size of the data stands twice, such as S × S masks and scores.
 
-    A width that happens to equal the number of tokens makes no square: the last dimension of a product with a parameter
+    A width that happens to equal the number of tokens makes no square: the last dimension of a matmul with a parameter
     is the parameter's, and so is a gradient's shape.
     """
     sizes = _data_sizes(p)
@@ -188,8 +188,8 @@ def _squares(p: Prepared) -> set[str]:
     for n in p.joint.graph.nodes:
         if n.op != "call_function" or not nbytes(n) or not any(_shape(n).count(s) >= 2 for s in sizes):
             continue
-        product = schema_name(n) in ("aten::mm", "aten::addmm", "aten::bmm")
-        if (product and storage_of(n.all_input_nodes[-1]) in floating) or widths.intersection(n.all_input_nodes):
+        matmul = schema_name(n) in ("aten::mm", "aten::addmm", "aten::bmm")
+        if (matmul and storage_of(n.all_input_nodes[-1]) in floating) or widths.intersection(n.all_input_nodes):
             widths.add(n)
         elif tuple(sorted(_shape(n))) not in theirs:
             found.add(n.name)

@@ -209,9 +209,9 @@ def diff(graph: str, before: Snapshot, after: Snapshot, move: str) -> str:
     lines = [f"{graph}: {len(before.lines)} -> {len(after.lines)} nodes: {counts}"]
     lines += [f"  + {line.text}{_note(line.bytes, line.source, line.why)}" for line in added]
     lines += [f"  - {line.text}{_note(line.bytes, line.source, '')}" for line in removed]
-    behind = _predecessors(before), _predecessors(after)
+    previous = _predecessors(before), _predecessors(after)
     lines += [
-        f"  > {name}: from behind {behind[0][name]} to behind {behind[1][name]}{f'; {move}' if move else ''}"
+        f"  > {name}: from after {previous[0][name]} to after {previous[1][name]}{f'; {move}' if move else ''}"
         for name in moved
     ]
     for line in changed:

@@ -2,7 +2,7 @@
 
 Private torch APIs, tried with torch 2.13: `torch._guards.tracing`, and the config modules' copies and patches.
 
-Passes that act get the dump's decision, so that a difference shows at the pass that makes it and not in all behind it.
+Passes that act get the dump's decision, so that a difference shows at the pass that makes it and not in all after it.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Ahead:
         return base is not None and self._engine.is_prefetching(dst, lease, offset)
 
     def passed(self, lease: torch.Tensor) -> None:
-        """A backward has started one of its prefetches; behind the last the link is free for the lease before."""
+        """A backward has started one of its prefetches; after the last the link is free for the lease before."""
         with self._lock:
             call = self._calls.get(lease.data_ptr())
             if call is None or not call.began:

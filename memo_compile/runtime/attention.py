@@ -15,7 +15,7 @@ from memo_compile.passes.fx.heads import heads_of_piece
 
 _OPTIONS = "float dropout_p, bool is_causal, int pieces, *, Tensor? attn_mask=None, float? scale=None"
 
-# In graphs: what is written over comes first, and comes out as the results. In emitted code (with a `_` behind the
+# In graphs: what is written over comes first, and comes out as the results. In emitted code (with a `_` after the
 # name): the storages that hold it come first, and the result is empty; it names the call, so that what the call
 # allocates can be counted.
 SCHEMAS = (

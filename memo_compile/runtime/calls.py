@@ -69,7 +69,7 @@ def _trace(kind: str, device: torch.device, lease: torch.Tensor, begin: float) -
 
 @contextlib.contextmanager
 def _nothing_left(device: torch.device) -> Iterator[None]:
-    """Whatever ends the call, no copy of it is still under way behind it."""
+    """Whatever ends the call, no copy of it is still under way after it."""
     try:
         yield
     except BaseException as error:

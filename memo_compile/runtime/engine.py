@@ -196,11 +196,11 @@ class Engine(ABC):
 
     def _await_producer(self) -> None:
         """An offload starts when what the computation was given so far, its source's producer included, is done."""
-        self._queue_behind_computation("D2H")
+        self._queue_after_computation("D2H")
 
     def _await_readers(self) -> None:
         """A prefetch lands when what the computation has been given so far, the place's readers included, is done."""
-        self._queue_behind_computation("H2D")
+        self._queue_after_computation("H2D")
 
     def _offload_of(self, prefetch: Copy) -> Copy | None:
         """A prefetch waits for the offload of its own slice."""
@@ -217,12 +217,12 @@ class Engine(ABC):
         """Names the queue that the computation of this thread runs on now."""
 
     @abstractmethod
-    def _queue_behind_computation(self, kind: str) -> None:
-        """The next copy of this kind starts behind what the computation has been given so far."""
+    def _queue_after_computation(self, kind: str) -> None:
+        """The next copy of this kind starts after what the computation has been given so far."""
 
     @abstractmethod
     def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
-        """Start a copy, behind `after`. What comes back keeps both sides alive until it has ended."""
+        """Start a copy, after `after`. What comes back keeps both sides alive until it has ended."""
 
     @abstractmethod
     def _finish(self, kind: str) -> None:
@@ -230,7 +230,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _order(self, copy: Copy) -> None:
-        """Put the computation behind a copy.
+        """Put the computation after a copy.
 
         Raises:
             TransferFailed: it failed.

@@ -28,7 +28,7 @@ def kept(compiled: Compiled, step: FirstStep, again: Callable[[FirstStep, list[A
             is not called where ranks run beside this one, which would have another plan.
 
     Raises:
-        BudgetExceeded: by the call behind the step that held too much, where another plan cannot mend it.
+        BudgetExceeded: by the call after the step that held too much, where another plan cannot mend it.
     """
     current, latest, planned_again = compiled, step, False
 

@@ -3,13 +3,13 @@
 * `host_lease(nbytes, budget, device) -> Tensor`: a block of the host arena, for copies from and to a device
 * `offload(src, lease!, offset)`, `offload_wait(src, lease!, offset)`: D2H; the wait reads `src`, so that nothing writes
   there before it
-* `prefetch_(dst!, lease, offset)`, `wait_(dst!, lease, offset)`: H2D; readers of `dst` stand behind the wait
+* `prefetch_(dst!, lease, offset)`, `wait_(dst!, lease, offset)`: H2D; readers of `dst` stand after the wait
 * `landing(lease, offset, nbytes, device) -> Tensor`: the storage in which the slice at `offset` lands already, or a new
   one; it stands in emitted code alone, in place of an allocation
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
-* `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: products written to their rows of a larger value
+* `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: matmuls written to their rows of a larger value
 * `poison_(dst!)`: the end of a value's life, with `verify="poison"`; see `memo_compile.runtime.poison`
-* `attention_onto`, `attention_backward_onto`, and with a `_` behind: see `memo_compile.runtime.attention`
+* `attention_onto`, `attention_backward_onto`, and with a `_` after: see `memo_compile.runtime.attention`
 """
 
 from __future__ import annotations

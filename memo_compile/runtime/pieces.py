@@ -87,7 +87,7 @@ def pieces(dst: torch.Tensor, src: torch.Tensor) -> list[tuple[torch.Tensor, tor
 
 
 def _outer_dims(shape: Ints, dst: Ints, src: Ints) -> int:
-    """The least number of first dimensions behind which both sides are dense."""
+    """The least number of first dimensions after which both sides are dense."""
     return max(_strided_dims(shape, side) for side in (dst, src)) if math.prod(shape) else 0
 
 

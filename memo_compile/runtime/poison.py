@@ -53,6 +53,6 @@ def poison_host(came_back: torch.Tensor, lease: torch.Tensor, offset: int) -> No
     place = lease[offset : offset + nbytes]
     if came_back.device.type == "cpu":
         poison(place)
-    else:  # behind the copy that the current stream has waited for
+    else:  # after the copy that the current stream has waited for
         filled = torch.full((nbytes,), ALL_BITS, dtype=torch.uint8, device=came_back.device)
         place.copy_(filled, non_blocking=True)

@@ -57,7 +57,7 @@ class StreamEngine(Engine):
             self._retried_at = nbytes
         return place
 
-    def _queue_behind_computation(self, kind: str) -> None:
+    def _queue_after_computation(self, kind: str) -> None:
         self._streams[kind].wait_stream(self._cuda.current_stream(self._device))
 
     def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
@@ -89,7 +89,7 @@ class StreamEngine(Engine):
     def _order(self, copy: Copy) -> None:
         assert isinstance(copy, _Queued)
         self._cuda.current_stream(self._device).wait_event(copy.done)
-        # The allocator hands a freed block out again in the order of the current stream, which is now behind the copy.
+        # The allocator hands a freed block out again in the order of the current stream, which is now after the copy.
         copy.tensor = _NOTHING
 
     def _join(self, copy: Copy) -> None:

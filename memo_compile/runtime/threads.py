@@ -56,7 +56,7 @@ class ThreadEngine(Engine):
         """See `Engine`: all of it runs where it is called."""
         return 0
 
-    def _queue_behind_computation(self, kind: str) -> None:
+    def _queue_after_computation(self, kind: str) -> None:
         pass
 
     def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:

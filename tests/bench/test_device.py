@@ -272,7 +272,7 @@ def test_gaps_are_when_no_kernel_ran():
     assert probes._gaps([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (7.0, 7.5)]) == 2.0 + 1.0
     assert [probes._kind(n) for n in ("Memcpy DtoH", "nvjet_tst_128", "triton_poi_0", "fmha_cutlassF", "x")] == [
         "copies",
-        "products",
+        "matmuls",
         "fused",
         "attention",
         "other",

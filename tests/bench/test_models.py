@@ -22,7 +22,7 @@ def test_flops_of_llama_8b_by_hand(name):
 
 
 def test_flops_of_gpt_7b_by_hand():
-    """Tied embeddings are the head's product; positions are looked up."""
+    """Tied embeddings are the head's matmul; positions are looked up."""
     by_hand = 6 * 8 * K * (12 * 4096**2 + 50257 * 4096) + 6 * (8 * K) ** 2 * 4096
     assert model_flops(make_model("gpt-7b", 1, 8 * K, "meta"), 8 * K) == by_hand
 

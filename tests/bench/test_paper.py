@@ -52,7 +52,7 @@ def test_a_layer_saves_sixteen_units_and_the_model_4096_gib():
 
 
 def test_flops_of_a_layer_worked_out_by_hand():
-    """24·s·h² for the products and 2·s²·h for causal attention, over 8 ranks."""
+    """24·s·h² for the matmuls and 2·s²·h for causal attention, over 8 ranks."""
     s, h = 128 * K, 4096
     assert sum(flops_of(case("gpt-7b", s)).values()) == pytest.approx((24 * s * h * h + 2 * s * s * h) / 8)
 
@@ -71,7 +71,7 @@ def test_keep_all_takes_the_sum_of_all_steps(tokens):
 
 
 @pytest.mark.parametrize("tokens", [64 * K, 256 * K, K * K])
-def test_full_recompute_runs_each_layer_again_but_for_its_last_product(tokens):
+def test_full_recompute_runs_each_layer_again_but_for_its_last_matmul(tokens):
     c = roomy(case("gpt-7b", tokens))
     forward, _ = seconds_of(c)
     again = c.preset.layers * (sum(forward.values()) - forward["narrow"])

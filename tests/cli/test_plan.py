@@ -93,7 +93,7 @@ def test_kernels_are_measured_where_the_hardware_is_here(tmp_path, monkeypatch):
     command = ["plan", "measured_kernels:block", "--hardware", "cpu", "--json", "plan.json"]
     assert main([*command, "--measure-kernels"]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["step_seconds"] == pytest.approx(5 * 7.0, rel=0.01)  # two products forward, three backward
+    assert found["step_seconds"] == pytest.approx(5 * 7.0, rel=0.01)  # two matmuls forward, three backward
     assert sum(found["seconds_by_op"].values()) == pytest.approx(found["step_seconds"], rel=0.01)
 
 

@@ -249,7 +249,7 @@ def test_delays_change_nothing(device, monkeypatch):
 
 @pytest.mark.parametrize("wait", ["offload_wait", "prefetch_wait"])
 def test_without_waits_delays_are_seen(device, monkeypatch, wait):
-    """`prefetch_wait` reads what has not landed; behind `offload_wait` the bytes are anyone's."""
+    """`prefetch_wait` reads what has not landed; after `offload_wait` the bytes are anyone's."""
     model, x = tower(device, {"offload": "all"}), rows(device)
     expected = step(model, x)
     step(model, rows(device, seed=2))

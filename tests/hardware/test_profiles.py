@@ -57,9 +57,9 @@ def test_a_share_lies_between_those_of_the_classes_around_it():
 def test_classes_are_what_counts_where_there_are_any():
     plain = PROFILES["h200"]
     mine = replace(plain, products_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
-    assert plain.product_share(1e11, 16) == plain.product_share(1e11, 1 << 20)
-    assert mine.product_share(1e11, 16) == 0.3
-    assert mine.product_share(1e11, 256) == 0.8
+    assert plain.matmul_share(1e11, 16) == plain.matmul_share(1e11, 1 << 20)
+    assert mine.matmul_share(1e11, 16) == 0.3
+    assert mine.matmul_share(1e11, 256) == 0.8
     assert mine.attention_share(1e9, 32, backward=False) == 0.1
     assert mine.attention_share(1e9, 32, backward=True) == plain.attention_share(1e9, 32, backward=True)
 

@@ -33,7 +33,7 @@ def joint_of(model, *args, **kwargs):
 
 
 class Chain(torch.nn.Module):
-    """Linear layers and sines; no residual, so that Inductor folds no product into a sum and each keeps its name."""
+    """Linear layers and sines; no residual, so that Inductor folds no matmul into a sum and each keeps its name."""
 
     def __init__(self, layers):
         super().__init__()

@@ -34,27 +34,27 @@ def test_a_pass_is_added_by_one_line(monkeypatch, tmp_path):
     """Planning runs it, the dump shows its graphs and what it found, and a replay runs it again."""
     ran = []
 
-    def count_products(joint):
+    def count_matmuls(joint):
         ran.append(joint)
-        return {"products": sum(n.target is torch.ops.aten.mm.default for n in joint.graph.nodes)}
+        return {"matmuls": sum(n.target is torch.ops.aten.mm.default for n in joint.graph.nodes)}
 
     def tag(graphs):
         graphs.forward.graph.find_nodes(op="output")[0].prepend(graphs.forward.graph.call_function(torch.ones, (1,)))
         graphs.forward.recompile()
         return graphs
 
-    counting = ("products", lambda joint, found: count_products(joint.graph))
+    counting = ("matmuls", lambda joint, found: count_matmuls(joint.graph))
     monkeypatch.setattr(pipeline, "ANNOTATING", (*pipeline.ANNOTATING, counting))
     monkeypatch.setattr(pipeline, "ACTING", (*pipeline.ACTING, ("tagged", lambda decision, graphs: tag(graphs))))
     model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Sigmoid(), torch.nn.Linear(32, 32))
     options = {"memory_budget": "min", "dump": str(tmp_path)}
     torch.compile(model, backend="memo_eager", options=options)(torch.ones(4096, 32)).sum().backward()
     (folder,) = graph_folders(tmp_path)
-    (found,) = folder.glob("passes/*-products/found.json")
-    assert json.loads(found.read_text())["products"] > 0
+    (found,) = folder.glob("passes/*-matmuls/found.json")
+    assert json.loads(found.read_text())["matmuls"] > 0
     (diff,) = folder.glob("passes/*-tagged/diff.txt")
     assert "forward: " in diff.read_text()
     assert "1 added" in diff.read_text()
     again = {done.name: done.differences for done in replay(folder)}
-    assert again["products"] == again["tagged"] == ()
+    assert again["matmuls"] == again["tagged"] == ()
     assert len(ran) == 2

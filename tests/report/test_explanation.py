@@ -13,7 +13,7 @@ from memo_compile.errors import UnknownOption
 
 @pytest.fixture(scope="module")
 def explained():
-    """GPT-2 with an S × S mask, and a graph break behind it."""
+    """GPT-2 with an S × S mask, and a graph break after it."""
     model, x = zoo.make("hf-gpt2"), zoo.batch(1)
     ran = []
     handles = [p.register_hook(lambda g: ran.append(g)) for p in model.parameters()]
@@ -30,7 +30,7 @@ def explained():
     return found
 
 
-def test_it_goes_on_behind_a_break_and_says_why_it_broke(explained):
+def test_it_goes_on_after_a_break_and_says_why_it_broke(explained):
     assert len(explained.graphs) == 2
     assert len(explained.breaks) == 1
     assert "graph_break" in explained.breaks[0].reason

@@ -45,7 +45,7 @@ def test_a_moved_node_says_from_where_to_where():
     nodes["neg"].append(nodes["add"])
     text = diff("joint", before, snapshot(gm), "later is enough")
     assert "1 moved" in text
-    assert "  > add: from behind x to behind neg; later is enough" in text
+    assert "  > add: from after x to after neg; later is enough" in text
 
 
 def test_a_removed_node_is_named():

@@ -167,7 +167,7 @@ def without(monkeypatch, *removed):
 
 
 def gradients_differ(tower, expected):
-    """Or autograd has seen that a copy ended behind the forward of its lease."""
+    """Or autograd has seen that a copy ended after the forward of its lease."""
     try:
         got = step(tower, rows())
     except RuntimeError as error:

@@ -113,13 +113,13 @@ def test_opcheck_waits(name, monkeypatch):
     )
 
 
-def test_opcheck_products():
+def test_opcheck_matmuls():
     a, b, bias = torch.randn(8, 3), torch.randn(3, 4), torch.randn(4)
     torch.library.opcheck(ops.mm_into_.default, (torch.empty(8, 4), a, b), test_utils=CHECKS)
     torch.library.opcheck(ops.addmm_into_.default, (torch.empty(8, 4), bias, a, b), test_utils=CHECKS)
 
 
-def test_products_are_written_to_rows_of_a_larger_value():
+def test_matmuls_are_written_to_rows_of_a_larger_value():
     a, b, bias = torch.randn(8, 3), torch.randn(3, 4), torch.randn(4)
     whole = torch.zeros(12, 4)
     ops.mm_into_(whole[:8], a, b)

@@ -258,7 +258,7 @@ def test_a_call_that_has_started_all_is_forgotten():
 
 
 def test_a_landing_place_is_handed_over_when_its_copy_has_started(monkeypatch):
-    """Else the copy starts behind the backward's own, and writes over what lies there by then."""
+    """Else the copy starts after the backward's own, and writes over what lies there by then."""
     calls = TwoCalls()
     held = Held(calls.engine.prefetch, "second")
     result = []

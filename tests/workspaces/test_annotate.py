@@ -77,7 +77,7 @@ def cond(block, x):
 
 
 def loop(block, x):
-    """Three rounds of a loop whose body needs no gradient, and a layer behind it."""
+    """Three rounds of a loop whose body needs no gradient, and a layer after it."""
     scale = block[0].weight.detach().sum() * 0 + 1
     done = torch.zeros((), dtype=torch.int64)
 

@@ -152,8 +152,8 @@ def choose_cuts(lives: Lives, outside: Sequence[int]) -> tuple[int, ...]:
         value, more = min(((cost(_with(cuts, t)), t) for t in singles), default=(best, ()))
         if value >= best:  # two cuts may free what lies between them
             worst = int(beyond(cuts).argmax())
-            before, behind = [c for c in free if c <= worst][-NEAR:], [c for c in free if c > worst][:NEAR]
-            pairs = itertools.product(before, behind)
+            before, after = [c for c in free if c <= worst][-NEAR:], [c for c in free if c > worst][:NEAR]
+            pairs = itertools.product(before, after)
             value, more = min(((cost(_with(cuts, t)), t) for t in pairs), default=(best, ()))
         if value >= best:
             break

@@ -79,7 +79,7 @@ def _of_matmul(call: ast.Call, op: str, profile: DeviceProfile) -> float:
     if len(left) < 2 or not right:
         return _traffic(call, profile)
     flops = 2.0 * math.prod(left) * right[-1]
-    rate = profile.flops(_dtype(call.args)) * profile.product_share(flops, min(*left[-2:], right[-1]))
+    rate = profile.flops(_dtype(call.args)) * profile.matmul_share(flops, min(*left[-2:], right[-1]))
     return max(flops / rate, _traffic(call, profile) - profile.launch_overhead) + profile.launch_overhead
 
 

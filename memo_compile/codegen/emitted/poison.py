@@ -1,6 +1,6 @@
 """Adds fills to emitted text, for `verify="poison"`: what must not be read any more, or not yet, is no number.
 
-A segment is filled when it is taken, a buffer's bytes behind the last statement of its life, as the layout has it. The
+A segment is filled when it is taken, a buffer's bytes after the last statement of its life, as the layout has it. The
 text is what `rewrite` made; its statements are those of the layout, less the lines that take and drop segments.
 """
 
@@ -22,7 +22,7 @@ _BUFFER = re.compile(r"^\s*(?P<name>\w+) = alloc_from_pool\(")
 
 @dataclass(frozen=True)
 class Kept:
-    """A buffer of the forward that the backward receives as `name`; its life ends behind `end` statements there."""
+    """A buffer of the forward that the backward receives as `name`; its life ends after `end` statements there."""
 
     name: str
     segment: int
@@ -58,25 +58,25 @@ def poisoned(lines: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, k
     text = [part for line in lines for part in line.split("\n")]
     last = _last_lines(text)
     before: dict[int, list[str]] = defaultdict(list)
-    behind: dict[int, list[str]] = defaultdict(list)
+    after: dict[int, list[str]] = defaultdict(list)
     for number, (at, bytes_of, end) in enumerate(_lives(text, buffers, first, kept)):
         if end <= len(last):  # what lives on is the backward's to fill
             view = f"memo_poison_{number}"
             before[at].append(f"{view} = {bytes_of}")
-            behind[last[max(end, 1) - 1]] += [f"poison({view})", f"del {view}"]
+            after[last[max(end, 1) - 1]] += [f"poison({view})", f"del {view}"]
     out: list[str] = []
     for i, line in enumerate(text):
         indent = line[: len(line) - len(line.lstrip())]
         out += [indent + more for more in before[i]]
         out.append(line.replace(LANDING, "poisoned_landing"))
-        out += [indent + more for more in (*_fill_of(line), *behind[i])]
+        out += [indent + more for more in (*_fill_of(line), *after[i])]
     return out
 
 
 def _lives(
     text: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, kept: Sequence[Kept]
 ) -> Iterator[tuple[int, str, int]]:
-    """Of each buffer: the line before which its bytes can be named, how, and behind how many statements it dies."""
+    """Of each buffer: the line before which its bytes can be named, how, and after how many statements it dies."""
     made = {m["name"]: i for i, m in enumerate(map(_BUFFER.match, text)) if m}
     for k in kept:
         yield 0, f"kept_bytes({k.name}, {k.segment}, {k.offset}, {k.size})", k.end
@@ -86,7 +86,7 @@ def _lives(
 
 
 def _fill_of(line: str) -> list[str]:
-    """What is filled behind a line whatever lives: a segment that was taken, a slice that has come back."""
+    """What is filled after a line whatever lives: a segment that was taken, a slice that has come back."""
     taken = _SEGMENT.match(line)
     if taken is not None and taken["maker"] != LANDING:
         return [f"poison({taken['name']})"]

@@ -58,7 +58,7 @@ def _read_by(node: Any) -> list[str]:
 
 
 def _reads(node: Any) -> Iterator[str]:
-    """Names of buffers whose elements a node reads: not those that only say what it must come behind."""
+    """Names of buffers whose elements a node reads: not those that only say what it must come after."""
     from torch._inductor.dependencies import MemoryDep  # loads Inductor
 
     if type(node).__name__ == "SchedulerNode":

@@ -1,15 +1,15 @@
-"""Keeps what a matrix product reads last from living on in a kernel that runs later.
+"""Keeps what a matmul reads last from living on in a kernel that runs later.
 
-Inductor fuses elementwise values that read the same tensors. Where one is made for a product (what a linear layer's
-weight gradient is computed from, remade in the backward) and another comes behind that product (the gradients that flow
-on), one kernel makes both before the product runs, and all they read and write is live at once: for a gated MLP six
-tensors of its width in place of four. So what the graph has behind a product waits for it.
+Inductor fuses elementwise values that read the same tensors. Where one is made for a matmul (what a linear layer's
+weight gradient is computed from, remade in the backward) and another comes after that matmul (the gradients that flow
+on), one kernel makes both before the matmul runs, and all they read and write is live at once: for a gated MLP six
+tensors of its width in place of four. So what the graph has after a matmul waits for it.
 
 The same holds where two layers' values read one thing, such as the mask of all attentions: one kernel would make the
 values of both where the first is due, and the second layer's would lie there until its turn. So of two kernels that
-read the same and work on large values, with a product between them, the second waits until the first one's are read.
+read the same and work on large values, with a matmul between them, the second waits until the first one's are read.
 
-And a partial sum (`memo_compile.passes.transforms.sums`) runs before the next product: joined to a kernel behind that,
+And a partial sum (`memo_compile.passes.transforms.sums`) runs before the next matmul: joined to a kernel after that,
 it would hold its terms until then.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._pre_fusion_custom_pass`; of the scheduler
@@ -33,13 +33,13 @@ from memo_compile.passes.transforms.sums import is_partial
 SMALL = 2**18  # bytes: below that a kernel of its own costs more than it saves
 
 
-def wait_for_products(nodes: list[Any]) -> list[Any]:
-    """Of scheduler nodes before fusion: what reads the same as another, and comes behind a product, waits."""
+def wait_for_matmuls(nodes: list[Any]) -> list[Any]:
+    """Of scheduler nodes before fusion: what reads the same as another, and comes after a matmul, waits."""
     from torch._inductor.dependencies import WeakDep  # loads Inductor
 
     seen = _Seen.of(nodes)
     changed = False
-    for last, later in [*_behind_their_operands(seen), *_one_after_the_other(seen), *_before_the_next_product(seen)]:
+    for last, later in [*_after_their_operands(seen), *_one_after_the_other(seen), *_before_the_next_matmul(seen)]:
         if not _needs(last, later, seen.makers):
             # Named by its operation, as Inductor's own ordering does: it writes over nothing.
             later.add_fake_dep(WeakDep(last.get_outputs()[0].get_name(), later.get_name(), is_fake=True))
@@ -84,42 +84,42 @@ class _Seen:
         return _bytes_of(node) + sum(map(_bytes_of, given))
 
 
-def _behind_their_operands(seen: _Seen) -> Iterator[tuple[Any, Any]]:
-    """The product that reads a large value last, and a kernel that comes behind it and reads what made the value."""
+def _after_their_operands(seen: _Seen) -> Iterator[tuple[Any, Any]]:
+    """The matmul that reads a large value last, and a kernel that comes after it and reads what made the value."""
     for operand, read in seen.reads.items():
         readers = _readers(operand)
-        if not readers or _bytes_of(operand) < SMALL or not all(map(_is_product, readers)):
+        if not readers or _bytes_of(operand) < SMALL or not all(map(_is_matmul, readers)):
             continue
-        product = max(readers, key=seen.at.__getitem__)
+        matmul = max(readers, key=seen.at.__getitem__)
         joined = {r for name in read if seen.fused_away(name) for r in seen.readers[name]}
         beside = {r for name in read for r in seen.readers.get(name, ())} - joined
         for later in sorted(beside, key=seen.at.__getitem__):
-            if seen.at[later] > seen.at[product]:
-                yield product, later
+            if seen.at[later] > seen.at[matmul]:
+                yield matmul, later
 
 
 def _one_after_the_other(seen: _Seen) -> Iterator[tuple[Any, Any]]:
-    """Of two kernels that read one thing: the last that reads what the first makes, and the second, a product on."""
-    products = sorted(at for n, at in seen.at.items() if _is_product(n))
+    """Of two kernels that read one thing: the last that reads what the first makes, and the second, a matmul on."""
+    matmuls = sorted(at for n, at in seen.at.items() if _is_matmul(n))
     for name, readers in seen.readers.items():
         if seen.fused_away(name) and _bytes_of(seen.makers[name]) >= SMALL:
             continue
         large = [n for n in readers if seen.touched(n) >= SMALL]
         for first, second in pairwise(large):
             last = max((r for r in [first, *_readers(first)] if r in seen.at), key=seen.at.__getitem__)
-            product = bisect.bisect_right(products, seen.at[last])
-            if product < len(products) and products[product] < seen.at[second]:
+            matmul = bisect.bisect_right(matmuls, seen.at[last])
+            if matmul < len(matmuls) and matmuls[matmul] < seen.at[second]:
                 yield last, second
 
 
-def _before_the_next_product(seen: _Seen) -> Iterator[tuple[Any, Any]]:
-    """A partial sum, and the first product behind it."""
-    products = sorted((n for n in seen.at if _is_product(n)), key=seen.at.__getitem__)
-    places = [seen.at[p] for p in products]
+def _before_the_next_matmul(seen: _Seen) -> Iterator[tuple[Any, Any]]:
+    """A partial sum, and the first matmul after it."""
+    matmuls = sorted((n for n in seen.at if _is_matmul(n)), key=seen.at.__getitem__)
+    places = [seen.at[p] for p in matmuls]
     for kernel in seen.reads:
         following = bisect.bisect_right(places, seen.at[kernel])
-        if following < len(products) and any(is_partial(o) for o in kernel.node.get_origins()):
-            yield kernel, products[following]
+        if following < len(matmuls) and any(is_partial(o) for o in kernel.node.get_origins()):
+            yield kernel, matmuls[following]
 
 
 def _needs(node: Any, other: Any, makers: dict[str, Any]) -> bool:
@@ -140,8 +140,8 @@ def _readers(node: Any) -> list[Any]:
     return [use.node for buffer in node.get_outputs() for use in buffer.users]
 
 
-def _is_product(node: Any) -> bool:
-    """Whether it is a product, or another kernel of torch's own."""
+def _is_matmul(node: Any) -> bool:
+    """Whether it is a matmul, or another kernel of torch's own."""
     return type(node).__name__ == "ExternKernelSchedulerNode"
 
 

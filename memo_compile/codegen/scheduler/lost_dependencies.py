@@ -27,7 +27,7 @@ def added_waits(nodes: list[Any]) -> Waits:
 
 
 def restored(nodes: list[Any], waits: Waits) -> list[Any]:
-    """Scheduler nodes behind fusion, with all dependencies, and in an order that keeps them.
+    """Scheduler nodes after fusion, with all dependencies, and in an order that keeps them.
 
     Raises:
         EmittedOrderChanged: there is none: without a dependency, Inductor has fused what must not be one kernel.
@@ -48,7 +48,7 @@ def restored(nodes: list[Any], waits: Waits) -> list[Any]:
 
 
 def check_dependencies(nodes: list[Any]) -> None:
-    """Every scheduler node stands behind all that it needs.
+    """Every scheduler node stands after all that it needs.
 
     Raises:
         EmittedOrderChanged: naming the first that does not.

@@ -2,7 +2,7 @@
 
 Inductor emits an elementwise value where it is first needed in memory, and fuses it with others, while transfers stand
 where they were: by the time code comes out, every wait may stand before the computation that it should overlap with. So
-behind fusion the transfers are put where the plan has them, among the kernels as they then are. What is emitted is read
+after fusion the transfers are put where the plan has them, among the kernels as they then are. What is emitted is read
 back and compared: `EmittedOrderChanged` where it is not the plan.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._post_fusion_custom_pass`, scheduler nodes'
@@ -23,6 +23,7 @@ import torch.fx as fx
 
 from memo_compile.codegen.emitted.text import call_in, memo_op, statements_of
 from memo_compile.errors import EmittedOrderChanged
+from memo_compile.passes.fx.facts import MATMULS
 
 STARTS = {"offload": "offload_wait", "prefetch_": "wait_"}
 TRANSFERS = frozenset({*STARTS, *STARTS.values()})
@@ -30,7 +31,7 @@ TRANSFERS = frozenset({*STARTS, *STARTS.values()})
 
 @dataclass(frozen=True)
 class Step:
-    """A transfer at a host offset, or (`offset` None) a product: a kernel of its own, behind which copies hide."""
+    """A transfer at a host offset, or (`offset` None) a matmul: a kernel of its own, behind which copies hide."""
 
     name: str
     offset: int | None = None
@@ -47,7 +48,7 @@ def planned_steps(gm: fx.GraphModule) -> list[Step]:
         if name is not None:
             offset: Any = node.args[2]
             steps.append(Step(name, offset))
-        elif _is_product(node):
+        elif _is_matmul(node):
             steps.append(Step(node.name))
     return steps
 
@@ -64,16 +65,15 @@ def _transfer_name(target: Any) -> str | None:
     return None
 
 
-def _is_product(node: fx.Node) -> bool:
+def _is_matmul(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
     name = target._schema.name
     written_in_place = name.removeprefix("memo::") in _INTO
-    return name in _PRODUCTS or written_in_place or "scaled_dot_product" in name or name.startswith("aten::convolution")
+    return name in MATMULS or written_in_place or "scaled_dot_product" in name or name.startswith("aten::convolution")
 
 
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 _ATTENTION = ("attention_onto", "attention_onto_", "attention_backward_onto", "attention_backward_onto_")
 _INTO = frozenset({"mm_into_", "addmm_into_", *_ATTENTION})
 
@@ -125,7 +125,7 @@ def _moves(call: ast.Call) -> str | None:
 
 
 def overlaps(planned: Sequence[Step]) -> dict[Step, int]:
-    """How many products stand between each start and its wait."""
+    """How many matmuls stand between each start and its wait."""
     at = {step: i for i, step in enumerate(planned) if step.offset is not None}
     return {
         start: sum(1 for s in planned[i : at[Step(STARTS[start.name], start.offset)]] if s.offset is None)
@@ -137,8 +137,8 @@ def overlaps(planned: Sequence[Step]) -> dict[Step, int]:
 def check_order(planned: Sequence[Step], emitted: Sequence[Step]) -> list[str]:
     """Compare the order of an emitted graph with its plan's.
 
-    Transfers must be the plan's, in its order each way, every wait behind its start. Where the plan computes between a
-    start and its wait, so should the code; which products those are may differ, since fusion moves them.
+    Transfers must be the plan's, in its order each way, every wait after its start. Where the plan computes between a
+    start and its wait, so should the code; which matmuls those are may differ, since fusion moves them.
 
     Returns:
         The copies that fusion has left with nothing beside them, in words: they cost time and are no mistake.
@@ -167,7 +167,7 @@ def check_order(planned: Sequence[Step], emitted: Sequence[Step]) -> list[str]:
         beside = emitted[:begin] if start.name == "prefetch_" else emitted[end:]
         if count and not _computes(emitted[begin:end]) and _computes(beside):
             lost.append(
-                f"between start and end of the {start} the plan computes {count} products, the emitted code none: "
+                f"between start and end of the {start} the plan computes {count} matmuls, the emitted code none: "
                 "nothing overlaps with the copy"
             )
     return lost
@@ -184,8 +184,8 @@ def place_transfers(planned: Sequence[Step]) -> Callable[[list[Any]], list[Any]]
 
 
 def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
-    """Computation keeps its order. A start stands behind the last kernel that the graph has before it; a prefetch's
-    wait before the first reader; an offload's wait behind the last kernel that the graph has before it.
+    """Computation keeps its order. A start stands after the last kernel that the graph has before it; a prefetch's
+    wait before the first reader; an offload's wait after the last kernel that the graph has before it.
 
     Dependencies hold whatever the wishes are.
     """
@@ -232,11 +232,11 @@ def _keep_overlap(
     slot: dict[Any, float],
     counts: dict[Step, int],
 ) -> None:
-    """As many products between a start and its wait as in the plan, where fusion has moved one of them.
+    """As many matmuls between a start and its wait as in the plan, where fusion has moved one of them.
 
     A prefetch that the plan waits for at once starts where its wait has gone: earlier, it would only hold memory.
     """
-    products = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
+    matmuls = [n for n in fixed if type(n).__name__ == "ExternKernelSchedulerNode"]
     next_slot = float("inf")
     # By offset: what reads a transfer's buffers may be another slice's wait, chained to it by the lease.
     waits = {(transfer_of_node(n), _offset(n)): n for n in moved if transfer_of_node(n) not in STARTS}
@@ -246,11 +246,11 @@ def _keep_overlap(
         if wait is not None:
             count = counts.get(Step(str(kind), _offset(node)), 0)
             if kind == "offload":
-                later = [slot[n] for n in products if slot[n] > slot[node]]
+                later = [slot[n] for n in matmuls if slot[n] > slot[node]]
                 if count and later:
                     slot[wait] = max(slot[wait], later[min(count, len(later)) - 1] + 0.5)
                 continue
-            earlier = [slot[n] for n in products if slot[n] < slot[wait]]
+            earlier = [slot[n] for n in matmuls if slot[n] < slot[wait]]
             if not count:
                 slot[node] = max(slot[node], slot[wait])
             elif earlier:

@@ -1,6 +1,6 @@
 """Values that must not be made again, since something is decided by their last bits.
 
-A product of a slice, or a sum in another kernel, differs from the first in its last bits. A gradient does too then, and
+A matmul of a slice, or a sum in another kernel, differs from the first in its last bits. A gradient does too then, and
 no more, unless it depends on which of two values is greater, or on whether they are the same: the gradient of a maximum
 goes to where `x == x.max()`, and to nowhere if that is nowhere. torch's own checkpoints run the same kernels again.
 """

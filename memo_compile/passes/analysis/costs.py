@@ -1,8 +1,8 @@
 """Seconds, FLOPs and bytes of nodes: torch's FLOP formulas, and a roofline with the device's efficiencies by size.
 
 A node takes as long as the slower of its arithmetic and its memory traffic, and never less than a launch; a collective
-as long as its bytes take on the link between devices. Causal attention is counted causally, half the products; with a
-mask every product is made.
+as long as its bytes take on the link between devices. Causal attention is counted causally, as half the FLOPs; with a
+mask, as all of them.
 
 Where a compiler fuses, elementwise values that only elementwise ops and reductions read never reach memory: they cost
 nothing, and who reads them reads what they were made from (`passes.analysis.liveness.reaches_memory`).
@@ -24,7 +24,7 @@ import torch.fx as fx
 from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.models.collectives import NAMESPACE
 from memo_compile.passes.analysis.liveness import reaches_memory
-from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, schema_of, storage_of
+from memo_compile.passes.fx.facts import MATMULS, is_view, nbytes, op_name, schema_name, schema_of, storage_of
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,16 @@ def _cost(node: fx.Node, reads: Collection[fx.Node], profile: DeviceProfile, tim
 def _share(node: fx.Node, profile: DeviceProfile, flops: float) -> float:
     """The share of the peak that the node's kernel reaches, by its shapes."""
     if not is_attention(node):
-        return profile.product_share(flops, _smallest_dimension(node))
+        return profile.matmul_share(flops, _smallest_dimension(node))
     backward = "backward" in _name(node)
     query, *_ = _query_key_value(node, backward)
     heads = int(query.shape[0]) * int(query.shape[_heads_and_tokens(node)[0]])
     return profile.attention_share(flops, heads, backward=backward)
 
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-
-
 def _smallest_dimension(node: fx.Node) -> float:
-    """Of (m, k) times (k, n), the least of m, k and n; no bound for what is no plain product."""
-    if _name(node) not in _PRODUCTS:
+    """Of (m, k) times (k, n), the least of m, k and n; no bound for what is no plain matmul."""
+    if _name(node) not in MATMULS:
         return math.inf
     left, right = (a.meta["val"] for a in node.args[-2:] if isinstance(a, fx.Node))
     return min(int(left.shape[-2]), int(left.shape[-1]), int(right.shape[-1]))
@@ -195,7 +192,7 @@ def _registry() -> dict[Any, Any]:
 
 
 def node_flops(node: fx.Node) -> float:
-    """Floating-point operations of a node: two for each multiplication of a product, and none for anything else."""
+    """Floating-point operations of a node: two for each multiplication of a matmul, and none for anything else."""
     target = node.target
     if is_attention(node):
         return _attention_flops(node)
@@ -207,10 +204,10 @@ def node_flops(node: fx.Node) -> float:
 
 
 def _attention_flops(node: fx.Node) -> float:
-    """Two products forward, over head sizes d and e of keys and values; backward five, three over d and two over e.
+    """Two matmuls forward, over head sizes d and e of keys and values; backward five, three over d and two over e.
 
-    Each product is 2·batch·heads·queries·keys·size (torch.utils.flop_counter, `sdpa_flop_count`). Grouped queries share
-    keys, not products.
+    Each matmul is 2·batch·heads·queries·keys·size (torch.utils.flop_counter, `sdpa_flop_count`). Grouped queries share
+    keys, and no FLOPs.
     """
     backward = "backward" in _name(node)
     query, key, value = _query_key_value(node, backward)
@@ -223,7 +220,7 @@ def _attention_flops(node: fx.Node) -> float:
 
 
 def _heads_and_tokens(node: fx.Node) -> tuple[int, int]:
-    """The dimensions of a query that count them: two ops have heads behind tokens."""
+    """The dimensions of a query that count them: two ops have heads after tokens."""
     tokens_first = _name(node).startswith(("aten::_flash_attention", "aten::_efficient_attention"))
     return (2, 1) if tokens_first else (1, 2)
 
@@ -237,7 +234,7 @@ def _query_key_value(node: fx.Node, backward: bool) -> list[Any]:
 
 
 def _causal(node: fx.Node) -> bool:
-    """Whether the op skips what lies behind a query: by its own argument. A mask alone skips nothing."""
+    """Whether the op skips what lies after a query: by its own argument. A mask alone skips nothing."""
     schema = schema_of(node.target)
     for i, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.name in ("is_causal", "custom_mask_type"):
@@ -271,7 +268,7 @@ def _received(node: fx.Node) -> int:
 
 
 class KernelTimer:
-    """Times products and attentions on a device, each combination of shapes once. For `graph_costs(timer=...)`."""
+    """Times matmuls and attentions on a device, each combination of shapes once. For `graph_costs(timer=...)`."""
 
     def __init__(self, device: str, repeats: int = 3, largest: int = 2**32) -> None:
         """`largest`: bytes; an op that touches more is left to the roofline."""

@@ -145,7 +145,7 @@ def _row(nodes: Sequence[fx.Node], labels: Labels) -> _Row:
 
 
 def _spans(row: _Row) -> list[_Span]:
-    """The layers of all stacks: the longest stack first, then what lies before and behind it."""
+    """The layers of all stacks: the longest stack first, then what lies before and after it."""
     found: list[_Span] = []
     open_ranges = [(0, len(row.labels))]
     while open_ranges:
@@ -220,9 +220,9 @@ def _cut(row: _Row, start: int, end: int, period: int, lo: int, hi: int) -> list
         if before is not None:
             layers.insert(0, _Span(int(first) - before, int(first)))
         last = layers[-1].end
-        behind = _variant(row.labels[last:hi], pattern)
-        if behind is not None:
-            layers.append(_Span(last, last + behind))
+        after = _variant(row.labels[last:hi], pattern)
+        if after is not None:
+            layers.append(_Span(last, last + after))
         if (len(layers), -_covered(layers)) > (len(best), -_covered(best)):
             best = layers
     return best

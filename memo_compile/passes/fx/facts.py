@@ -106,6 +106,9 @@ def schema_name(node: fx.Node) -> str:
     return schema_name_of(node.target)
 
 
+MATMULS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})  # by the names of their schemas
+
+
 def writes_in_place(node: fx.Node) -> bool:
     """Whether an op's schema says that it writes to an argument."""
     schema = schema_of(node.target)

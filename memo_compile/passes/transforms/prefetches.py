@@ -141,24 +141,24 @@ def _transfer(graph: fx.Graph, target: Any, rows: fx.Node, mark: fx.Node, why: s
 
 
 def _write(graph: fx.Graph, part: fx.Node, rows: fx.Node) -> None:
-    """Write a part to its rows: a matrix product directly, everything else by a copy that a compiler fuses."""
-    product = _product_of(part)
-    place = _as_matrix(graph, rows, product.meta["val"].shape) if product is not None else None
-    if product is None or place is None:
+    """Write a part to its rows: a matmul directly, everything else by a copy that a compiler fuses."""
+    matmul = _matmul_of(part)
+    place = _as_matrix(graph, rows, matmul.meta["val"].shape) if matmul is not None else None
+    if matmul is None or place is None:
         call(graph, torch.ops.aten.copy_.default, (rows, part))
         return
-    plain = product.target is torch.ops.aten.mm.default
+    plain = matmul.target is torch.ops.aten.mm.default
     target = torch.ops.memo.mm_into_.default if plain else torch.ops.memo.addmm_into_.default
-    graph.call_function(target, (place, *product.args)).meta["val"] = None
+    graph.call_function(target, (place, *matmul.args)).meta["val"] = None
 
 
-def _product_of(part: fx.Node) -> fx.Node | None:
-    """The matrix product that a part is a view of, if it is that and nobody else reads it."""
+def _matmul_of(part: fx.Node) -> fx.Node | None:
+    """The matmul that a part is a view of, if it is that and nobody else reads it."""
     node = part
     while len(node.users) == 1 and node.target in _RESHAPES:
         node = node.all_input_nodes[0]
-    product = node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return node if product and not node.kwargs and len(node.users) == 1 else None
+    matmul = node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return node if matmul and not node.kwargs and len(node.users) == 1 else None
 
 
 _RESHAPES = (

@@ -386,7 +386,7 @@ def _permuted(graph: fx.Graph, node: fx.Node, order: tuple[int, ...]) -> fx.Node
 
 
 def _first_after(graph: fx.Graph, place: Mapping[fx.Node, int], position: int) -> fx.Node:
-    """The first node that the joint graph has behind `position`: what is put before it stands in a valid order."""
+    """The first node that the joint graph has after `position`: what is put before it stands in a valid order."""
     for node in graph.nodes:
         if node.op == "output" or place.get(node, -1) > position:
             return node

@@ -87,7 +87,7 @@ def test_the_arena_is_packed_and_holds_nearly_all_that_is_live(trained):
     assert {0, 1, 2, 3} <= set(layers.values())
 
 
-def test_products_are_written_into_the_arena_and_gradients_outside(trained):
+def test_matmuls_are_written_into_the_arena_and_gradients_outside(trained):
     weights = 7 * zoo.SMALL["layers"] + 1
     for graph, results in (("forward", 0), ("backward", weights)):
         lines, returned = trained.body(graph)
@@ -147,7 +147,7 @@ def test_nothing_to_do_adds_no_nodes(monkeypatch):
     torch._dynamo.reset()
     torch.compile(model, backend="memo")(x, labels=x).backward()
     assert len(expected) == 2
-    assert found[-2:] == expected  # behind those of the dry runs
+    assert found[-2:] == expected  # after those of the dry runs
     assert memo_compile.plans()[-1].offloaded_bytes == memo_compile.plans()[-1].recomputed_bytes == 0
 
 

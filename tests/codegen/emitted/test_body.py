@@ -2,7 +2,8 @@
 
 import pytest
 
-from memo_compile.codegen.emitted.body import dense_bytes, live_bytes, read_body
+from memo_compile.codegen.emitted.body import dense_bytes, read_body
+from memo_compile.placement.bounds import live_bytes
 
 BODY = """
 buf0 = empty_strided_cpu((4, 8), (8, 1), torch.float32)
@@ -30,7 +31,7 @@ def test_an_allocation_is_live_from_its_line_to_its_last_reader():
 
 
 def test_it_lives_until_its_name_is_deleted_though_nothing_names_it():
-    """Inductor deletes what a collective reads behind the wait for it, which names only the result."""
+    """Inductor deletes what a collective reads after the wait for it, which names only the result."""
     text = BODY.replace("buf2 = reinterpret_tensor(buf0, (8, 4), (4, 1), 0); del buf0  # reuse", "wait(buf1)\ndel buf0")
     assert read(text).storages["buf0"].end == 6
     assert read(text.replace("del buf0", "pass")).storages["buf0"].end == read(text).steps

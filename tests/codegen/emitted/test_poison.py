@@ -29,7 +29,7 @@ BODY = """
 
 
 def after(lines, text):
-    """What stands behind the line that holds `text`, up to the next that is no fill."""
+    """What stands after the line that holds `text`, up to the next that is no fill."""
     (at,) = [i for i, line in enumerate(lines) if text in line]
     rest = (line.strip() for line in lines[at + 1 :])
     found = []
@@ -40,7 +40,7 @@ def after(lines, text):
     return found
 
 
-def test_a_segment_is_filled_when_taken_and_a_buffer_behind_its_last_statement():
+def test_a_segment_is_filled_when_taken_and_a_buffer_after_its_last_statement():
     # statements of the layout: buf0, kernel_0, buf1, buf2, del, kernel_1, del, kernel_2
     buffers = [
         ArenaBuffer(Side.FORWARD, "buf0", "memo_arena_0", 0, 64, 0, 6),

@@ -25,7 +25,7 @@ def ahead_of_its_maker(nodes, transfer):
     return rest
 
 
-def behind_its_reader(nodes, transfer):
+def after_its_reader(nodes, transfer):
     """As if nothing told the scheduler that a reader must wait for the copy."""
     made = names_of([transfer])
     rest = [n for n in nodes if n is not transfer]
@@ -74,24 +74,24 @@ def test_a_transfer_ahead_of_what_makes_its_place_does_not_run(monkeypatch, kind
 
 
 @pytest.mark.parametrize("which", range(2))
-def test_a_wait_behind_its_reader_is_refused(monkeypatch, which):
+def test_a_wait_after_its_reader_is_refused(monkeypatch, which):
     with pytest.raises(InductorError, match=r"EmittedOrderChanged: .* has not yet come back from the host"):
-        trained(monkeypatch, "wait_", which, behind_its_reader)
+        trained(monkeypatch, "wait_", which, after_its_reader)
     engine(CPU).drain()
 
 
-def test_a_wait_behind_the_reader_of_a_value_of_which_some_rows_come_back_is_refused(monkeypatch):
+def test_a_wait_after_the_reader_of_a_value_of_which_some_rows_come_back_is_refused(monkeypatch):
     """Kernels that write its other rows meanwhile are given the same buffer."""
     with pytest.raises(InductorError, match=r"EmittedOrderChanged: .* some of whose rows have not yet come back"):
-        trained(monkeypatch, "wait_", 0, behind_its_reader, PARTS)
+        trained(monkeypatch, "wait_", 0, after_its_reader, PARTS)
     engine(CPU).drain()
 
 
-def test_a_wait_behind_its_reader_would_give_other_gradients(monkeypatch):
+def test_a_wait_after_its_reader_would_give_other_gradients(monkeypatch):
     expected = trained(monkeypatch, "wait_", 0, None)
     monkeypatch.setattr(compiler, "check_landings", lambda lines: None)
     monkeypatch.setattr(compiler, "check_arrivals", lambda: None)
     for which in range(2):
-        got = trained(monkeypatch, "wait_", which, behind_its_reader)
+        got = trained(monkeypatch, "wait_", which, after_its_reader)
         assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert trained(monkeypatch, "wait_", 2, behind_its_reader) is None  # there are no more
+    assert trained(monkeypatch, "wait_", 2, after_its_reader) is None  # there are no more

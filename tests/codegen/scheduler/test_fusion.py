@@ -1,4 +1,4 @@
-"""What a graph has behind a product waits for it, and makes no kernel with what the product reads."""
+"""What a graph has after a matmul waits for it, and makes no kernel with what the matmul reads."""
 
 import contextlib
 
@@ -9,35 +9,35 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_compile.codegen.preview import dry_run
-from memo_compile.codegen.scheduler.fusion import wait_for_products
+from memo_compile.codegen.scheduler.fusion import wait_for_matmuls
 from memo_compile.runtime.ops import register
 
 register()
 ROWS, WIDTH = 4096, 64
 ONE = ROWS * WIDTH * 4
-PRODUCT = WIDTH * WIDTH * 4
+MATMUL = WIDTH * WIDTH * 4
 ATTENDED = 1024
 
 
 def gated(gate, up, flows_in, weight):
     """The backward of a gated MLP: what its last layer reads is made again, and gradients flow on."""
-    product = (torch.sigmoid(gate) * up).t() @ flows_in
+    matmul = (torch.sigmoid(gate) * up).t() @ flows_in
     inner = flows_in @ weight
-    return product, (inner * up * 2) @ weight, (inner * gate * 3) @ weight
+    return matmul, (inner * up * 2) @ weight, (inner * gate * 3) @ weight
 
 
 def shared(x, flows_in, weight):
     """Both sides are made of one value, which a kernel for both need not keep."""
     activated = torch.sigmoid(x)
-    product = (activated * 2).t() @ flows_in
+    matmul = (activated * 2).t() @ flows_in
     inner = flows_in @ weight
-    return product, (inner * activated) @ weight
+    return matmul, (inner * activated) @ weight
 
 
 def through(x, weight):
-    """What comes behind the product reads it, too."""
-    product = (x * 2) @ weight
-    return (product, (x * product + 1) @ weight)
+    """What comes after the matmul reads it, too."""
+    matmul = (x * 2) @ weight
+    return (matmul, (x * matmul + 1) @ weight)
 
 
 def two_attentions(first, second, values, index):
@@ -56,7 +56,7 @@ def given(fn):
 
 
 def guard(on):
-    return inductor_config.patch("_pre_fusion_custom_pass", wait_for_products) if on else contextlib.nullcontext()
+    return inductor_config.patch("_pre_fusion_custom_pass", wait_for_matmuls) if on else contextlib.nullcontext()
 
 
 def emitted(fn, *, guarded):
@@ -74,9 +74,9 @@ def peak(body):
     return max(sum(s.bytes for s in buffers(body) if s.start <= step < s.end) for step in range(body.steps))
 
 
-def test_an_operand_is_gone_before_what_comes_behind_its_product():
+def test_an_operand_is_gone_before_what_comes_after_its_matmul():
     before, after = (peak(emitted(gated, guarded=on)) for on in (False, True))
-    assert after <= before - ONE + PRODUCT
+    assert after <= before - ONE + MATMUL
 
 
 def test_two_layers_scores_are_not_held_at_once():

@@ -22,7 +22,7 @@ def test_the_plans_own_order_passes():
     check_order(PLAN, PLAN)
 
 
-def test_which_products_overlap_is_no_matter():
+def test_which_matmuls_overlap_is_no_matter():
     check_order(PLAN, [Step("other") if s == C else s for s in PLAN])
 
 
@@ -79,7 +79,7 @@ LANDING = [
 ]
 
 
-def test_what_comes_back_is_used_behind_its_wait():
+def test_what_comes_back_is_used_after_its_wait():
     check_landings(LANDING)
 
 
@@ -113,7 +113,7 @@ def test_compiled_code_overlaps_where_the_plan_does(emitted):
         assert all(bool(got[start]) >= bool(count) for start, count in expected.items())
 
 
-def test_as_many_products_stand_beside_a_copy_as_in_the_plan(monkeypatch):
+def test_as_many_matmuls_stand_beside_a_copy_as_in_the_plan(monkeypatch):
     """A wait is moved along with its own offload, though the lease chains it to others'."""
     seen = []
     monkeypatch.setattr(compiler, "check_order", lambda planned, found: seen.append((planned, found)) or [])
@@ -146,7 +146,7 @@ def test_emitted_code_with_a_wait_before_its_start_is_refused(emitted):
 
 
 def waits_at_once(nodes):
-    """What Inductor's reordering for memory does: every wait directly behind its start."""
+    """What Inductor's reordering for memory does: every wait directly after its start."""
     out = [n for n in nodes if order.transfer_of_node(n) not in ("wait_", "offload_wait")]
     for wait in (n for n in nodes if n not in out):
         needed = {d.name for d in wait.unmet_dependencies}

@@ -57,8 +57,8 @@ def trained(layer, wrap):
     return [p.grad for p in blocks.parameters()]
 
 
-def products_of(layer):
-    """The saved products of the least plan that offloads nothing, checked against eager."""
+def matmuls_of(layer):
+    """The saved matmuls of the least plan that offloads nothing, checked against eager."""
     got = trained(layer, lambda model: torch.compile(model, backend="memo_eager", options=AGAIN))
     for gradient, want in zip(got, trained(layer, lambda model: model), strict=True):
         assert (gradient - want).norm() <= 1e-10 * want.norm()
@@ -67,10 +67,10 @@ def products_of(layer):
 
 @pytest.mark.parametrize("layer", [greatest, where_it_is_greatest, rounded, where_it_differs, above_the_greatest])
 def test_what_decides_is_not_made_again(layer):
-    assert not any(a.recomputed for a in products_of(layer))
+    assert not any(a.recomputed for a in matmuls_of(layer))
 
 
 @pytest.mark.parametrize("layer", [smooth, rectified, the_best_two])
 def test_where_nothing_is_decided_once_more_it_may_be_made_again(layer):
     """Places that were chosen in the forward are saved."""
-    assert any(a.recomputed for a in products_of(layer))
+    assert any(a.recomputed for a in matmuls_of(layer))

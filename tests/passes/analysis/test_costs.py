@@ -48,26 +48,26 @@ def flops_of(block, *args):
     return forward, backward
 
 
-# One layer, by hand. A product of (m, k) and (k, n) is 2·m·k·n, and its backward makes two of that size. Attention
-# makes two products of 2·S·S·H forward and five backward, and causally half of them: 2·S·S·H and 5·S·S·H.
+# One layer, by hand. A matmul of (m, k) and (k, n) is 2·m·k·n, and its backward makes two of that size. Attention
+# makes two matmuls of 2·S·S·H forward and five backward, and causally half of them: 2·S·S·H and 5·S·S·H.
 
 
 def test_a_layer_of_the_papers_gpt():
     block = GPTBlock(GPTConfig(layers=1, width=H, heads=HEADS))
     forward, backward = flops_of(block)
-    products = 2 * S * (3 * H * H + H * H + 4 * H * H + 4 * H * H)  # qkv, out, wide, narrow: 24·S·H²
-    assert products == 24 * S * H**2
-    assert forward == products + 2 * S * S * H
-    assert backward == 2 * products + 5 * S * S * H
+    matmuls = 2 * S * (3 * H * H + H * H + 4 * H * H + 4 * H * H)  # qkv, out, wide, narrow: 24·S·H²
+    assert matmuls == 24 * S * H**2
+    assert forward == matmuls + 2 * S * S * H
+    assert backward == 2 * matmuls + 5 * S * S * H
 
 
 def test_a_layer_of_llama_with_grouped_queries():
     config = LlamaConfig(layers=1, width=H, heads=HEADS, kv_heads=KV_HEADS, ffn=FFN)
     forward, backward = flops_of(LlamaBlock(config), *rotary_tables(S, H // HEADS, 1e4, torch.zeros(())))
     shared = H * KV_HEADS // HEADS
-    products = 2 * S * (2 * H * H + 2 * H * shared + 3 * H * FFN)  # q and out, k and v, gate and up and down
-    assert forward == products + 2 * S * S * H
-    assert backward == 2 * products + 5 * S * S * H
+    matmuls = 2 * S * (2 * H * H + 2 * H * shared + 3 * H * FFN)  # q and out, k and v, gate and up and down
+    assert forward == matmuls + 2 * S * S * H
+    assert backward == 2 * matmuls + 5 * S * S * H
 
 
 def test_a_rank_does_its_share_and_pays_for_its_collectives():
@@ -96,13 +96,13 @@ def test_the_account_by_op_adds_up():
         assert next(iter(by_op.values())).seconds == max(c.seconds for c in by_op.values())
 
 
-def test_a_product_costs_two_flops_for_each_multiplication():
+def test_a_matmul_costs_two_flops_for_each_multiplication():
     cost = costs_of(torch.mm, torch.ones(8, 16), torch.ones(16, 32))["aten.mm.default"]
     assert cost.flops == 2 * 8 * 16 * 32
     assert cost.bytes == 4 * (8 * 16 + 16 * 32 + 8 * 32)
 
 
-def test_large_products_reach_the_profiles_share_of_the_peak():
+def test_large_matmuls_reach_the_profiles_share_of_the_peak():
     with fake_tensors(torch.bfloat16):
         n = 16384
         gm = graph_of(torch.mm, torch.ones(n, n), torch.ones(n, n))
@@ -181,7 +181,7 @@ def test_kernels_with_tokens_before_heads(op, argument, values):
     assert (full, causal) == (2 * ONE, ONE)
 
 
-def test_a_mask_saves_no_products():
+def test_a_mask_saves_no_matmuls():
     def attend(q, mask):
         return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
@@ -201,7 +201,7 @@ def test_kernels_can_be_measured():
     assert KernelTimer("cpu", largest=16)(next(n for n in gm.graph.nodes if "mm" in str(n.target))) is None
 
 
-def test_products_are_priced_by_their_smallest_dimension_and_attention_by_its_heads():
+def test_matmuls_are_priced_by_their_smallest_dimension_and_attention_by_its_heads():
     """A class that is a tenth as fast makes the op ten times as long, and no other."""
     slow, fast = ((1e3, 0.05),), ((1e3, 0.5),)
     profile = replace(

@@ -8,7 +8,7 @@ from memo_compile.passes.analysis.liveness import reaches_memory
 
 
 def scattered(index_size):
-    """The gradient of a cross entropy as it is traced: -1 written into rows of zeros, and a product."""
+    """The gradient of a cross entropy as it is traced: -1 written into rows of zeros, and a matmul."""
 
     def gradient(index, scale):
         zeros = torch.ops.aten.full.default([8, 16], 0.0)

@@ -111,10 +111,10 @@ BEGINNINGS = {
     st.booleans(),
     st.data(),
 )
-def test_slices_of_random_chains_equal_slices_of_the_whole(begin, before, mixing, behind, batch, inductors, data):
+def test_slices_of_random_chains_equal_slices_of_the_whole(begin, before, mixing, after, batch, inductors, data):
     def chain(x):
         values = [BEGINNINGS[begin](x)]
-        for name in [*before, mixing, *behind]:
+        for name in [*before, mixing, *after]:
             values.append((TOKENWISE | MIXING)[name](values[-1]))
         return values
 
@@ -200,7 +200,7 @@ def test_other_bits_of_the_same_size_end_the_axis():
 
 
 def test_equal_sizes_do_not_fool_it():
-    """A square product's other dimension has as many columns as there are tokens, and is not the token axis."""
+    """A square matmul's other dimension has as many columns as there are tokens, and is not the token axis."""
     gm, _ = annotated(lambda x: (x @ x.new_ones(16, 16)).transpose(0, 1), torch.ones(16, 16))
     last = [n for n in gm.graph.nodes if n.op == "call_function"][-1]
     assert last.meta[TOKENS].axis.dim == 1

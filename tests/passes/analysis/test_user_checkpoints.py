@@ -31,8 +31,8 @@ def plain(block, x):
     return checkpoint(block, x, use_reentrant=False)
 
 
-def of_products(policy):
-    """A checkpoint whose policy is `policy` for products, and a suggestion for all else."""
+def of_matmuls(policy):
+    """A checkpoint whose policy is `policy` for matmuls, and a suggestion for all else."""
 
     def choose(ctx, op, *args, **kwargs):
         return policy if op == torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
@@ -69,7 +69,7 @@ def test_with_checkpoints_the_least_is_what_it_is_without_and_gradients_are_righ
 
 @pytest.mark.parametrize("policy", ["MUST_SAVE", "MUST_RECOMPUTE", "MUST_CPU_OFFLOAD"])
 def test_what_a_policy_says_must_be_is_kept(policy):
-    got = trained(of_products(CheckpointPolicy[policy]), "memo_eager", memory_budget="min")
+    got = trained(of_matmuls(CheckpointPolicy[policy]), "memo_eager", memory_budget="min")
     assert_equal(got, trained(lambda block, x: block(x), "aot_eager"))
     wide = [a for a in memo_compile.plans()[-1].activations if a.name.startswith("addmm") and a.shape[-1] == 4 * WIDTH]
     homes = {(a.kept, a.offloaded, a.recomputed) for a in wide}
@@ -82,5 +82,5 @@ def test_what_a_policy_says_must_be_is_kept(policy):
 
 
 def test_what_must_be_offloaded_is_also_where_everything_fits():
-    trained(of_products(CheckpointPolicy.MUST_CPU_OFFLOAD), "memo_eager")
+    trained(of_matmuls(CheckpointPolicy.MUST_CPU_OFFLOAD), "memo_eager")
     assert memo_compile.plans()[-1].offloaded_bytes > 0

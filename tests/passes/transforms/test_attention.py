@@ -198,7 +198,7 @@ def test_an_op_that_inductor_lowers_to_nothing_is_not_taken_for_a_copy():
 
 
 def test_what_is_computed_from_an_operand_later_is_computed_from_the_operand():
-    """Inductor computes an elementwise value where that is read, which may be behind the attention."""
+    """Inductor computes an elementwise value where that is read, which may be after the attention."""
 
     def early(g, q, k, v, out, sums, eye):
         q, k, v = q @ eye, k @ eye, v @ eye

@@ -58,7 +58,7 @@ class Opaque:
 
 
 def test_values_of_all_kinds_are_handed_on_in_torchs_order():
-    """Among the saved values lie an object and a number, and what is offloaded adds more behind them."""
+    """Among the saved values lie an object and a number, and what is offloaded adds more after them."""
 
     def graph(inputs, results):
         made = torch.fx.Graph()

@@ -1,4 +1,4 @@
-"""A long sum of products is added up as its terms come."""
+"""A long sum of matmuls is added up as its terms come."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import memo_compile
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.preview import dry_run
-from memo_compile.codegen.scheduler.fusion import wait_for_products
+from memo_compile.codegen.scheduler.fusion import wait_for_matmuls
 from memo_compile.passes.transforms.sums import add_as_they_come, is_partial
 from memo_compile.runtime.ops import register
 
@@ -21,14 +21,14 @@ CHUNK, WIDTH, TERMS = 64, 768, 8
 ONE = WIDTH * WIDTH * 4
 
 
-def products(rows, gradients):
+def matmuls(rows, gradients):
     """One after the other, as they are asked for."""
     return (g.t() @ r for r, g in zip(rows.split(CHUNK), gradients.split(CHUNK), strict=True))
 
 
 def summed(rows, gradients):
     """A weight gradient, chunk by chunk."""
-    terms = products(rows, gradients)
+    terms = matmuls(rows, gradients)
     total = next(terms)
     for term in terms:
         total = total + term
@@ -36,7 +36,7 @@ def summed(rows, gradients):
 
 
 def cast(rows, gradients):
-    terms = (p.double() for p in products(rows, gradients))
+    terms = (p.double() for p in matmuls(rows, gradients))
     total = next(terms)
     for term in terms:
         total = total + term
@@ -44,13 +44,13 @@ def cast(rows, gradients):
 
 
 def three_terms(rows, gradients):
-    first, second, third, *_ = products(rows, gradients)
+    first, second, third, *_ = matmuls(rows, gradients)
     return (first + second + third,)
 
 
 def read_twice(rows, gradients):
     """Partial sums that something else reads are in memory anyway."""
-    terms = products(rows, gradients)
+    terms = matmuls(rows, gradients)
     total = next(terms)
     sums = []
     for term in terms:
@@ -88,7 +88,7 @@ def test_what_is_computed_stays_the_same_bit_by_bit(fn):
 
 
 def peak(gm, *, guarded):
-    waits = inductor_config.patch("_pre_fusion_custom_pass", wait_for_products)
+    waits = inductor_config.patch("_pre_fusion_custom_pass", wait_for_matmuls)
     with waits if guarded else contextlib.nullcontext(), inductor_config.patch(allow_buffer_reuse=False):
         body = dry_run(gm, is_backward=False)
     live = [s for s in body.storages.values() if s.kind == "allocated"]
@@ -101,13 +101,13 @@ def test_no_more_than_a_few_terms_are_held():
     assert peak(add_as_they_come(traced(cast)), guarded=True) < 5 * ONE
 
 
-def test_a_partial_sum_does_not_wait_for_the_next_product():
-    """Inductor would join the kernels of all partial sums behind the last product."""
+def test_a_partial_sum_does_not_wait_for_the_next_matmul():
+    """Inductor would join the kernels of all partial sums after the last matmul."""
     assert peak(add_as_they_come(traced(cast)), guarded=False) >= TERMS * ONE
 
 
 class Gram(torch.nn.Module):
-    """Two layers, and the products of what they give with itself, summed chunk by chunk."""
+    """Two layers, and the matmuls of what they give with itself, summed chunk by chunk."""
 
     def __init__(self):
         super().__init__()

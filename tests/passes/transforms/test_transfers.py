@@ -41,7 +41,7 @@ def names(gm):
 
 
 def forward_of(mode, works=4):
-    """x is offloaded, and then a chain of `works` products runs, each of one second."""
+    """x is offloaded, and then a chain of `works` matmuls runs, each of one second."""
     graph = fx.Graph()
     x, lease = placeholder(graph, "x", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 256))
     value = call(graph, torch.ops.aten.sin.default, (x,))
@@ -54,16 +54,16 @@ def forward_of(mode, works=4):
     return fx.GraphModule({}, graph)
 
 
-@pytest.mark.parametrize(("seconds", "products_before_wait"), [(0.5, 1), (1.5, 2), (2.5, 3), (99, 4)])
-def test_a_wait_stands_where_its_copy_has_ended(mode, seconds, products_before_wait):
+@pytest.mark.parametrize(("seconds", "matmuls_before_wait"), [(0.5, 1), (1.5, 2), (2.5, 3), (99, 4)])
+def test_a_wait_stands_where_its_copy_has_ended(mode, seconds, matmuls_before_wait):
     gm = forward_of(mode)
     schedule_offloads(gm, lambda n: float(n.target is torch.ops.aten.mm.default), rate=256 / seconds)
     order = names(gm)
-    assert order[: order.index("offload_wait")].count("mm") == products_before_wait
+    assert order[: order.index("offload_wait")].count("mm") == matmuls_before_wait
 
 
 def backward_of(mode, parts, works=3):
-    """`works` products of a second each, then one value is read, joined from `parts` rows of a fetch and others."""
+    """`works` matmuls of a second each, then one value is read, joined from `parts` rows of a fetch and others."""
     graph = fx.Graph()
     g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 256))
     kept = placeholder(graph, "kept", tensor(mode, 2, 8))
@@ -83,20 +83,20 @@ def backward_of(mode, parts, works=3):
 
 
 def test_a_prefetch_starts_as_early_as_the_link_needs(mode):
-    for seconds, products_before in ((0.5, 2), (1.5, 1), (99, 0)):
+    for seconds, matmuls_before in ((0.5, 2), (1.5, 1), (99, 0)):
         gm = backward_of(mode, 8)
         schedule_prefetches(gm, lambda n: float(n.target is torch.ops.aten.mm.default), rate=256 / seconds)
         order = names(gm)
-        assert order[: order.index("prefetch_")].count("mm") == products_before
+        assert order[: order.index("prefetch_")].count("mm") == matmuls_before
         assert order[: order.index("wait_")].count("mm") == 3
 
 
-def products_before(gm, name):
+def matmuls_before(gm, name):
     order = names(gm)
     return order[: order.index(name)].count("mm")
 
 
-def of_a_product(node):
+def of_a_matmul(node):
     return float(node.target is torch.ops.aten.mm.default)
 
 
@@ -108,19 +108,19 @@ def live_of(gm, full):
 
 def test_a_prefetch_starts_earlier_than_the_link_needs_where_memory_has_room(mode):
     gm = backward_of(mode, 8)
-    schedule_prefetches(gm, of_a_product, rate=512, live=live_of(gm, ()))
-    assert products_before(gm, "prefetch_") == 1  # 2 without slack
+    schedule_prefetches(gm, of_a_matmul, rate=512, live=live_of(gm, ()))
+    assert matmuls_before(gm, "prefetch_") == 1  # 2 without slack
 
 
 def test_a_prefetch_does_not_start_earlier_where_that_would_raise_the_peak(mode):
     gm = backward_of(mode, 8)
     second = [n.target for n in gm.graph.nodes].index(torch.ops.aten.mm.default) + 1
-    schedule_prefetches(gm, of_a_product, rate=512, live=live_of(gm, (second,)))
-    assert products_before(gm, "prefetch_") == 2
+    schedule_prefetches(gm, of_a_matmul, rate=512, live=live_of(gm, (second,)))
+    assert matmuls_before(gm, "prefetch_") == 2
 
 
 def test_room_that_one_prefetch_takes_is_not_there_for_the_next(mode):
-    """Three fetches of 256 bytes, all needed behind the products, with room for two: two start ahead of the last."""
+    """Three fetches of 256 bytes, all needed after the matmuls, with room for two: two start ahead of the last."""
     graph = fx.Graph()
     g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 768))
     step = call(graph, torch.ops.aten.mm.default, (call(graph, torch.ops.aten.mm.default, (g, g)), g))
@@ -132,22 +132,22 @@ def test_room_that_one_prefetch_takes_is_not_there_for_the_next(mode):
     graph.output((step,))
     gm = fx.GraphModule({}, graph)
     live = [1024 if n.op == "output" else 256 for n in gm.graph.nodes]
-    schedule_prefetches(gm, of_a_product, rate=float("inf"), live=live)
+    schedule_prefetches(gm, of_a_matmul, rate=float("inf"), live=live)
     order = names(gm)
-    last_product = len(order) - 1 - order[::-1].index("mm")
+    last_matmul = len(order) - 1 - order[::-1].index("mm")
     starts = [i for i, name in enumerate(order) if name == "prefetch_"]
-    assert [i < last_product for i in starts] == [True, True, False]
+    assert [i < last_matmul for i in starts] == [True, True, False]
 
 
 def test_a_wait_comes_later_than_the_link_needs_where_memory_has_room(mode):
     for full, expected in (((), 2), (range(4, 7), 1)):
         gm = forward_of(mode)
-        schedule_offloads(gm, of_a_product, rate=256 / 0.97, live=live_of(gm, full))
-        assert products_before(gm, "offload_wait") == expected
+        schedule_offloads(gm, of_a_matmul, rate=256 / 0.97, live=live_of(gm, full))
+        assert matmuls_before(gm, "offload_wait") == expected
 
 
 def test_a_slice_lands_in_its_rows_and_nothing_is_copied_again(mode):
-    """No join is left: the product is written to its rows, the kept rows to theirs, and the wait comes last."""
+    """No join is left: the matmul is written to its rows, the kept rows to theirs, and the wait comes last."""
     gm = schedule_prefetches(backward_of(mode, 4), lambda n: 0.0, rate=1.0)
     order = names(gm)
     assert "cat" not in order

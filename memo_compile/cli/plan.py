@@ -18,7 +18,7 @@ from memo_compile.options import parse_bytes
 from memo_compile.trace.targets import load_target, made_of_fakes
 
 if TYPE_CHECKING:
-    from memo_compile.forecast.forecast import Asked, Forecast, Home, Say
+    from memo_compile.forecast.forecast import Asked, Forecast, ResidencyRow, Say
     from memo_compile.passes.analysis.costs import KernelTimer
 
 WIDTH = 140  # columns where the output is no terminal
@@ -192,7 +192,7 @@ def _memory(f: Forecast) -> Any:
     return table
 
 
-def _homes(title: str, homes: tuple[Home, ...], f: Forecast, *, sources: bool) -> Any:
+def _homes(title: str, homes: tuple[ResidencyRow, ...], f: Forecast, *, sources: bool) -> Any:
     columns = ["", "GiB", "kept", "offloaded", "recomputed", *(["line"] if sources else [])]
     table = _table(title, *columns)
     if sources:

@@ -20,10 +20,11 @@ from memo_compile.forecast.repeat_layers import Long, repeated_ranges
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes
 from memo_compile.passes.fx.facts import storage_of
 from memo_compile.passes.fx.meta import LAYER
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.placement import Buffer, place_layers
 from memo_compile.placement.bounds import lower_bound
 from memo_compile.planning.prepared import Prepared
-from memo_compile.planning.residency import Problem, Residency
+from memo_compile.planning.residency import Problem
 from memo_compile.planning.simulate import Simulation, simulate
 
 GOOD_ENOUGH = 0.001  # of the lower bound: a forecast needs no better

@@ -65,7 +65,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Home:
+class ResidencyRow:
     """Bytes of activations in each home; of a layer class, or of one tensor of its layers."""
 
     label: str
@@ -78,7 +78,7 @@ class Home:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class LargeTensor:
     """One of the largest values of the graph. `quadratic` where two of its dimensions count tokens."""
 
     name: str
@@ -122,9 +122,9 @@ class Forecast:
     tokens_per_second: float
     binding: Binding
     prices: Mapping[Binding, float]
-    homes: tuple[Home, ...]
-    tensors: tuple[Home, ...]
-    largest: tuple[Tensor, ...]
+    homes: tuple[ResidencyRow, ...]
+    tensors: tuple[ResidencyRow, ...]
+    largest: tuple[LargeTensor, ...]
     seconds_by_op: Mapping[str, float]
     arena: OfflineArena
     planning_seconds: float
@@ -311,7 +311,9 @@ def _peak_flops(profile: DeviceProfile, p: Prepared) -> float:
     return profile.flops(max(by_type, key=lambda name: by_type[name], default="float32"))
 
 
-def _homes(p: Prepared, long: Long, problem: Problem, decision: Decision) -> tuple[tuple[Home, ...], tuple[Home, ...]]:
+def _homes(
+    p: Prepared, long: Long, problem: Problem, decision: Decision
+) -> tuple[tuple[ResidencyRow, ...], tuple[ResidencyRow, ...]]:
     """By layer class, and by tensor in the class that holds most."""
     nodes = {n.name: n for n in p.saved}
     by_class: dict[int | None, list[Activation]] = {}
@@ -359,30 +361,31 @@ def _class_label(long: Long, cls: int | None) -> str:
     return f"layers {places[0]} to {places[-1]}" if contiguous else f"{len(places)} layers from {places[0]} on"
 
 
-def _home(label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = "") -> Home:
+def _home(label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = "") -> ResidencyRow:
     kept = offloaded = recomputed = 0
     for a in members:
         home = decision.residency[a.name]
         kept += a.bytes * home.kept // a.tokens
         offloaded += a.bytes * home.offloaded // a.tokens
         recomputed += a.bytes * home.recomputed // a.tokens
-    return Home(label, layers, sum(a.bytes for a in members), kept, offloaded, recomputed, source)
+    return ResidencyRow(label, layers, sum(a.bytes for a in members), kept, offloaded, recomputed, source)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(s) for s in node.meta["val"].shape)
 
 
-def _largest(p: Prepared) -> tuple[Tensor, ...]:
+def _largest(p: Prepared) -> tuple[LargeTensor, ...]:
     """The largest values of the graph as traced, one for each op and shape that a source line makes."""
-    found: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+    found: dict[tuple[str, str, tuple[int, ...]], LargeTensor] = {}
     for node in (n for g in (p.forward, p.backward) for n in g.graph.nodes if n.op == "call_function"):
         if not nbytes(node) or is_view(node) or (p.fused and not reaches_memory(node)):
             continue
         shape, source = _shape(node), source_line(node)
         quadratic = p.tokens.tokens > 1 and sum(1 for s in shape if s >= p.tokens.tokens) > 1
         found.setdefault(
-            (op_name(node), source, shape), Tensor(node.name, op_name(node), shape, nbytes(node), source, quadratic)
+            (op_name(node), source, shape),
+            LargeTensor(node.name, op_name(node), shape, nbytes(node), source, quadratic),
         )
     return tuple(sorted(found.values(), key=lambda t: (-t.bytes, not t.quadratic, t.name))[:LARGEST])
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from memo_compile.errors import InvalidOption
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.anchors import first_needed
-from memo_compile.planning.residency import Activation, Decision, Problem, Residency, memory_profile
+from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
 from memo_compile.planning.rounding import decide
 from memo_compile.planning.simulate import Simulation, simulate
 from memo_compile.schema import Binding

@@ -22,12 +22,12 @@ from memo_compile.passes.analysis.recompute_chains import recompute_chains
 from memo_compile.passes.analysis.tokens import annotate_tokens
 from memo_compile.passes.analysis.user_checkpoints import policies_of
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
-from memo_compile.passes.transforms.homes import Homes
 from memo_compile.passes.transforms.masks import share_masks
 from memo_compile.passes.transforms.matmuls import keep_early_matmuls
 from memo_compile.passes.transforms.offloads import schedule_offloads
 from memo_compile.passes.transforms.partition import Split, split_saving
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.saved_set import saved_set
 from memo_compile.passes.transforms.slices import Sliced, apply_homes
 from memo_compile.passes.transforms.sums import add_as_they_come
@@ -96,7 +96,7 @@ class Decision:
 
     joint: fx.GraphModule
     saved: tuple[fx.Node, ...]
-    homes: Mapping[str, Homes]
+    homes: Mapping[str, Residency]
     host_budget: int
     overlap: bool
     seconds: Callable[[fx.Node], float]

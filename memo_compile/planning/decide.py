@@ -18,7 +18,7 @@ from memo_compile.passes.fx.facts import (
     nbytes,
 )
 from memo_compile.passes.pipeline import Decision, Watch, act, unwatched
-from memo_compile.passes.transforms.homes import Homes
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning import residency, rounding
 from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, step_seconds
@@ -48,7 +48,7 @@ class CarriedOut:
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[str, ...]
-    homes: Mapping[str, Homes] = field(default_factory=dict)
+    homes: Mapping[str, Residency] = field(default_factory=dict)
     ahead: bool = True
 
 
@@ -88,7 +88,7 @@ class _Choice:
 
     problem: residency.Problem
     decision: residency.Decision
-    homes: dict[str, Homes]
+    homes: dict[str, Residency]
     ahead: bool
     sliced: Sliced
 
@@ -120,11 +120,7 @@ def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
         decision = rounding.all_offloaded(problem, time_limit=limits.time_limit)
     else:
         problem, decision, fits = best_of(view, limits)
-    homes = {
-        a.name: Homes(a.tokens, r.kept, r.offloaded, r.recomputed, view.axes[a.name])
-        for a in problem.activations
-        for r in [decision.residency[a.name]]
-    }
+    homes = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
     ahead = fits and (everything or limits.objective == "time")
     sliced = carry_out(p, homes, ahead=ahead, host_budget=limits.host, watch=watch)
     return _Choice(problem, decision, homes, ahead, sliced)
@@ -176,7 +172,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
 
 
 def carry_out(
-    p: Prepared, homes: Mapping[str, Homes], *, ahead: bool, host_budget: int, watch: Watch = unwatched
+    p: Prepared, homes: Mapping[str, Residency], *, ahead: bool, host_budget: int, watch: Watch = unwatched
 ) -> Sliced:
     """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
 
@@ -202,7 +198,7 @@ def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: fl
     nodes = {n.name: n for n in split.forward.graph.nodes}
     scheduled = [*split.forward.graph.nodes, *split.backward.graph.nodes]
     kept = [nodes[n] for n in split.saved if n in nodes and nodes[n].op != "placeholder"]
-    whole = Homes(1, 1, 0, 0, None)
+    whole = Residency(1, 0, 0)
     plan = replace(
         blank_plan(p, limits, name, backend),
         predicted_seconds=sum(step_seconds(p, n) for n in scheduled),

@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 
 from memo_compile.errors import SolverOutOfTime
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.placement.highs import quiet_highs
 from memo_compile.planning.columns import UNIT, Columns, Grid, Scale
-from memo_compile.planning.residency import Problem, Residency
+from memo_compile.planning.residency import Problem
 from memo_compile.planning.rows import Limited, Rows, last_copy, rows_of_time
 from memo_compile.schema import Binding
 

@@ -23,8 +23,8 @@ from memo_compile.passes.fx.growth import is_largest_at_the_end
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.fx.ranges import NoRange, twin_at
 from memo_compile.passes.fx.sizes import bounded, is_symbolic, largest, seen, sizes_of, symbols_of
-from memo_compile.passes.transforms.homes import Homes
 from memo_compile.passes.transforms.partition import Split
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning.decide import Decided, carry_out
 from memo_compile.planning.prepared import Prepared
@@ -272,7 +272,7 @@ def _shape_env(joint: fx.GraphModule) -> Any:
     return next(s.node.shape_env for s in _tensor_sizes(joint))
 
 
-def _symbolic(home: Homes, node: fx.Node) -> Homes:
+def _symbolic(home: Residency, node: fx.Node) -> Residency:
     return home if home.axis is None else replace(home, axis=node.meta[TOKENS].axis)
 
 

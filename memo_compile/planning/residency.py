@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.schema import Binding
 
 
@@ -45,15 +46,6 @@ class Problem:
     d2h: float
     h2d: float
     slice_tokens: int = 1
-
-
-@dataclass(frozen=True)
-class Residency:
-    """Tokens of one activation in each home; they sum to its tokens."""
-
-    kept: int
-    offloaded: int
-    recomputed: int
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.columns import Grid, grid_of
 from memo_compile.planning.program import Answer, solve
-from memo_compile.planning.residency import Activation, Decision, Problem, Residency, memory_profile
+from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
 from memo_compile.schema import Binding
 
 SLACK = 0.0005  # of the smallest peak: room in which the least plan may choose the faster of two

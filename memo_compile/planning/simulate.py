@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from memo_compile.planning.residency import Activation, Problem, Residency
+from memo_compile.passes.transforms.residency import Residency
+from memo_compile.planning.residency import Activation, Problem
 
 STREAMS = {"compute": 0, "d2h": 1, "h2d": 2}
 EMPTY = 1e-6  # bytes: below that a job is done

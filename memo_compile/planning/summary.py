@@ -10,13 +10,13 @@ from memo_compile.passes.analysis.peak_tensors import obstacles
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import nbytes, source_line
 from memo_compile.passes.fx.meta import LAYER, TOKENS
-from memo_compile.passes.transforms.homes import Homes
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import SMALL, Limits
 from memo_compile.schema import ActivationPlan, Binding, Cause, Plan, Stop
 
 
-def recomputed_flops(p: Prepared, homes: Mapping[str, Homes]) -> int:
+def recomputed_flops(p: Prepared, homes: Mapping[str, Residency]) -> int:
     total = 0.0
     for key, h in homes.items():
         chain = p.chains[key]
@@ -56,7 +56,7 @@ def blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:
     )
 
 
-def activation_plans(p: Prepared, homes: Mapping[str, Homes], limits: Limits) -> tuple[ActivationPlan, ...]:
+def activation_plans(p: Prepared, homes: Mapping[str, Residency], limits: Limits) -> tuple[ActivationPlan, ...]:
     plans = []
     for node in p.saved:
         if node.op == "placeholder" or not nbytes(node):
@@ -65,7 +65,7 @@ def activation_plans(p: Prepared, homes: Mapping[str, Homes], limits: Limits) ->
         if home is not None:
             plans.append(activation_plan(node, home, *_cause(p, node, home, limits)))
             continue
-        plans.append(activation_plan(node, Homes(1, 1, 0, 0, None), *_why_kept(p, node)))
+        plans.append(activation_plan(node, Residency(1, 0, 0), *_why_kept(p, node)))
     return tuple(plans)
 
 
@@ -76,7 +76,7 @@ def _why_kept(p: Prepared, node: fx.Node) -> tuple[Cause, str]:
     return (Cause.SMALL, f"{SMALL} bytes") if nbytes(node) < SMALL else (Cause.SHARED_STORAGE, "")
 
 
-def _cause(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> tuple[Cause, str]:
+def _cause(p: Prepared, node: fx.Node, home: Residency, limits: Limits) -> tuple[Cause, str]:
     if node.name in p.policies.offloaded:
         return Cause.POLICY_OFFLOADED, ""
     if home.axis is None:
@@ -87,7 +87,7 @@ def _cause(p: Prepared, node: fx.Node, home: Homes, limits: Limits) -> tuple[Cau
     return (Cause.SLICED, "") if info.sliceable else (Cause.SLICED_RECOMPUTED_WHOLE, info.reason)
 
 
-def activation_plan(node: fx.Node, home: Homes, cause: Cause, detail: str = "") -> ActivationPlan:
+def activation_plan(node: fx.Node, home: Residency, cause: Cause, detail: str = "") -> ActivationPlan:
     value = node.meta["val"]
     return ActivationPlan(
         name=node.name,

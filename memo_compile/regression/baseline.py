@@ -42,7 +42,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class SavedTensor:
     """One saved activation: its source line, and its bytes in each home; `whole` are bytes that cannot be sliced."""
 
     name: str
@@ -59,7 +59,7 @@ class Figures:
     """What one target came to: metrics in bytes, FLOPs and seconds, tensors, and words that explain some metrics."""
 
     metrics: Mapping[str, float]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[SavedTensor, ...]
     notes: Mapping[str, tuple[str, ...]]
 
 
@@ -119,7 +119,7 @@ def load(path: Path) -> Baseline:
         targets = {
             name: Figures(
                 t["metrics"],
-                tuple(Tensor(*entry) for entry in t["tensors"]),
+                tuple(SavedTensor(*entry) for entry in t["tensors"]),
                 {k: tuple(v) for k, v in t["notes"].items()},
             )
             for name, t in raw["targets"].items()
@@ -181,7 +181,7 @@ def _blame(metric: str, before: Figures, now: Figures) -> Iterator[str]:
     yield from _grown(before.tensors, now.tensors, homes)
 
 
-def _grown(before: Iterable[Tensor], now: Iterable[Tensor], homes: tuple[str, ...]) -> Iterator[str]:
+def _grown(before: Iterable[SavedTensor], now: Iterable[SavedTensor], homes: tuple[str, ...]) -> Iterator[str]:
     """Tensors of which more lies in one of `homes` than before, those with the most first."""
     old = {t.name: t for t in before}
     grown = []

@@ -20,7 +20,7 @@ from memo_compile.hardware.profiles import PROFILES, resolve
 from memo_compile.logs import logger
 from memo_compile.placement import Buffer
 from memo_compile.placement.bounds import lower_bound
-from memo_compile.regression.baseline import Baseline, Change, Figures, Tensor, compare, load, save
+from memo_compile.regression.baseline import Baseline, Change, Figures, SavedTensor, compare, load, save
 from memo_compile.schema import ActivationPlan, Cause, Plan
 from memo_compile.trace.targets import load_target, made_of_fakes
 
@@ -168,11 +168,11 @@ def _calibrate() -> float:
     return time.process_time() - started
 
 
-def _tensor(a: ActivationPlan, graph: int | None) -> Tensor:
+def _tensor(a: ActivationPlan, graph: int | None) -> SavedTensor:
     name = a.name if graph is None else f"{graph}:{a.name}"
     kept, offloaded, recomputed = (a.share(rows) for rows in (a.kept, a.offloaded, a.recomputed))
     whole = a.bytes if a.cause is Cause.NO_TOKEN_AXIS else 0
-    return Tensor(name, _portable(a.source), a.bytes, kept, offloaded, recomputed, whole)
+    return SavedTensor(name, _portable(a.source), a.bytes, kept, offloaded, recomputed, whole)
 
 
 def _portable(source: str) -> str:

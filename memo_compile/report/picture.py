@@ -17,7 +17,7 @@ from memo_compile.logs import logger
 from memo_compile.passes.analysis.liveness import LiveRange, lifetimes, reaches_memory
 from memo_compile.passes.fx.facts import is_view, nbytes, schema_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR, PART_OF
-from memo_compile.passes.transforms.homes import Homes
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 
@@ -117,7 +117,7 @@ def _legend() -> str:
     return f'  legend [label=<<table border="0" cellborder="1" cellspacing="0"><tr>{cells}</tr></table>>];'
 
 
-def _label(node: fx.Node, live: LiveRange | None, home: Homes | None, saved: frozenset[str], fused: bool) -> str:
+def _label(node: fx.Node, live: LiveRange | None, home: Residency | None, saved: frozenset[str], fused: bool) -> str:
     target = node.target
     name = schema_name(node)
     kind = "saved" if node.name in saved else "transient"

@@ -31,7 +31,7 @@ from memo_compile.passes import pipeline
 from memo_compile.passes.fx.build import fake_mode
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.pipeline import Graphs, Watch
-from memo_compile.passes.transforms.homes import Homes
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.decide import Decided, carry_out, decide
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.problem import Limits
@@ -206,7 +206,7 @@ def _decision(decided: Decided, record: Mapping[str, Any]) -> list[str]:
     ]
     now = json.loads(json.dumps(asdict(decided.plan)))
     # Measured; compared above; and what is known once the plan fits.
-    left_out = {"seconds", "activations", "least_peak", "rounds", "budget"}
+    left_out = {"seconds", "activations", "least_peak", "rounds", "budget", "version"}
     before = {k: v for k, v in record["decided"].items() if k not in left_out}
     return differences + _fields("", before, {k: v for k, v in now.items() if k not in left_out})
 
@@ -221,8 +221,8 @@ def _in_words(home: Sequence[int] | None) -> str:
 def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path, timer: _Timer) -> Iterator[Replayed]:
     axes = {n.name: n.meta[TOKENS].axis for n in p.saved if TOKENS in n.meta}
     homes = {
-        name: Homes(tokens, kept, away, again, axes.get(name) if tokens > 1 else None)
-        for name, (tokens, kept, away, again) in record["homes"].items()
+        name: Residency(*rows, axis=axes.get(name) if tokens > 1 else None)
+        for name, (tokens, *rows) in record["homes"].items()
     }
     lost = [name for name, h in homes.items() if name not in p.chains or (h.tokens > 1 and h.axis is None)]
     if lost:

@@ -19,12 +19,11 @@ from memo_compile.hardware.profiles import is_calibrated
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line, storage_of
 from memo_compile.passes.fx.meta import FOR, LAYER, PART_OF, ROLE, WHY, Role
-from memo_compile.passes.transforms.homes import Homes
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.placement import Buffer, place
 from memo_compile.placement.bounds import live_bytes
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
-from memo_compile.planning.residency import Residency
 from memo_compile.planning.simulate import Simulation, simulate
 from memo_compile.schema import Plan, Side
 
@@ -113,7 +112,7 @@ def _activation(a: Any, strings: _Strings) -> list[Any]:
 class _Facts:
     """What is known of a value of either graph by its node: name, op, shape, layer, source, homes, why it is there."""
 
-    def __init__(self, p: Prepared, homes: Mapping[str, Homes], strings: _Strings) -> None:
+    def __init__(self, p: Prepared, homes: Mapping[str, Residency], strings: _Strings) -> None:
         self.strings, self.homes = strings, homes
         self.in_forward = {n.name for n in p.forward.graph.nodes if n.op == "call_function"}
         self.layers = {n.name: n.meta[LAYER].index for n in p.joint.graph.nodes if LAYER in n.meta}
@@ -238,8 +237,7 @@ def simulated(p: Prepared, decided: Decided) -> Simulation | None:
     """The step as the simulator plays it, its steps named by their nodes; None where nothing was decided."""
     if decided.problem is None or not decided.homes:
         return None
-    homes = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
-    played = simulate(decided.problem, homes)
+    played = simulate(decided.problem, decided.homes)
     names = [n.name for n in (*p.forward.graph.nodes, *p.backward.graph.nodes)]
     steps = {f"step {i}": name for i, name in enumerate(names)}
     events = (replace(e, name=steps.get(e.name, e.name)) for e in played.events if e.end > e.start)

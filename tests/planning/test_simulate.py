@@ -10,9 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bench import zoo
+from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning import decide as planning
 from memo_compile.planning.fit_budget import fit_budget
-from memo_compile.planning.residency import Activation, Problem, Residency
+from memo_compile.planning.residency import Activation, Problem
 from memo_compile.planning.rounding import decide, evaluate
 from memo_compile.planning.simulate import simulate
 from memo_compile.trace.offline import trace

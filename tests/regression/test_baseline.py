@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memo_compile.errors import InvalidBaseline, InvalidOption
-from memo_compile.regression.baseline import METRICS, Baseline, Figures, Tensor, compare, load, save, tolerances
+from memo_compile.regression.baseline import METRICS, Baseline, Figures, SavedTensor, compare, load, save, tolerances
 from memo_compile.regression.changes import as_json, github, in_words, text
 
 DEFAULT = tolerances([])
-TENSORS = (Tensor("mm", "model.py:1: y = w @ x", 1000, 400, 600, 0, 0), Tensor("gelu", "model.py:2", 500, 500, 0, 0, 0))
+TENSORS = (
+    SavedTensor("mm", "model.py:1: y = w @ x", 1000, 400, 600, 0, 0),
+    SavedTensor("gelu", "model.py:2", 500, 500, 0, 0, 0),
+)
 BEFORE = Figures(dict.fromkeys(METRICS, 100.0), TENSORS, {"unsliceable": ("known",)})
 
 
@@ -57,7 +60,11 @@ def test_anything_from_nothing_is_a_regression():
 
 
 def test_tensors_that_hold_more_are_blamed_the_worst_first():
-    tensors = (replace(TENSORS[0], kept=1000, offloaded=0), TENSORS[1], Tensor("new", "model.py:3", 900, 900, 0, 0, 0))
+    tensors = (
+        replace(TENSORS[0], kept=1000, offloaded=0),
+        TENSORS[1],
+        SavedTensor("new", "model.py:3", 900, 900, 0, 0, 0),
+    )
     blame = regressions(now(peak=150, tensors=tensors))["peak"].blame
     assert blame[0].startswith("new, new: 900 bytes kept, 900 more than before; model.py:3")
     assert blame[1].startswith("mm: 1,000 bytes kept, 600 more")

@@ -10,7 +10,7 @@ import torch
 
 import memo_compile
 from memo_compile.errors import HostBudgetExceeded, HostMemoryUnavailable
-from memo_compile.passes.transforms.homes import HOST_ALIGNMENT
+from memo_compile.passes.transforms.residency import HOST_ALIGNMENT
 from memo_compile.runtime import blocks, host, ops
 from memo_compile.runtime.host import HostPool
 

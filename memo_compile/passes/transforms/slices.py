@@ -27,7 +27,6 @@ from memo_compile.passes.fx.meta import PART_OF, TOKENS, UNCHECKED, Role
 from memo_compile.passes.fx.mutations import readable_inputs
 from memo_compile.passes.fx.provenance import because
 from memo_compile.passes.fx.sizes import is_symbolic, largest
-from memo_compile.passes.transforms.homes import Homes, Transfer, host_layout
 from memo_compile.passes.transforms.partition import (
     SYMBOL,
     Split,
@@ -35,6 +34,7 @@ from memo_compile.passes.transforms.partition import (
     received,
     saved_kind,
 )
+from memo_compile.passes.transforms.residency import Residency, Transfer, host_layout
 from memo_compile.passes.transforms.token_slices import (
     concat_tokens,
     rows_between,
@@ -64,7 +64,7 @@ def fetch(lease: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.d
     raise AssertionError("a fetch mark was run: the backward was not scheduled")
 
 
-def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes], host_budget: int = -1) -> Sliced:
+def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Residency], host_budget: int = -1) -> Sliced:
     """Rewrite both graphs of `split` so that each saved value in `homes` has its homes.
 
     `split.backward` must be unordered, as `split_saving` leaves it; the result's backward is ordered, its fetches still
@@ -97,7 +97,7 @@ def _in_torchs_order(split: Split, saved: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(saved[i] for i in order)
 
 
-def _with_sources(joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes]) -> Split:
+def _with_sources(joint: fx.GraphModule, split: Split, homes: Mapping[str, Residency]) -> Split:
     """Hand on the inputs that only recomputed slices read; they are the user's, and cost nothing to save."""
     present = {n.name for n in split.backward.graph.nodes}
     originals = {n.name: n for n in joint.graph.nodes}
@@ -135,7 +135,7 @@ def _chain(joint: fx.GraphModule, value: fx.Node, present: Collection[str]) -> l
 
 
 def _rewrite_forward(
-    split: Split, homes: Mapping[str, Homes], offsets: Mapping[str, int], host_bytes: int, host_budget: int
+    split: Split, homes: Mapping[str, Residency], offsets: Mapping[str, int], host_bytes: int, host_budget: int
 ) -> tuple[str, ...]:
     graph = split.forward.graph
     (output,) = graph.find_nodes(op="output")
@@ -178,7 +178,7 @@ def _device_of(graph: fx.Graph, names: Collection[str]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), devices[0])
 
 
-def _rows(name: str, plan: Homes, lo: int, hi: int) -> str:
+def _rows(name: str, plan: Residency, lo: int, hi: int) -> str:
     return name if plan.tokens == 1 else f"rows [{lo}, {hi}) of {plan.tokens} of {name}"
 
 
@@ -188,7 +188,7 @@ def _descriptions(old: list[Any], forward_outputs: int, saved: int) -> list[Any]
     return list(old[:forward_outputs]) + [SavedForBackwardsAOTOutput(i) for i in range(saved)]
 
 
-def _offload(graph: fx.Graph, value: fx.Node, plan: Homes, lease: fx.Node, offset: int) -> None:
+def _offload(graph: fx.Graph, value: fx.Node, plan: Residency, lease: fx.Node, offset: int) -> None:
     """Start the copy where the value is final; `schedule_waits` moves the wait to where the copy has ended."""
     with graph.inserting_before(_after(value)):
         rows = _offloaded_rows(graph, value, plan)
@@ -220,7 +220,7 @@ def _last_use(value: fx.Node, start: fx.Node) -> fx.Node:
 
 
 def _rewrite_backward(
-    joint: fx.GraphModule, split: Split, homes: Mapping[str, Homes], offsets: Mapping[str, int], host_bytes: int
+    joint: fx.GraphModule, split: Split, homes: Mapping[str, Residency], offsets: Mapping[str, int], host_bytes: int
 ) -> None:
     graph = split.backward.graph
     originals = {n.name: n for n in joint.graph.nodes}
@@ -268,12 +268,12 @@ def _rewrite_backward(
         present[name] = whole
 
 
-def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: torch.Tensor, plan: Homes) -> fx.Node:
+def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: torch.Tensor, plan: Residency) -> fx.Node:
     axis = _physical_axis(value, plan)
     return concat_tokens(graph, parts, axis, value.shape[_physical_order(value)[axis.dim]])
 
 
-def _fetched(graph: fx.Graph, lease: fx.Node, offset: int, value: torch.Tensor, plan: Homes) -> fx.Node:
+def _fetched(graph: fx.Graph, lease: fx.Node, offset: int, value: torch.Tensor, plan: Residency) -> fx.Node:
     shape = _slice_shape(value, plan, 0, plan.offloaded)
     node = graph.call_function(fetch, (lease, offset, tuple(map(largest, shape)), value.dtype))
     with fake_mode(graph):
@@ -281,7 +281,7 @@ def _fetched(graph: fx.Graph, lease: fx.Node, offset: int, value: torch.Tensor, 
     return node
 
 
-def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Homes) -> fx.Node:
+def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Residency) -> fx.Node:
     """A placeholder for the kept rows, in the place of the one for the whole value."""
     value: torch.Tensor = held.meta["val"]
     with graph.inserting_before(held):
@@ -294,7 +294,7 @@ def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Homes) -> fx.Node:
 
 
 def _recomputed(
-    joint: fx.GraphModule, graph: fx.Graph, value: fx.Node, present: Mapping[str, fx.Node], plan: Homes
+    joint: fx.GraphModule, graph: fx.Graph, value: fx.Node, present: Mapping[str, fx.Node], plan: Residency
 ) -> fx.Node:
     """Rows of `value` made again from what the backward holds, in physical order."""
     assert plan.axis is not None
@@ -343,13 +343,13 @@ def _physical_order(value: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], d)))
 
 
-def _physical_axis(value: torch.Tensor, plan: Homes) -> TokenAxis:
+def _physical_axis(value: torch.Tensor, plan: Residency) -> TokenAxis:
     assert plan.axis is not None
     place = _physical_order(value).index(plan.axis.dim)
     return plan.axis.at(place)
 
 
-def _slice_shape(value: torch.Tensor, plan: Homes, lo: int, hi: int) -> tuple[Any, ...]:
+def _slice_shape(value: torch.Tensor, plan: Residency, lo: int, hi: int) -> tuple[Any, ...]:
     """The shape of token rows [lo, hi), in physical order."""
     sizes = [value.shape[d] for d in _physical_order(value)]
     shape = [s if is_symbolic(s) else int(s) for s in sizes]
@@ -359,14 +359,14 @@ def _slice_shape(value: torch.Tensor, plan: Homes, lo: int, hi: int) -> tuple[An
     return tuple(shape)
 
 
-def _physical_rows(graph: fx.Graph, value: fx.Node, plan: Homes, lo: int, hi: int) -> fx.Node:
+def _physical_rows(graph: fx.Graph, value: fx.Node, plan: Residency, lo: int, hi: int) -> fx.Node:
     physical = _permuted(graph, value, _physical_order(value.meta["val"]))
     if hi - lo == plan.tokens:
         return physical
     return slice_value(graph, physical, _physical_axis(value.meta["val"], plan), lo, hi)
 
 
-def _offloaded_rows(graph: fx.Graph, value: fx.Node, plan: Homes) -> fx.Node:
+def _offloaded_rows(graph: fx.Graph, value: fx.Node, plan: Residency) -> fx.Node:
     """The rows that leave, where they lie: row-major they are what `_fetched` asks for, whatever their rank."""
     physical = _permuted(graph, value, _physical_order(value.meta["val"]))
     if plan.offloaded == plan.tokens:

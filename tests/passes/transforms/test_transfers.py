@@ -10,7 +10,6 @@ from memo_compile.passes.transforms.offloads import schedule_offloads
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.slices import fetch
 from memo_compile.planning.decide import carry_out, decide
-from memo_compile.planning.residency import Residency
 from memo_compile.planning.simulate import simulate
 from memo_compile.runtime.ops import register
 from memo_compile.trace.offline import trace
@@ -208,7 +207,7 @@ def test_a_model_waits_for_no_copy_where_its_plan_predicts_no_stall():
         x = torch.randint(0, 512, (1, 512))
     p, setting = trace(model, (x,), {"labels": x}, {"memory_budget": 0.6, "recompute": False})
     decided = decide(p, limits_for(setting, p.unplanned_peak), name="gpt", backend="memo")
-    homes = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
+    homes = decided.homes
     assert sum(simulate(decided.problem, homes).stalls.values()) == 0
     for graph, rate in ((decided.forward, p.profile.d2h), (decided.backward, p.profile.h2d)):
         waited, copied = played(graph, p.seconds, rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,17 +18,21 @@ HOST_ALIGNMENT = 64  # bytes: a cache line, so that two copies never write to on
 
 
 @dataclass(frozen=True)
-class Homes:
-    """Token rows [0, offloaded) go to the host, [offloaded, offloaded + recomputed) are made again, the rest is kept.
+class Residency:
+    """Token rows of an activation in each home: [0, offloaded) are offloaded, then come the recomputed, then the kept.
 
-    `axis` is None for a value with one home.
+    `axis` is None for a value with one home, whole, and where nobody asks which rows these are.
     """
 
-    tokens: int
     kept: int
     offloaded: int
     recomputed: int
-    axis: TokenAxis | None
+    axis: TokenAxis | None = field(default=None, kw_only=True)
+
+    @property
+    def tokens(self) -> int:
+        """All token rows; 1 for a value that cannot be sliced."""
+        return self.kept + self.offloaded + self.recomputed
 
     @property
     def whole(self) -> bool:
@@ -45,7 +49,7 @@ class Transfer:
     bytes: int
 
 
-def host_layout(split: Split, homes: Mapping[str, Homes]) -> tuple[tuple[Transfer, ...], int]:
+def host_layout(split: Split, homes: Mapping[str, Residency]) -> tuple[tuple[Transfer, ...], int]:
     """Host offsets, and the bytes of the lease.
 
     A slice lies on the host from its offload in the forward to its prefetch in the backward. So all of them are there

@@ -26,7 +26,7 @@ from bench.paper import K, case, stack_of
 from memo_compile.forecast.forecast import Asked, Forecast, forecast_preset
 from memo_compile.forecast.parallel import layout
 from memo_compile.forecast.presets import PRESETS
-from memo_compile.forecast.strategies import remaking
+from memo_compile.forecast.strategies import recomputing_only
 from memo_compile.models import Llama, LlamaConfig
 from memo_compile.passes.analysis.layers import annotate_layers
 from memo_compile.planning.rounding import decide
@@ -55,7 +55,7 @@ def row_of(layers: int) -> dict[str, Any]:
     c = replace(full, preset=replace(full.preset, layers=layers), host=full.host * layers // 32)
     stack = stack_of(c)
     anchors = stack.anchors[0]
-    problem = remaking(stack, {a.name for a in stack.problem.activations if a.recompute_seconds} - anchors)
+    problem = recomputing_only(stack, {a.name for a in stack.problem.activations if a.recompute_seconds} - anchors)
     program, decision = processor_seconds(lambda: decide(problem, time_limit=120))
     assert decision is not None
     simulation, played = processor_seconds(lambda: simulate(problem, decision.residency))

@@ -111,11 +111,11 @@ def _compiled(
         _specialize(inputs)
         compiled = planned(gm, inputs, setting)
 
-    def again(step: FirstStep, args: list[Any]) -> Compiled:
+    def recompile(step: FirstStep, args: list[Any]) -> Compiled:
         return planned(twin(spare), args, replace(setting, first_step=step))
 
     if not any(is_symbolic(size) for size in sizes_of(inputs)):  # what one length held is no measure for another
-        compiled = kept(compiled, setting.first_step, again)
+        compiled = kept(compiled, setting.first_step, recompile)
     return compiled if plain is None else verified(compiled, gm, plain, reference)
 
 

@@ -54,8 +54,8 @@ class BudgetTooSmall(MemoError):
     `budget` is what is left for the graph: other graphs of the step hold `beside` bytes.
     """
 
-    def __init__(self, budget: int, least: int, obstacles: Sequence[str] = (), beside: int = 0) -> None:
-        self.budget, self.least, self.obstacles, self.beside = budget, least, tuple(obstacles), beside
+    def __init__(self, budget: int, least: int, peak_tensors: Sequence[str] = (), beside: int = 0) -> None:
+        self.budget, self.least, self.peak_tensors, self.beside = budget, least, tuple(peak_tensors), beside
         lines = [
             f"memory_budget = {budget:,} bytes cannot be kept: the least that any plan holds is {least:,} bytes",
             f"({least / 2**20:,.1f} MiB).",
@@ -67,14 +67,14 @@ class BudgetTooSmall(MemoError):
             lines.append(
                 "step keep for their backward: let the model be one graph (TORCH_LOGS=graph_breaks), or raise it."
             )
-        if obstacles:
-            lines.append("At that moment these stand in the way:\n  " + "\n  ".join(obstacles) + "\n")
+        if peak_tensors:
+            lines.append("At that moment these stand in the way:\n  " + "\n  ".join(peak_tensors) + "\n")
         lines.append("Raise memory_budget to at least that, or shorten the sequence or the batch")
         lines.append('(memory_budget="min" takes the least there is).')
         super().__init__(" ".join(lines))
 
     def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[int, int, tuple[str, ...], int]]:
-        return type(self), (self.budget, self.least, self.obstacles, self.beside)
+        return type(self), (self.budget, self.least, self.peak_tensors, self.beside)
 
 
 class GradientsInside(MemoError):

@@ -41,7 +41,7 @@ def test_an_impossible_budget_is_refused_with_numbers():
     assert isinstance(refusal, memo_compile.BudgetTooSmall)
     assert refusal.budget == 65536 < refusal.least
     assert f"{refusal.least:,}" in str(refusal)
-    assert any("llama.py" in line for line in refusal.obstacles)
+    assert any("llama.py" in line for line in refusal.peak_tensors)
 
 
 def test_the_least_that_a_refusal_names_can_run():

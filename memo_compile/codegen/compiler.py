@@ -43,8 +43,8 @@ from memo_compile.codegen.rehearsal import Evidence, Rehearsal, donatable, links
 from memo_compile.codegen.scheduler.arrivals import check_arrivals
 from memo_compile.codegen.scheduler.dependencies import knows_all
 from memo_compile.codegen.scheduler.order import (
-    check_landings,
     check_order,
+    check_prefetched_reads,
     emitted_steps,
     planned_steps,
 )
@@ -60,8 +60,8 @@ from memo_compile.planning.decide import Decided, decide, lease_input, lease_out
 from memo_compile.planning.fit_budget import WORTHWHILE, Fitted, fit_budget
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
-from memo_compile.runtime.ahead import Schedule
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
+from memo_compile.runtime.cross_call import Schedule
 from memo_compile.runtime.outstanding import noted
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan, Side
 from memo_compile.trace.captured import takes_gradients
@@ -315,7 +315,7 @@ class _Compilation:
             return evidence
         if self.scalar:
             raise _Exceeded(planned)
-        raise BudgetTooSmall(budget, peak, planned.decided.obstacles)
+        raise BudgetTooSmall(budget, peak, planned.decided.peak_tensors)
 
     def _poisoned(self, lines: Sequence[str], backward: bool) -> tuple[Sequence[str], Sequence[str]]:
         planned = self._now()
@@ -342,7 +342,7 @@ class _Compilation:
         planned = self._now()
         assert isinstance(planned, ForwardEmitted)
         self._report(check_order(planned_steps(planned.decided.backward), emitted_steps(lines)))
-        check_landings(lines)
+        check_prefetched_reads(lines)
         check_arrivals()
         schedule = early_schedule(planned.rehearsal, planned.evidence.layout, lines)
         links = [(link.output, link.input) for link in planned.links]

@@ -9,12 +9,12 @@ from typing import Any
 from memo_compile.codegen.arena.layout import ArenaLayout, Link
 from memo_compile.codegen.arena.sides import buffers_of
 from memo_compile.codegen.emitted.body import Body
-from memo_compile.codegen.emitted.landings import how_many_early, schedule_of
+from memo_compile.codegen.emitted.prefetch_buffers import how_many_early, schedule_of
 from memo_compile.codegen.emitted.verifier import EmittedRegions
 from memo_compile.codegen.rehearsal import Evidence, Rehearsal
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
-from memo_compile.runtime.ahead import Schedule
+from memo_compile.runtime.cross_call import Schedule
 from memo_compile.schema import Plan, Side
 from memo_compile.trace.observer import Observer
 
@@ -69,7 +69,7 @@ def early_schedule(rehearsal: Rehearsal, layout: ArenaLayout, lines: Sequence[st
     if rehearsal.ranged:  # places are of the size of this call's length, which the call before does not know
         return replace(schedule, early=())
     starts = {b.name: b.start for b in buffers_of(Side.BACKWARD, layout.buffers)}
-    sizes = [(starts[landing.buffer], landing.nbytes) for landing in schedule.early]
+    sizes = [(starts[prefetch.buffer], prefetch.nbytes) for prefetch in schedule.early]
     early = how_many_early(sizes, layout.held, layout.forward_steps, layout.arena_bytes)
     if budget is not None:
         while early and layout.peak + sum(size for _, size in sizes[:early]) > budget:

@@ -92,7 +92,7 @@ class Rehearsal:
         if self.ranged or not any(h.offloaded for h in decided.homes.values()):
             return plain
         plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
-        return plain if decided.ahead else self._overlapping(decided, forward, backward, plain)
+        return plain if decided.overlap else self._overlapping(decided, forward, backward, plain)
 
     def _overlapping(self, decided: CarriedOut, forward: Emission, backward: Emission, plain: Evidence) -> Evidence:
         """The same with transfers moved so that they overlap, if the arena holds no more for it."""
@@ -109,10 +109,10 @@ class Rehearsal:
         """Where the buffers of two bodies lie."""
         arguments = self.arena_arguments(decided, forward, backward)
         plain = plan_arena(**arguments)
-        if not backward.landings or not decided.ahead:
+        if not backward.prefetch_buffers or not decided.overlap:
             return plain
         # Where it costs nothing, or the budget has room, slices land in storages that a call before can take.
-        alone = plan_arena(**arguments, alone=frozenset(backward.landings))
+        alone = plan_arena(**arguments, alone=frozenset(backward.prefetch_buffers))
         budget = self.budget if self.budget is not None else plain.peak
         return alone if alone.peak <= max(plain.peak, budget) else plain
 

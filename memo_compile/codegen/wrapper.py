@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from memo_compile.codegen.emitted.body import Body, read_body
-from memo_compile.codegen.emitted.landings import landing_buffers, take_landing
 from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
+from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffers_in, take_prefetch_buffer
 from memo_compile.codegen.emitted.text import source_of
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
@@ -188,7 +188,7 @@ def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) 
     )
     strides = tuple(_stride(output) for output in graph.graph_outputs)
     origins = {name: _origin(graph.name_to_buffer.get(name)) for name in body.storages}
-    return replace(body, strides=strides, landings=tuple(landing_buffers(lines)), origins=origins)
+    return replace(body, strides=strides, prefetch_buffers=tuple(prefetch_buffers_in(lines)), origins=origins)
 
 
 def _origin(buffer: Any) -> str:
@@ -217,10 +217,10 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
     hold it, and it is free when they are gone.
     """
     places = {b.name: b for b in buffers}
-    landings = landing_buffers(lines)
+    prefetch_buffers = prefetch_buffers_in(lines)
     shared = Counter(b.segment for b in buffers)
     sizes = {s.name: s.size for s in segments}
-    left = {s.name: sum(1 for b in buffers if b.segment == s.name) for s in segments}
+    unborn = {s.name: sum(1 for b in buffers if b.segment == s.name) for s in segments}
     taken: set[str] = set()
     out: list[str] = []
     for line in lines:
@@ -234,13 +234,13 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
         if segment not in taken:
             taken.add(segment)
             made = f"{segment} = {match['make']}(({sizes[segment]}, ), (1, ), torch.uint8)"
-            if shared[segment] == 1 and match["name"] in landings:
-                made = take_landing(segment, sizes[segment], *landings[match["name"]], match["make"])
+            if shared[segment] == 1 and match["name"] in prefetch_buffers:
+                made = take_prefetch_buffer(segment, sizes[segment], *prefetch_buffers[match["name"]], match["make"])
             out.append(f"{indent}{made}")
         view = f"alloc_from_pool({segment}, {place.offset}, {dtype}, {shape}, {stride})"
         out.append(f"{indent}{match['name']} = {view}")
-        left[segment] -= 1
-        if not left[segment]:
+        unborn[segment] -= 1
+        if not unborn[segment]:
             out.append(f"{indent}del {segment}")
     return out
 

@@ -95,7 +95,7 @@ def _last_steps(p: Prepared, infos: Mapping[str, int]) -> dict[tuple[bool, int],
 
 
 def _ranges(p: Prepared, moved: frozenset[str]) -> Iterator[tuple[str, LiveRange, bool]]:
-    """Name, live range over both graphs of the trace, and whether the backward makes it; `moved` left out."""
+    """Name, live range over both graphs of the trace, and whether the backward makes it; `moved` remaining out."""
     front, back = list(p.forward.graph.nodes), list(p.backward.graph.nodes)
     steps, total = len(front), len(front) + len(back)
     saved = frozenset(n.name for n in p.saved)
@@ -157,10 +157,10 @@ def _copied(problem: Problem, played: Simulation) -> defaultdict[tuple[str, str]
 
 def _whole(parts: Mapping[int, int], size: int) -> list[tuple[int, int]]:
     """Step and bytes of each part; the last makes up for what rounding lost, so that they sum to `size`."""
-    rows, left = [], size
+    rows, remaining = [], size
     for step in sorted(parts):
-        rows.append((step, min(parts[step], left)))
-        left -= rows[-1][1]
+        rows.append((step, min(parts[step], remaining)))
+        remaining -= rows[-1][1]
     if rows:
-        rows[-1] = (rows[-1][0], rows[-1][1] + left)
+        rows[-1] = (rows[-1][0], rows[-1][1] + remaining)
     return rows

@@ -55,18 +55,18 @@ class Outcome:
     predicted: Decision | None = None  # by the linear program, where it decided
 
 
-def remaking(stack: Stack, remade: Collection[str]) -> Problem:
-    """The problem in which only `remade` may be recomputed: what they are made from is needed as early as they are."""
+def recomputing_only(stack: Stack, recomputed: Collection[str]) -> Problem:
+    """The problem in which only `recomputed` may be: what they are made from is needed as early as they are."""
     order = [a.name for a in stack.problem.activations]
     first = {a.name: a.first_backward for a in stack.problem.activations}
-    needed = first_needed(order, first, stack.needs, remade)
+    needed = first_needed(order, first, stack.needs, recomputed)
     return replace(
         stack.problem,
         activations=tuple(
             replace(
                 a,
                 first_backward=needed[a.name],
-                recompute_seconds=a.recompute_seconds if a.name in remade else None,
+                recompute_seconds=a.recompute_seconds if a.name in recomputed else None,
             )
             for a in stack.problem.activations
         ),
@@ -80,7 +80,9 @@ def keep_all(stack: Stack) -> Outcome | None:
 
 def full_recompute(stack: Stack) -> Outcome | None:
     """Layer inputs stay, all else is made again: what checkpointing every block does."""
-    return _played(stack, {a.name: _again_or(stack, a, Residency(a.tokens, 0, 0)) for a in stack.problem.activations})
+    return _played(
+        stack, {a.name: _recomputed_or(stack, a, Residency(a.tokens, 0, 0)) for a in stack.problem.activations}
+    )
 
 
 def full_swap(stack: Stack) -> Outcome | None:
@@ -92,10 +94,12 @@ def full_swap(stack: Stack) -> Outcome | None:
 
 def input_swap(stack: Stack) -> Outcome | None:
     """Layer inputs go to the host, all else is made again: ALST's and Unsloth's way."""
-    return _played(stack, {a.name: _again_or(stack, a, Residency(0, a.tokens, 0)) for a in stack.problem.activations})
+    return _played(
+        stack, {a.name: _recomputed_or(stack, a, Residency(0, a.tokens, 0)) for a in stack.problem.activations}
+    )
 
 
-def _again_or(stack: Stack, a: Activation, home: Residency) -> Residency:
+def _recomputed_or(stack: Stack, a: Activation, home: Residency) -> Residency:
     """Made again; layers' inputs, and what cannot be made again, in `home`; kept where no layer holds it."""
     if stack.layer[a.name] < 0:
         return Residency(a.tokens, 0, 0)
@@ -162,8 +166,8 @@ def whole_tensors(stack: Stack, linear: Outcome | None) -> Outcome | None:
         if decision is None:
             break
         homes = _dealt(linear.problem, stack, decision.residency)
-        remade = frozenset(a.name for a in linear.problem.activations if a.recompute_seconds is not None)
-        best = _faster(best, _played(stack, homes, remade))
+        recomputed = frozenset(a.name for a in linear.problem.activations if a.recompute_seconds is not None)
+        best = _faster(best, _played(stack, homes, recomputed))
         if best is not None:
             break
         spare += 2 * max(a.bytes for a in stack.problem.activations)
@@ -203,10 +207,10 @@ def planned(stack: Stack, *, close: float = 3e-4) -> Outcome | None:
     unpulled = decide(stack.problem, time_limit=SOLVER_SECONDS)
     best: Outcome | None = None
     for anchors in stack.anchors:
-        remade = _remakable(stack, anchors)
-        decision = decide(remaking(stack, remade), time_limit=SOLVER_SECONDS)
+        recomputed = _recomputable(stack, anchors)
+        decision = decide(recomputing_only(stack, recomputed), time_limit=SOLVER_SECONDS)
         if decision is not None:
-            played = _played(stack, decision.residency, remade)
+            played = _played(stack, decision.residency, recomputed)
             best = _faster(best, None if played is None else replace(played, predicted=decision))
         if best is not None and unpulled is not None and best.played.seconds <= unpulled.seconds * (1 + close):
             break
@@ -268,7 +272,7 @@ def outcomes(stack: Stack) -> dict[str, Outcome | None]:
     return dict(zip(STRATEGIES, (*found, whole_tensors(stack, linear), linear), strict=True))
 
 
-def _remakable(stack: Stack, anchors: Collection[str]) -> frozenset[str]:
+def _recomputable(stack: Stack, anchors: Collection[str]) -> frozenset[str]:
     return frozenset(a.name for a in stack.problem.activations if a.recompute_seconds is not None) - set(anchors)
 
 
@@ -291,10 +295,12 @@ def _faster(a: Outcome | None, b: Outcome | None) -> Outcome | None:
     return b if b.played.seconds < a.played.seconds else a
 
 
-def _played(stack: Stack, residency: Mapping[str, Residency], remade: Collection[str] | None = None) -> Outcome | None:
+def _played(
+    stack: Stack, residency: Mapping[str, Residency], recomputed: Collection[str] | None = None
+) -> Outcome | None:
     """How these homes play; None where they exceed device or host memory."""
-    again = {name for name, home in residency.items() if home.recomputed} if remade is None else remade
-    problem = remaking(stack, again)
+    recomputed = {name for name, home in residency.items() if home.recomputed} if recomputed is None else recomputed
+    problem = recomputing_only(stack, recomputed)
     away = sum(a.bytes * residency[a.name].offloaded / a.tokens for a in problem.activations)
     if away > problem.host_budget * (1 + 1e-9):
         return None

@@ -14,7 +14,7 @@ def memory_limit() -> int | None:
 
 def free_host_memory() -> int:
     """Bytes of host memory that this process may still take: what is free, capped by the limits of its cgroups."""
-    return min([_meminfo_available(), *(group.left for group in cgroup_limits())])
+    return min([_meminfo_available(), *(group.free for group in cgroup_limits())])
 
 
 def _meminfo_available() -> int:
@@ -32,7 +32,7 @@ class CgroupLimit:
     """Bytes that a cgroup allows, and what is left of them."""
 
     allowed: int
-    left: int
+    free: int
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def _limit_of(group: Path, files: _Files) -> CgroupLimit | None:
     try:
         allowed = int((group / files.limit).read_text())
         used = int((group / files.used).read_text())
-        left = allowed - used + _stat(group / "memory.stat", files.cache)
+        free = allowed - used + _stat(group / "memory.stat", files.cache)
     except (OSError, ValueError):
         return None
-    return CgroupLimit(allowed, max(0, left)) if allowed < _NO_LIMIT else None
+    return CgroupLimit(allowed, max(0, free)) if allowed < _NO_LIMIT else None
 
 
 def _stat(path: Path, key: str) -> int:

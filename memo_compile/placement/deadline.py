@@ -21,16 +21,16 @@ class Deadline:
         self.stop = np.zeros(1, np.int32)
         self._timer: threading.Timer | None = None
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until it passes, at least 0."""
         return max(0.0, self._end - time.perf_counter())
 
     def passed(self) -> bool:
         """Whether it has passed."""
-        return self.left() == 0
+        return self.remaining() == 0
 
     def __enter__(self) -> Deadline:
-        self._timer = threading.Timer(min(self.left(), threading.TIMEOUT_MAX), self._set)
+        self._timer = threading.Timer(min(self.remaining(), threading.TIMEOUT_MAX), self._set)
         self._timer.daemon = True
         self._timer.start()
         return self

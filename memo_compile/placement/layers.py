@@ -67,8 +67,8 @@ def place_layers(
         if answer is not None and (capacity is None or answer.peak <= capacity):
             verify(buffers, answer, alignment=alignment)
             return replace(answer, seconds=time.perf_counter() - started)
-    left = max(0.0, time_limit - (time.perf_counter() - started))
-    answer = place(buffers, alignment=alignment, capacity=capacity, time_limit=left, work=work)
+    remaining = max(0.0, time_limit - (time.perf_counter() - started))
+    answer = place(buffers, alignment=alignment, capacity=capacity, time_limit=remaining, work=work)
     return replace(answer, seconds=time.perf_counter() - started)
 
 
@@ -105,8 +105,8 @@ def _two_levels(
     block_of: dict[str, str] = {}
     blocks: list[Buffer] = []
     for layers in groups:
-        left = max(0.0, ends - time.perf_counter())
-        one = place(layers[0], alignment=alignment, time_limit=left / 4, work=work)
+        remaining = max(0.0, ends - time.perf_counter())
+        one = place(layers[0], alignment=alignment, time_limit=remaining / 4, work=work)
         for layer in layers:
             block = Buffer(f"{BLOCK}{len(blocks)}", one.peak, min(b.start for b in layer), max(b.end for b in layer))
             blocks.append(block)
@@ -115,8 +115,8 @@ def _two_levels(
     outer = [b for b in buffers if b.name not in block_of] + blocks
     if lower_bound(outer, alignment) > (1 + SLACK) * bound:
         return None
-    left = max(0.0, ends - time.perf_counter())
-    whole = place(outer, alignment=alignment, capacity=int((1 + SLACK) * bound), time_limit=left, work=work)
+    remaining = max(0.0, ends - time.perf_counter())
+    whole = place(outer, alignment=alignment, capacity=int((1 + SLACK) * bound), time_limit=remaining, work=work)
     if whole.peak > (1 + SLACK) * bound:
         return None
     offsets = {

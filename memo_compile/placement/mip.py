@@ -69,7 +69,7 @@ def solve(
     if tricks.bound_first and least < peak:
         program = _Program(core, least, least, tricks, nodes)
         # A search with no bound to close either ends early or hardly at all; the other question closes one.
-        offsets, proved = program.run(None, Deadline(FIRST * deadline.left()))
+        offsets, proved = program.run(None, Deadline(FIRST * deadline.remaining()))
         if offsets is not None:
             return Answer(offsets, least)
         least += proved
@@ -164,7 +164,7 @@ class _Program:
             return None, True
         if start is not None:
             self._warm_start(start)
-        self.h.setOptionValue("time_limit", max(0.01, deadline.left()) + self.h.getRunTime())
+        self.h.setOptionValue("time_limit", max(0.01, deadline.remaining()) + self.h.getRunTime())
         self.h.run()
         status = self.h.getModelStatus()
         if status == highspy.HighsModelStatus.kInfeasible:
@@ -206,7 +206,7 @@ class _Program:
 
         self._set_kind(highspy.HighsVarType.kContinuous)
         for _ in range(CUT_ROUNDS):
-            self.h.setOptionValue("time_limit", max(0.01, deadline.left()) + self.h.getRunTime())
+            self.h.setOptionValue("time_limit", max(0.01, deadline.remaining()) + self.h.getRunTime())
             self.h.run()
             status = self.h.getModelStatus()
             if status == highspy.HighsModelStatus.kInfeasible:

@@ -126,7 +126,7 @@ def _wait(
     future: Future[tuple[int, Ints, int]], flags: list[np.ndarray[tuple[int], np.dtype[np.int32]]], deadline: Deadline
 ) -> tuple[int, Ints, int]:
     try:
-        return future.result(timeout=deadline.left())
+        return future.result(timeout=deadline.remaining())
     except TimeoutError:
         for flag in flags:
             flag[0] = 1

@@ -15,6 +15,7 @@ from memo_compile.placement.core import Core, Ints, core_of, merge_aliases, root
 from memo_compile.placement.deadline import Deadline
 from memo_compile.placement.greedy import ORDERS, greedy, improve, order_by
 from memo_compile.placement.kernel import Kernel
+from memo_compile.placement.preferences import at_preferred_ends
 from memo_compile.placement.problem import (
     Buffer,
     Evidence,
@@ -26,7 +27,6 @@ from memo_compile.placement.problem import (
     of_roots,
 )
 from memo_compile.placement.search import search
-from memo_compile.placement.settle import settle
 from memo_compile.placement.verifier import verify
 
 MANY = 2_000  # buffers: beyond this even one order of greedy wants the compiled kernel
@@ -99,7 +99,7 @@ def place(
     offsets |= {name: int(o) * core.unit for name, o in zip(core.names, state.offsets, strict=True)}
     peak = state.peak * core.unit
     peak = max([peak, *(o + aligned(b.size, alignment) for b in merged if (o := fixed.get(b.name)) is not None)])
-    offsets = settle(merged, offsets, peak, alignment, fixed)
+    offsets = at_preferred_ends(merged, offsets, peak, alignment, fixed)
     offsets = {b.name: offsets[roots[b.name]] for b in buffers}
     end = max((offsets[b.name] + b.size for b in buffers), default=0)
     fits, evidence, reason = _verdict(merged, alignment, capacity, end, bound * core.unit, state.least * core.unit)
@@ -122,13 +122,13 @@ def _solve(core: Core, bound: int, capacity: int | None, deadline: Deadline, wor
     if core.n == 0:
         return _State(np.zeros(0, np.int64), 0, "nothing to place", bound)
     goal = bound if capacity is None else max(bound, capacity)
-    kernel = kernels.load(deadline.left() / 2) if core.n > MANY else None
+    kernel = kernels.load(deadline.remaining() / 2) if core.n > MANY else None
     offsets, peak, name = greedy(core, goal, kernel, deadline)
     alone = core.n > MANY and kernel is None
     state = _State(offsets, peak, f"greedy by {name}{IN_PYTHON if alone else ''}", bound)
     if peak <= goal or (capacity is not None and capacity < bound) or deadline.passed():
         return state
-    kernel = kernels.load(deadline.left())
+    kernel = kernels.load(deadline.remaining())
     state = _improve(core, state, goal, name, kernel, deadline)
     if kernel is not None and _can_search(core):
         state = _search(core, state, kernel, capacity, deadline, SHORT if work is None else min(SHORT, work))
@@ -136,8 +136,8 @@ def _solve(core: Core, bound: int, capacity: int | None, deadline: Deadline, wor
     if not _done(state, capacity) and core.n <= mip.LARGEST and exact and not deadline.passed():
         state = _mip(core, state, deadline, work)
     if kernel is not None and _can_search(core) and not _done(state, capacity):
-        left = None if work is None else work - state.work
-        state = _search(core, state, kernel, capacity, deadline, left)
+        remaining = None if work is None else work - state.work
+        state = _search(core, state, kernel, capacity, deadline, remaining)
     elif not _done(state, capacity) and not (core.n <= mip.LARGEST and exact):
         state = _improve_on(core, state, goal, kernel, deadline, work)
     if kernel is None and IN_PYTHON not in state.solver:

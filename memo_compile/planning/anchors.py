@@ -18,22 +18,22 @@ TIGHT = 1.25  # a bottleneck is at most so much larger than the smallest
 
 
 def first_needed(
-    order: Sequence[str], first: Mapping[str, int], needs: Mapping[str, Sequence[str]], remade: Collection[str]
+    order: Sequence[str], first: Mapping[str, int], needs: Mapping[str, Sequence[str]], recomputed: Collection[str]
 ) -> dict[str, int]:
-    """The first backward step that needs each activation, be it to make again one of `remade`.
+    """The first backward step that needs each activation, be it to make again one of `recomputed`.
 
     Args:
         order: activations in the forward's order.
         first: the first backward step that reads each for a gradient.
         needs: what each is made from.
-        remade: those that may be made again.
+        recomputed: those that may be made again.
 
     >>> first_needed(["x", "y"], {"x": 9, "y": 4}, {"x": [], "y": ["x"]}, {"y"})
     {'x': 4, 'y': 4}
     """
     needed = {name: first[name] for name in order}
     for name in reversed(order):
-        if name in remade:
+        if name in recomputed:
             for source in needs[name]:
                 if source in needed:
                     needed[source] = min(needed[source], needed[name])

@@ -61,8 +61,8 @@ class Columns:
     activations: int
     intervals: int
     kept: int
-    away: int
-    again: int
+    offloaded: int
+    recomputed: int
     live: int  # MiB of activations
     stall: int  # ticks before the interval
     out_stalled: int  # copied to the host in the stall
@@ -78,5 +78,12 @@ class Columns:
 
     @staticmethod
     def of(n: int, m: int) -> Columns:
-        a, b, d, e, f, g, h, i, j, k, top = (3 * n + place * m for place in range(11))
-        return Columns(n, m, 0, n, 2 * n, a, b, d, e, f, g, h, i, j, k, top, top + 1)
+        """The columns of `n` activations in `m` intervals."""
+        first = {name: 3 * n + place * m for place, name in enumerate(_BY_INTERVAL)}
+        top = 3 * n + len(_BY_INTERVAL) * m
+        return Columns(
+            activations=n, intervals=m, kept=0, offloaded=n, recomputed=2 * n, **first, top=top, count=top + 1
+        )
+
+
+_BY_INTERVAL = ("live", "stall", "out_stalled", "out", "waiting", "overdue", "held", "back_stalled", "back", "early")

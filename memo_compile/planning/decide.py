@@ -11,7 +11,7 @@ from typing import Any
 import torch.fx as fx
 
 from memo_compile.errors import HostBudgetExceeded
-from memo_compile.passes.analysis.peak_tensors import obstacles
+from memo_compile.passes.analysis.peak_tensors import peak_tensors
 from memo_compile.passes.fx.facts import (
     HOST_LEASE,
     is_on_host,
@@ -42,26 +42,26 @@ HOST_ROUNDS = 3  # in which plans that miss the host budget by a few slices aim 
 class CarriedOut:
     """Two graphs, and the homes that they carry out.
 
-    `saved` are the values that the forward hands over, by name; `ahead` says whether transfers overlap with compute.
+    `saved` are the values that the forward hands over, by name; `overlap` says whether transfers overlap with compute.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[str, ...]
     homes: Mapping[str, Residency] = field(default_factory=dict)
-    ahead: bool = True
+    overlap: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decided(CarriedOut):
-    """A plan and the graphs that carry it out. `obstacles` are the largest tensors at the worst moment, in words.
+    """A plan and the graphs that carry it out. `peak_tensors` are the largest tensors at the worst moment, in words.
 
     `limits` are those that it was decided within, `problem` what the linear program was given.
     """
 
     plan: Plan
     limits: Limits
-    obstacles: tuple[str, ...] = ()
+    peak_tensors: tuple[str, ...] = ()
     problem: residency.Problem | None = None
 
 
@@ -89,7 +89,7 @@ class _Choice:
     problem: residency.Problem
     decision: residency.Decision
     homes: dict[str, Residency]
-    ahead: bool
+    overlap: bool
     sliced: Sliced
 
 
@@ -121,9 +121,9 @@ def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
     else:
         problem, decision, fits = best_of(view, limits)
     homes = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
-    ahead = fits and (everything or limits.objective == "time")
-    sliced = carry_out(p, homes, ahead=ahead, host_budget=limits.host, watch=watch)
-    return _Choice(problem, decision, homes, ahead, sliced)
+    overlap = fits and (everything or limits.objective == "time")
+    sliced = carry_out(p, homes, overlap=overlap, host_budget=limits.host, watch=watch)
+    return _Choice(problem, decision, homes, overlap, sliced)
 
 
 def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch = unwatched) -> Decided:
@@ -137,12 +137,12 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
     started = time.perf_counter()
     everything = limits.offload == "all"
     if not p.plannable:
-        return replace(_unplanned(p, limits, name, backend, started), obstacles=(DRAWN_AGAIN, *largest_at_peak(p)))
+        return replace(_unplanned(p, limits, name, backend, started), peak_tensors=(DRAWN_AGAIN, *largest_at_peak(p)))
     roomy = limits.budget is None or limits.budget >= p.unplanned_peak
     if not everything and limits.objective == "time" and roomy and not p.policies.offloaded:
         return _unplanned(p, limits, name, backend, started)
     choice = _within_host(p, limits, watch)
-    problem, decision, homes, ahead, sliced = choice.problem, choice.decision, choice.homes, choice.ahead, choice.sliced
+    decision, homes, sliced = choice.decision, choice.homes, choice.sliced
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
     plan = replace(
         blank_plan(p, limits, name, backend),
@@ -157,34 +157,34 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
         activations=activation_plans(p, homes, limits),
     )
     plan = replace(plan, workspaces=workspaces_in(sliced.forward, sliced.backward))
-    in_the_way = obstacles(sliced.forward, sliced.backward, frozenset(sliced.saved), makers_of(p), p.fused)
+    in_the_way = peak_tensors(sliced.forward, sliced.backward, frozenset(sliced.saved), makers_of(p), p.fused)
     return Decided(
         forward=sliced.forward,
         backward=sliced.backward,
         saved=sliced.saved,
         homes=homes,
-        ahead=ahead,
+        overlap=choice.overlap,
         plan=plan,
         limits=limits,
-        obstacles=in_the_way,
-        problem=problem,
+        peak_tensors=in_the_way,
+        problem=choice.problem,
     )
 
 
 def carry_out(
-    p: Prepared, homes: Mapping[str, Residency], *, ahead: bool, host_budget: int, watch: Watch = unwatched
+    p: Prepared, homes: Mapping[str, Residency], *, overlap: bool, host_budget: int, watch: Watch = unwatched
 ) -> Sliced:
     """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
 
-    With `ahead`, transfers overlap with computation; without, nothing waits in memory for a link. `watch` is shown both
-    graphs after each pass, with the pass's name; the next pass rewrites them in place.
+    With `overlap`, transfers run beside the computation; without, nothing waits in memory for a link. `watch` is shown
+    both graphs after each pass, with the pass's name; the next pass rewrites them in place.
     """
     decision = Decision(
         joint=p.joint,
         saved=p.saved,
         homes=homes,
         host_budget=host_budget,
-        overlap=ahead,
+        overlap=overlap,
         seconds=partial(step_seconds, p),
         profile=p.profile,
         fused=p.fused,

@@ -72,7 +72,7 @@ def _fitted(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) 
         target = max(1, min(target, decided.plan.predicted_peak) - int(OVERSHOOT * (peak - limits.budget)))
     decided, peak, evidence = _smallest(p, limits, decide, evaluate)
     if limits.budget is not None and peak > limits.budget and limits.promised and not trifling(peak, limits):
-        raise BudgetTooSmall(limits.budget, peak, decided.obstacles, limits.beside)
+        raise BudgetTooSmall(limits.budget, peak, decided.peak_tensors, limits.beside)
     return Fitted(decided, peak, evidence, rounds + 1)
 
 
@@ -89,7 +89,7 @@ def _smallest(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]
     unplanned = _looked_at(replace(limits, budget=None, objective="time", offload=False), decide, evaluate)
     if least[1] <= unplanned[1]:
         return least
-    return replace(unplanned[0], obstacles=least[0].obstacles), *unplanned[1:]
+    return replace(unplanned[0], peak_tensors=least[0].peak_tensors), *unplanned[1:]
 
 
 def _looked_at(limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> tuple[Decided, int, T]:

@@ -95,7 +95,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
             recompute_seconds=None if chain is None else sum(p.seconds.get(n.name, 0.0) for n in chain),
             can_offload=bool(limits.offload),
             can_stay=not must_leave,
-            recompute_whole=axis is not None and not _remade_by_rows(info, chain),
+            recompute_whole=axis is not None and not _recomputed_by_rows(info, chain),
         )
     problem = residency.Problem(
         seconds=tuple(seconds),
@@ -112,7 +112,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
     return View(tuple(movable), activations, needs, axes, problem)
 
 
-def _remade_by_rows(info: TokenInfo | None, chain: tuple[fx.Node, ...] | None) -> bool:
+def _recomputed_by_rows(info: TokenInfo | None, chain: tuple[fx.Node, ...] | None) -> bool:
     """Whether rows alone can be made again. A draw is a function of the place in the whole: a row of it costs all."""
     return info is not None and info.sliceable and not any(draws_from_seed(n) for n in chain or ())
 

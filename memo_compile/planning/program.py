@@ -60,12 +60,12 @@ def solve(
     budget: float | None,
     time_limit: float,
     fixed: Mapping[str, Residency] | None = None,
-    left: frozenset[str] = frozenset(),
+    offloaded: frozenset[str] = frozenset(),
 ) -> Answer | None:
     """Solve for the least time within `budget`, or with None for the least peak; None where there is no solution.
 
-    With `fixed` homes only transfers and stalls are left to choose, and among equals the least peak is taken. `left`
-    are activations that are offloaded, in part at least: they must be out when they are needed.
+    With `fixed` homes only transfers and stalls are left to choose, and among equals the least peak is taken.
+    `offloaded` are known to be so, in part at least: they must be out when they are needed.
     Bytes are scaled to MiB and seconds to thousandths of the step, so that the solver's tolerances are small beside
     both.
     """
@@ -74,11 +74,11 @@ def solve(
     cost, lower, upper, integral = _bounds(problem, grid, c, scale, fixed)
     rows = Rows()
     for i in range(c.activations):
-        rows.add({c.kept + i: 1.0, c.away + i: 1.0, c.again + i: 1.0}, 1.0, 1.0)
+        rows.add({c.kept + i: 1.0, c.offloaded + i: 1.0, c.recomputed + i: 1.0}, 1.0, 1.0)
     if fixed is not None:
-        left = frozenset(name for name, home in fixed.items() if home.offloaded)
-    memory_rows, rates = rows_of_time(problem, grid, c, scale, rows, left if budget is not None else None)
-    host = {c.away + i: a.bytes / UNIT for i, a in enumerate(problem.activations)}
+        offloaded = frozenset(name for name, home in fixed.items() if home.offloaded)
+    memory_rows, rates = rows_of_time(problem, grid, c, scale, rows, offloaded if budget is not None else None)
+    host = {c.offloaded + i: a.bytes / UNIT for i, a in enumerate(problem.activations)}
     host_row = rows.add(host, -math.inf, max(problem.host_budget, 0) / UNIT * (1 + (1e-9 if fixed else 0)))
     if budget is None:  # the smallest peak first; seconds only break ties
         cost = cost * 1e-6
@@ -93,7 +93,8 @@ def solve(
     if solution is None:
         return None
     values = np.array(solution.col_value)
-    fractions = np.stack([values[c.kept : c.away], values[c.away : c.again], values[c.again : c.live]], axis=1)
+    homes = (slice(c.kept, c.offloaded), slice(c.offloaded, c.recomputed), slice(c.recomputed, c.live))
+    fractions = np.stack([values[home] for home in homes], axis=1)
     prices: dict[Binding, float] = {b: 0.0 for b in Binding if b is not Binding.NOTHING}
     if budget is not None and fixed is None:
         # An integer program has no duals: prices are those of the same program with all fractions free.
@@ -104,8 +105,8 @@ def solve(
             duals, at = np.array(relaxed.row_dual), np.array(relaxed.col_value)
             prices = _prices(duals, at, memory_rows, host_row, rates, scale)
     stall = scale.tick * float(values[c.stall : c.stall + c.intervals].sum())
-    again = sum((a.recompute_seconds or 0.0) * fractions[i, 2] for i, a in enumerate(problem.activations))
-    return Answer(np.clip(fractions, 0.0, 1.0), values[c.top] * UNIT, stall, stall + again, prices)
+    recompute = sum((a.recompute_seconds or 0.0) * fractions[i, 2] for i, a in enumerate(problem.activations))
+    return Answer(np.clip(fractions, 0.0, 1.0), values[c.top] * UNIT, stall, stall + recompute, prices)
 
 
 def _solution(highs: Any, model: Any, time_limit: float) -> Any | None:
@@ -142,9 +143,9 @@ def _bounds(
     cost, lower, upper = np.zeros(c.count), np.zeros(c.count), np.full(c.count, math.inf)
     integral = np.zeros(c.count, dtype=bool)
     for i, a in enumerate(problem.activations):
-        columns = [c.kept + i, c.away + i, c.again + i]
-        cost[c.away + i] = TIE_BREAK * a.bytes / UNIT * (1 / scale.out_rate + 1 / scale.in_rate)
-        cost[c.again + i] = (a.recompute_seconds or 0.0) / scale.tick
+        columns = [c.kept + i, c.offloaded + i, c.recomputed + i]
+        cost[c.offloaded + i] = TIE_BREAK * a.bytes / UNIT * (1 / scale.out_rate + 1 / scale.in_rate)
+        cost[c.recomputed + i] = (a.recompute_seconds or 0.0) / scale.tick
         if fixed is not None:
             home = fixed[a.name]
             lower[columns] = np.array([home.kept, home.offloaded, home.recomputed]) / a.tokens
@@ -154,7 +155,7 @@ def _bounds(
         if a.tokens == 1:
             integral[columns] = True
         elif a.recompute_whole:
-            integral[c.again + i] = a.recompute_seconds is not None
+            integral[c.recomputed + i] = a.recompute_seconds is not None
     cost[c.stall : c.stall + c.intervals] = 1.0
     lower[c.overdue : c.overdue + c.intervals] = -math.inf
     last = last_copy(grid, c)

@@ -253,7 +253,7 @@ def _carried_out(joint: fx.GraphModule, p: Prepared, decided: Decided, ends: End
     symbolic = replace(p, joint=joint, saved=saved, workspaces=numbers_known)
     environment = _shape_env(joint)
     before = len(environment.guards)
-    sliced = carry_out(symbolic, homes, ahead=decided.ahead, host_budget=host)
+    sliced = carry_out(symbolic, homes, overlap=decided.overlap, host_budget=host)
     for guard in environment.guards[before:]:
         if not _holds(guard.expr, ends):
             raise NoRange(f"slices are right only where {guard.expr}")

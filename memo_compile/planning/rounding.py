@@ -33,8 +33,8 @@ def decide(problem: Problem, *, time_limit: float = 10.0) -> Decision | None:
     started = time.perf_counter()
     grid = grid_of(problem)
     budget = float("inf") if problem.budget is None else float(problem.budget)
-    settled = _settled(problem, grid, budget, time_limit)
-    return None if settled is None else _decision(problem, *settled, time.perf_counter() - started)
+    rounding = _rounded_within(problem, grid, budget, time_limit)
+    return None if rounding is None else _decision(problem, *rounding, time.perf_counter() - started)
 
 
 def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
@@ -46,7 +46,7 @@ def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     started = time.perf_counter()
     grid = grid_of(problem)
     free = _least(problem, grid, time_limit)
-    homes = _round_all(problem, free, again=False)
+    homes = _round_all(problem, free, recompute_rest=False)
     # Without a bound transfers would run ahead of time for nothing; but slices may be too coarse for this one.
     within = solve(problem, grid, slightly_more(free.peak), time_limit, homes)
     fixed = within or solve(problem, grid, math.inf, time_limit, homes) or free
@@ -94,18 +94,18 @@ def all_offloaded(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     return decision
 
 
-def _settled(problem: Problem, grid: Grid, budget: float, time_limit: float) -> _Settled | None:
+def _rounded_within(problem: Problem, grid: Grid, budget: float, time_limit: float) -> _Rounding | None:
     """Homes in whole slices that keep every row."""
     target, host = budget, float(problem.host_budget)
     for _ in range(ROUNDS):
-        best: _Settled | None = None
-        left: frozenset[str] = frozenset()
+        best: _Rounding | None = None
+        known: frozenset[str] = frozenset()
         for _ in range(2):
-            free = solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit, left=left)
+            free = solve(replace(problem, host_budget=max(0, int(host))), grid, target, time_limit, offloaded=known)
             if free is None:
                 return best
-            for again in (False, True):
-                homes = _round_all(problem, free, again=again)
+            for recompute_rest in (False, True):
+                homes = _round_all(problem, free, recompute_rest=recompute_rest)
                 fixed = solve(problem, grid, budget, time_limit, homes)
                 if fixed and (best is None or _lost(problem, homes, fixed) < _lost(problem, best[0], best[2])):
                     best = homes, free, fixed
@@ -114,7 +114,7 @@ def _settled(problem: Problem, grid: Grid, budget: float, time_limit: float) -> 
             if best is None:
                 break
             # Once more, knowing what is offloaded, and so must be out before it is needed.
-            left = frozenset(name for name, home in homes.items() if home.offloaded)
+            known = frozenset(name for name, home in homes.items() if home.offloaded)
         if best is not None:
             return best
         slices = [a.bytes * min(problem.slice_tokens, a.tokens) / a.tokens for a in problem.activations]
@@ -134,14 +134,14 @@ def _recompute_seconds(problem: Problem, homes: Mapping[str, Residency]) -> floa
     return sum((a.recompute_seconds or 0.0) * homes[a.name].recomputed / a.tokens for a in problem.activations)
 
 
-def _round_all(problem: Problem, answer: Answer, *, again: bool) -> dict[str, Residency]:
+def _round_all(problem: Problem, answer: Answer, *, recompute_rest: bool) -> dict[str, Residency]:
     """Whole slices for all. Where a slice may only be kept or offloaded, the two take turns, so that neither the
     device's nor the host's sum strays by more than a slice.
     """
     homes: dict[str, Residency] = {}
     over = 0.0  # bytes offloaded beyond the answer
     for i, a in enumerate(problem.activations):
-        home = _rounded(a, answer, i, problem, again=again, up=over <= 0)
+        home = _rounded(a, answer, i, problem, recompute_rest=recompute_rest, up=over <= 0)
         homes[a.name] = home
         over += a.bytes * (home.offloaded / a.tokens - float(answer.fractions[i, 1]))
     return homes
@@ -170,13 +170,16 @@ def _decision(
     )
 
 
-_Settled = tuple[dict[str, Residency], Answer, Answer]  # homes, the answer that they round, the answer for them
+_Rounding = tuple[dict[str, Residency], Answer, Answer]  # homes, the answer that they round, the answer for them
 
 
-def _rounded(a: Activation, answer: Answer, index: int, problem: Problem, *, again: bool, up: bool) -> Residency:
-    """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks; what is left over
-    goes to a home that is open to it: recomputation with `again` or where nothing is offloaded, else the host, or with
-    `up` false the device.
+def _rounded(
+    a: Activation, answer: Answer, index: int, problem: Problem, *, recompute_rest: bool, up: bool
+) -> Residency:
+    """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks.
+
+    The rest is recomputed, where it may be and with `recompute_rest` or where nothing is offloaded; else it is offloaded,
+    or with `up` false kept.
     """
     k, o, r = answer.fractions[index]
     if a.tokens == 1:
@@ -190,7 +193,7 @@ def _rounded(a: Activation, answer: Answer, index: int, problem: Problem, *, aga
     offloaded = min(a.tokens - kept, int((o * a.tokens + slack) // unit) * unit if o < 1 - 1e-6 else a.tokens)
     rest = a.tokens - kept - offloaded
     sliced = a.recompute_seconds is not None and not a.recompute_whole
-    if sliced and (again or r > 1e-6 or not a.can_offload or not offloaded):
+    if sliced and (recompute_rest or r > 1e-6 or not a.can_offload or not offloaded):
         return Residency(kept, offloaded, rest)
     if a.can_offload and (up or not k > 1e-6):
         return Residency(kept, offloaded + rest, 0)

@@ -45,11 +45,11 @@ Changes = list[dict[int, float]]
 
 
 def _events(
-    problem: Problem, grid: Grid, c: Columns, left: frozenset[str]
+    problem: Problem, grid: Grid, c: Columns, offloaded: frozenset[str]
 ) -> tuple[Changes, np.ndarray[Any, Any], Changes, Changes, Changes]:
     """What changes at the start of each interval: live bytes (with a constant), released, due and needed slices.
 
-    Where it is known what is offloaded (`left`), nothing waits after the rest.
+    Where it is known what is offloaded (`offloaded`), nothing waits after the rest.
     """
     m, steps = c.intervals, len(problem.seconds)
     changes: Changes = [{} for _ in range(m + 1)]
@@ -71,26 +71,26 @@ def _events(
         changes[back][c.kept + i] = changes[back].get(c.kept + i, 0.0) - size
         # The engine's order is that of the due times: what is due later leaves after what is due before.
         here = max(ready, min(grid.of_step[min(a.produced + 1, steps)], gone))
-        ready = here if not left or a.name in left else ready
-        released[here][c.away + i] = size
-        due[gone][c.away + i] = size
-        needed[back][c.away + i] = size
+        ready = here if not offloaded or a.name in offloaded else ready
+        released[here][c.offloaded + i] = size
+        due[gone][c.offloaded + i] = size
+        needed[back][c.offloaded + i] = size
     return changes, constant, released, due, needed
 
 
-def _out_first(problem: Problem, grid: Grid, c: Columns, left: frozenset[str]) -> dict[int, dict[int, float]]:
-    """By interval in which an activation of `left` is needed: what may still wait, since it leaves later."""
+def _out_first(problem: Problem, grid: Grid, c: Columns, offloaded: frozenset[str]) -> dict[int, dict[int, float]]:
+    """By interval in which an activation of `offloaded` is needed: what may still wait, since it leaves later."""
     queue = _queue(problem)
     earlier: dict[int, float] = {}
     may_wait: list[dict[int, float]] = []
     for i in reversed(queue):
         may_wait.append(dict(earlier))
-        earlier[c.away + i] = -problem.activations[i].bytes / UNIT
+        earlier[c.offloaded + i] = -problem.activations[i].bytes / UNIT
     place = {i: n for n, i in enumerate(queue)}
     rows: dict[int, dict[int, float]] = {}
     farthest = -1
     for i in sorted(queue, key=lambda i: (problem.activations[i].first_backward, -place[i])):
-        if problem.activations[i].name in left and place[i] > farthest:
+        if problem.activations[i].name in offloaded and place[i] > farthest:
             farthest = place[i]
             rows.setdefault(int(grid.of_step[problem.activations[i].first_backward]), may_wait[-1 - place[i]])
     return rows
@@ -106,21 +106,21 @@ Limited = tuple[int, dict[int, float], float]  # a row, and by how much a rate o
 
 
 def rows_of_time(
-    problem: Problem, grid: Grid, c: Columns, scale: Scale, rows: Rows, left: frozenset[str] | None
+    problem: Problem, grid: Grid, c: Columns, scale: Scale, rows: Rows, offloaded: frozenset[str] | None
 ) -> tuple[list[int], dict[Binding, list[Limited]]]:
     """Rows for each interval. Returns those of memory, and those that a rate limits.
 
-    `left` are the activations known to be offloaded; with None transfers are instantaneous, as if stalls cost nothing.
+    `offloaded` are the activations known to be so; with None transfers are instantaneous, as if stalls cost nothing.
     """
-    changes, constant, released, due, needed = _events(problem, grid, c, left or frozenset())
-    again: Changes = [{} for _ in range(c.intervals + 1)]
+    changes, constant, released, due, needed = _events(problem, grid, c, offloaded or frozenset())
+    recompute: Changes = [{} for _ in range(c.intervals + 1)]
     for i, a in enumerate(problem.activations):
         if a.recompute_seconds:
-            again[grid.of_step[a.first_backward]][c.again + i] = a.recompute_seconds / scale.tick
+            recompute[grid.of_step[a.first_backward]][c.recomputed + i] = a.recompute_seconds / scale.tick
     memory: list[int] = []
     rates: dict[Binding, list[Limited]] = {Binding.OFFLOAD_RATE: [], Binding.PREFETCH_RATE: []}
     last = last_copy(grid, c)
-    out_first = _out_first(problem, grid, c, left or frozenset())
+    out_first = _out_first(problem, grid, c, offloaded or frozenset())
 
     def limited(kind: Binding, column: int, rate: float, time_of: dict[int, float], constant: float) -> None:
         row = rows.add({column: 1.0, **{k: -rate * v for k, v in time_of.items()}}, -math.inf, rate * constant)
@@ -138,20 +138,20 @@ def rows_of_time(
         before = i > 0
         row = {c.live + i: 1.0, **{k: -v for k, v in changes[i].items()}}
         rows.add({**row, **({c.live + i - 1: -1.0} if before else {})}, constant[i], constant[i])
-        if left is None:
+        if offloaded is None:
             rows.add({c.live + i: 1.0, c.top: -1.0}, -math.inf, -grid.base[i] / UNIT)
             continue
         seconds = float(grid.seconds[i]) / scale.tick
         stalled = {c.stall + i: 1.0}
         if grid.forward <= i < last:
             in_turn(c.out_stalled + i, c.back_stalled + i, stalled, 0.0)
-            in_turn(c.out + i, c.back + i, again[i], seconds)
+            in_turn(c.out + i, c.back + i, recompute[i], seconds)
         elif i < last:
             limited(Binding.OFFLOAD_RATE, c.out_stalled + i, scale.out_rate, stalled, 0.0)
-            limited(Binding.OFFLOAD_RATE, c.out + i, scale.out_rate, again[i], seconds)
+            limited(Binding.OFFLOAD_RATE, c.out + i, scale.out_rate, recompute[i], seconds)
         elif i >= grid.forward:
             limited(Binding.PREFETCH_RATE, c.back_stalled + i, scale.in_rate, stalled, 0.0)
-            limited(Binding.PREFETCH_RATE, c.back + i, scale.in_rate, again[i], seconds)
+            limited(Binding.PREFETCH_RATE, c.back + i, scale.in_rate, recompute[i], seconds)
         if i < last:
             copied = {c.out_stalled + i: 1.0, c.out + i: 1.0}
             row = {c.waiting + i: 1.0, **copied, **{k: -v for k, v in released[i].items()}}

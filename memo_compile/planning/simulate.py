@@ -81,11 +81,11 @@ def simulate(problem: Problem, residency: Mapping[str, Residency]) -> Simulation
 
 @dataclass
 class _Job:
-    """One activation's slices on their way. `left` bytes are still to be copied."""
+    """One activation's slices on their way. `remaining` bytes are still to be copied."""
 
     name: str
     size: float
-    left: float
+    remaining: float
     released: float  # seconds from which they can move
     due: int  # the step from which on their bytes should be gone, or by which they must be there
     began: float = -1.0
@@ -116,7 +116,7 @@ class _Player:
         self.pending = sorted(self.out_by_name.values(), key=lambda job: job.due)
         self.out_at = self.back_at = 0.0  # how far each engine's clock has come
         self.early = 0.0  # bytes landed before the step that needs them
-        self.targets = self._landing_schedule()
+        self.targets = self._prefetch_schedule()
 
     def _resident_bytes(self) -> np.ndarray[Any, Any]:
         """Bytes at each step with instantaneous transfers: what no schedule of copies can go below."""
@@ -139,7 +139,7 @@ class _Player:
                 extra[min(_needed(a), self.steps - 1)] += (a.recompute_seconds or 0.0) * home.recomputed / a.tokens
         return extra
 
-    def _landing_schedule(self) -> np.ndarray[Any, Any]:
+    def _prefetch_schedule(self) -> np.ndarray[Any, Any]:
         """Bytes that should have landed early by the end of each step: backwards, as late as the link allows."""
         need = np.zeros(self.steps + 1)
         for job in self.back:
@@ -156,11 +156,11 @@ class _Player:
         for step in range(self.steps):
             self._overdue_until(step)
             self._wait_for_room(step)
-            self._wait_for_landing(step)
+            self._wait_for_prefetches(step)
             held = self.needs[step] + self._held()
-            landing = max(self.early, min(float(self.targets[step]), self.budget - held))
-            self.memory.append((self.now, int(held + landing)))
-            self._run(step, landing)
+            wanted_early = max(self.early, min(float(self.targets[step]), self.budget - held))
+            self.memory.append((self.now, int(held + wanted_early)))
+            self._run(step, wanted_early)
         self._drain()
         return self._result()
 
@@ -170,9 +170,9 @@ class _Player:
 
     def _held(self) -> float:
         """Bytes whose last use is past and whose copy is not."""
-        while self.overdue and self.overdue[0].left <= EMPTY:
+        while self.overdue and self.overdue[0].remaining <= EMPTY:
             self.overdue.popleft()
-        return sum(job.left for job in self.overdue)
+        return sum(job.remaining for job in self.overdue)
 
     def _wait_for_room(self, step: int) -> None:
         """Let the D2H engine run until the step fits."""
@@ -183,12 +183,14 @@ class _Player:
         self._copy_out(np.inf, enough=min(over, self._held()))
         self.now = max(self.now, self.out_at)
         self.stalls["room"] += self.now - began
-        self._copy_back(self.now, landing=float(self.targets[step - 1]) if step else 0.0)
+        self._copy_back(self.now, wanted_early=float(self.targets[step - 1]) if step else 0.0)
 
-    def _wait_for_landing(self, step: int) -> None:
+    def _wait_for_prefetches(self, step: int) -> None:
         """Let the H2D engine run until all that the step needs is there."""
         missing = (
-            sum(job.left for job in self.back if job.due <= step) if self.back and self.back[0].due <= step else 0.0
+            sum(job.remaining for job in self.back if job.due <= step)
+            if self.back and self.back[0].due <= step
+            else 0.0
         )
         if missing > EMPTY:
             began = self.now
@@ -200,16 +202,18 @@ class _Player:
             self.early -= self.back.popleft().size
         self.early = max(self.early, 0.0)
 
-    def _run(self, step: int, landing: float) -> None:
-        again = float(self.extra[step])
-        if again:
-            self.events.append(Event("compute", "recompute", self.now, self.now + again))
-        self.events.append(Event("compute", f"step {step}", self.now + again, self.now + again + self.p.seconds[step]))
-        end = self.now + again + self.p.seconds[step]
+    def _run(self, step: int, wanted_early: float) -> None:
+        recompute = float(self.extra[step])
+        if recompute:
+            self.events.append(Event("compute", "recompute", self.now, self.now + recompute))
+        self.events.append(
+            Event("compute", f"step {step}", self.now + recompute, self.now + recompute + self.p.seconds[step])
+        )
+        end = self.now + recompute + self.p.seconds[step]
         self._copy_out(end)
-        self._copy_back(end, landing=landing)
+        self._copy_back(end, wanted_early=wanted_early)
         self.now = end
-        self.computed += again + self.p.seconds[step]
+        self.computed += recompute + self.p.seconds[step]
         for a in self.produced.get(step, ()):
             if a.name in self.out_by_name:
                 self.out_by_name[a.name].released = self.now
@@ -221,30 +225,32 @@ class _Player:
             start = max(self.out_at, job.released)
             if start >= until:
                 break
-            moved = min(job.left, enough, (until - start) * self.p.d2h)
+            moved = min(job.remaining, enough, (until - start) * self.p.d2h)
             self.out_at = start + moved / self.p.d2h
             self._record("d2h", job, start, self.out_at, moved)
             enough -= moved
-            if job.left <= EMPTY:
+            if job.remaining <= EMPTY:
                 self.out.popleft()
         self.out_at = max(self.out_at, until) if np.isfinite(until) else self.out_at
 
-    def _copy_back(self, until: float, landing: float = 0.0, enough: float | None = None) -> None:
-        """Run the H2D engine to `until`: until `landing` bytes are there early, or until `enough` more are there."""
-        wanted = max(0.0, landing - self.early) if enough is None else enough
+    def _copy_back(self, until: float, wanted_early: float = 0.0, enough: float | None = None) -> None:
+        """Run the H2D engine to `until`: until `wanted_early` bytes are there early, or `enough` more."""
+        wanted = max(0.0, wanted_early - self.early) if enough is None else enough
         for job in self.back:
             if wanted <= EMPTY:
                 break
             source = self.out_by_name[job.name]
-            if source.left > EMPTY:  # its own offload comes first
+            if source.remaining > EMPTY:  # its own offload comes first
                 if enough is None:
                     break
-                self._copy_out(np.inf, enough=source.left + sum(j.left for j in self.out if j.due < source.due))
+                self._copy_out(
+                    np.inf, enough=source.remaining + sum(j.remaining for j in self.out if j.due < source.due)
+                )
                 self.back_at = max(self.back_at, self.out_at)
             start = max(self.back_at, self.now)
-            moved = min(job.left, wanted, (until - start) * self.p.h2d)
+            moved = min(job.remaining, wanted, (until - start) * self.p.h2d)
             if moved <= 0:
-                if job.left > EMPTY:
+                if job.remaining > EMPTY:
                     break
                 continue
             self.back_at = start + moved / self.p.h2d
@@ -257,9 +263,9 @@ class _Player:
     def _record(self, stream: str, job: _Job, start: float, end: float, moved: float) -> None:
         if job.began < 0:
             job.began = start
-        job.left -= moved
-        if job.left <= EMPTY:
-            job.left = 0.0
+        job.remaining -= moved
+        if job.remaining <= EMPTY:
+            job.remaining = 0.0
         last = self.events[-1] if self.events else None
         if last and last.stream == stream and last.name == job.name and abs(last.end - start) < 1e-12:
             self.events[-1] = Event(stream, job.name, last.start, end, last.bytes + int(moved))

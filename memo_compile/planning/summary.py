@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch.fx as fx
 
-from memo_compile.passes.analysis.peak_tensors import obstacles
+from memo_compile.passes.analysis.peak_tensors import peak_tensors
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import nbytes, source_line
 from memo_compile.passes.fx.meta import LAYER, TOKENS
@@ -27,7 +27,7 @@ def recomputed_flops(p: Prepared, homes: Mapping[str, Residency]) -> int:
 
 def largest_at_peak(p: Prepared) -> tuple[str, ...]:
     split = p.unplanned
-    return obstacles(split.forward, split.backward, frozenset(split.saved), makers_of(p), p.fused)
+    return peak_tensors(split.forward, split.backward, frozenset(split.saved), makers_of(p), p.fused)
 
 
 def makers_of(p: Prepared) -> dict[str, fx.Node]:

@@ -202,7 +202,7 @@ def compilation_record(p: Prepared, decided: Decided, options: Options) -> dict[
         "torch_config": torch_config(),
         "fused": p.fused,
         "limits": asdict(decided.limits),
-        "ahead": decided.ahead,
+        "ahead": decided.overlap,
         "unplanned_peak": p.unplanned_peak,
         "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.homes.items()},
         "decided": asdict(decided.plan),

@@ -129,7 +129,7 @@ class _Facts:
         source = (source_line(node) if node is not None else "") or self.sources.get(key, "")
         why = str(node.meta.get(WHY, "")) if node is not None else ""
         if node is not None and FOR in node.meta and name != key:
-            name = f"{key} (landing)" if node.meta.get(ROLE) is Role.LANDING else f"{key} ({name})"
+            name = f"{key} (prefetch buffer)" if node.meta.get(ROLE) is Role.PREFETCH_BUFFER else f"{key} ({name})"
         op = op_name(node) if node is not None and node.op == "call_function" else ""
         numbers = [int(category), size, start, end]
         facts = [text(op), text(shape), self.layers.get(key), text(source), text(why)]
@@ -151,7 +151,7 @@ class _Facts:
         if node is None:
             return Category.BACKWARD_TRANSIENT
         role = node.meta.get(ROLE)
-        if role in (Role.LANDING, Role.PREFETCHED):
+        if role in (Role.PREFETCH_BUFFER, Role.PREFETCHED):
             return Category.PREFETCHED
         made_again = node.name in self.in_forward or role is Role.RECOMPUTED
         return Category.RECOMPUTED if made_again else Category.BACKWARD_TRANSIENT

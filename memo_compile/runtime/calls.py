@@ -11,9 +11,9 @@ import torch
 
 from memo_compile.errors import ArenaDoesNotFit
 from memo_compile.hardware.host_memory import free_host_memory
-from memo_compile.runtime.ahead import Schedule
+from memo_compile.runtime.cross_call import Schedule
 from memo_compile.runtime.engine import Span
-from memo_compile.runtime.ops import ahead, engine, settle
+from memo_compile.runtime.ops import cross_calls, engine, reclaim
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -30,9 +30,9 @@ def forward_call(
         lease = outputs[lease_at]
         known = schedule()
         if known is not None:
-            ahead(device).made(lease, known)
+            cross_calls(device).made(lease, known)
         if _saved_tensors_are_packed():
-            engine(device).settle_offloads()
+            engine(device).finish_offloads()
         _trace("forward", device, lease, begin)
         return outputs
 
@@ -45,9 +45,9 @@ def backward_call(compiled: Boxed, device: torch.device, lease_at: int) -> Boxed
     def run(args: list[Any]) -> Any:
         begin = time.perf_counter()
         lease = args[lease_at]
-        settle()
+        reclaim()
         with _nothing_left(device):
-            ahead(device).begins(lease)
+            cross_calls(device).begins(lease)
             outputs = compiled(args)
         _trace("backward", device, lease, begin)
         return outputs

@@ -156,23 +156,23 @@ class Engine(ABC):
         """Wait for the copies that a failed call of this thread left behind, and forget them."""
         me = threading.get_ident()
         with self._lock:
-            left = [c for c in self._pending.values() if c.thread == me]
-        self._drop(left)
+            pending = [c for c in self._pending.values() if c.thread == me]
+        self._drop(pending)
 
     def forget_lease(self, lease: int) -> None:
         """Nothing refers to a lease any more, so that nobody will wait for its copies."""
         with self._lock:
-            left = [c for c in self._pending.values() if c.lease == lease]
-            for copy in left:
+            pending = [c for c in self._pending.values() if c.lease == lease]
+            for copy in pending:
                 del self._pending[copy.key]
-        for copy in left:
+        for copy in pending:
             self._let_go(copy)
 
     def drain(self) -> None:
         """Wait for every copy that was started, and forget it."""
         with self._lock:
-            left = list(self._pending.values())
-        self._drop(left)
+            pending = list(self._pending.values())
+        self._drop(pending)
 
     def forget_block(self, lease: int) -> None:
         """Before a block of host memory goes to the system or another device: no copy may touch it any more."""
@@ -185,7 +185,7 @@ class Engine(ABC):
         for copy in copies:
             self._join(copy)
 
-    def settle_offloads(self) -> None:
+    def finish_offloads(self) -> None:
         """The host itself is about to read leases (hooks that clone): wait until what was offloaded is there."""
         with self._lock:
             copies = list(self._offloaded.values())

@@ -63,13 +63,13 @@ class HostPool:
     @property
     def held_bytes(self) -> int:
         """Bytes of all blocks, idle ones included."""
-        self.settle()
+        self.reclaim()
         return self._held
 
     @property
     def leased_bytes(self) -> int:
         """Bytes of blocks that some call still holds."""
-        self.settle()
+        self.reclaim()
         return self._leased
 
     def lease(self, nbytes: int, budget: int = NO_LIMIT, device: torch.device = CPU) -> torch.Tensor:
@@ -79,7 +79,7 @@ class HostPool:
             HostBudgetExceeded: all blocks together would exceed `budget` bytes.
             HostMemoryUnavailable: the system has not so much.
         """
-        self.settle()
+        self.reclaim()
         with self._lock:
             self._serial += 1
             self._age()
@@ -96,7 +96,7 @@ class HostPool:
         view = reference() if reference is not None else None
         return torch.from_numpy(view) if view is not None else None
 
-    def settle(self) -> None:
+    def reclaim(self) -> None:
         """Take back what was collected since the last call."""
         while self._returned:
             try:
@@ -111,7 +111,7 @@ class HostPool:
 
     def drop_idle(self) -> None:
         """Return the idle blocks to the system."""
-        self.settle()
+        self.reclaim()
         with self._lock:
             self._shrink(0)
         self._release()
@@ -224,10 +224,10 @@ class HostPool:
 
     def _trade(self, nbytes: int, kind: str) -> None:
         """Give back idle blocks that were too small, up to the bytes that the new one takes."""
-        left = nbytes
+        remaining = nbytes
         for block in sorted((b for b, _ in self._idle), key=lambda b: -b.nbytes):
-            if block.kind == kind and block.nbytes < nbytes and block.nbytes <= left:
-                left -= block.nbytes
+            if block.kind == kind and block.nbytes < nbytes and block.nbytes <= remaining:
+                remaining -= block.nbytes
                 self._leave(block)
 
     def _make_room(self, nbytes: int, budget: int) -> None:

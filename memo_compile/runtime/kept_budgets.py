@@ -20,12 +20,12 @@ log = logger(__name__)
 Compiled = Callable[..., Any]
 
 
-def kept(compiled: Compiled, step: FirstStep, again: Callable[[FirstStep, list[Any]], Compiled]) -> Compiled:
+def kept(compiled: Compiled, step: FirstStep, recompile: Callable[[FirstStep, list[Any]], Compiled]) -> Compiled:
     """`compiled`, until its first step is seen to exceed its budget.
 
     Args:
-        again: plans and compiles once more, for the arguments of a call; the next call is the first that runs it. It
-            is not called where ranks run beside this one, which would have another plan.
+        recompile: plans and compiles once more, for the arguments of a call; the next call is the first that runs it.
+            It is not called where ranks run beside this one, which would have another plan.
 
     Raises:
         BudgetExceeded: by the call after the step that held too much, where another plan cannot mend it.
@@ -53,7 +53,7 @@ def kept(compiled: Compiled, step: FirstStep, again: Callable[[FirstStep, list[A
             latest = latest.another()
             try:
                 with _as_dynamo_would():
-                    current = again(latest, list(args))
+                    current = recompile(latest, list(args))
             except BudgetTooSmall as error:
                 raise _refusal(latest.name, overrun) from error
         return current(*args)

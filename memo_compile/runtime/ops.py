@@ -4,8 +4,8 @@
 * `offload(src, lease!, offset)`, `offload_wait(src, lease!, offset)`: D2H; the wait reads `src`, so that nothing writes
   there before it
 * `prefetch_(dst!, lease, offset)`, `wait_(dst!, lease, offset)`: H2D; readers of `dst` stand after the wait
-* `landing(lease, offset, nbytes, device) -> Tensor`: the storage in which the slice at `offset` lands already, or a new
-  one; it stands in emitted code alone, in place of an allocation
+* `prefetch_buffer(lease, offset, nbytes, device) -> Tensor`: the storage into which the slice at `offset` is prefetched
+  already, or a new one; it stands in emitted code alone, in place of an allocation
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: matmuls written to their rows of a larger value
 * `poison_(dst!)`: the end of a value's life, with `verify="poison"`; see `memo_compile.runtime.poison`
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from memo_compile.runtime import attention
-from memo_compile.runtime.ahead import Ahead
+from memo_compile.runtime.cross_call import CrossCallPrefetch
 from memo_compile.runtime.engine import Engine, Recorder, TransferStats
 from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.poison import poison
@@ -34,7 +34,7 @@ _SCHEMAS = (
     "offload_wait(Tensor src, Tensor(a!) lease, SymInt offset) -> ()",
     "prefetch_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
     "wait_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
-    "landing(Tensor lease, SymInt offset, SymInt nbytes, Device device) -> Tensor",
+    "prefetch_buffer(Tensor lease, SymInt offset, SymInt nbytes, Device device) -> Tensor",
     "keep(Tensor src) -> Tensor",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
@@ -56,16 +56,16 @@ def pool() -> HostPool:
 
 
 @cache
-def _of_device() -> dict[torch.device, tuple[Engine, Ahead]]:
+def _of_device() -> dict[torch.device, tuple[Engine, CrossCallPrefetch]]:
     return {}
 
 
-def _transfers(device: torch.device) -> tuple[Engine, Ahead]:
+def _transfers(device: torch.device) -> tuple[Engine, CrossCallPrefetch]:
     known = _of_device()
     found = known.get(device)
     if found is None:
         made = _make_engine(device)
-        found = known.setdefault(device, (made, Ahead(made, device, pool().borrow)))
+        found = known.setdefault(device, (made, CrossCallPrefetch(made, device, pool().borrow)))
     return found
 
 
@@ -82,14 +82,14 @@ def engine(device: torch.device) -> Engine:
     return _transfers(device)[0]
 
 
-def ahead(device: torch.device) -> Ahead:
+def cross_calls(device: torch.device) -> CrossCallPrefetch:
     """The outstanding calls of one device."""
     return _transfers(device)[1]
 
 
-def settle() -> None:
+def reclaim() -> None:
     """Do what the collection of leases has left to do."""
-    pool().settle()
+    pool().reclaim()
 
 
 def _lease_is_gone(address: int) -> None:
@@ -112,7 +112,7 @@ def _host_lease(nbytes: int, budget: int, device: torch.device) -> torch.Tensor:
     return pool().lease(nbytes, budget, device)
 
 
-def _settle_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
+def _forget_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
     """All devices share the host's blocks: on the one that had this block before, nothing may still copy."""
     for other, (mover, _) in list(_of_device().items()):
         if other != device:
@@ -121,7 +121,7 @@ def _settle_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
 
 def _offload(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
     pool().check_own(lease)
-    _settle_elsewhere(src.device, lease)
+    _forget_elsewhere(src.device, lease)
     engine(src.device).offload(src, lease, offset)
 
 
@@ -141,8 +141,8 @@ def _wait(dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
     engine(dst.device).prefetch_wait(dst, lease, offset)
 
 
-def _landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    there = ahead(device).place(lease, offset)
+def _prefetch_buffer(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    there = cross_calls(device).place(lease, offset)
     return there if there is not None else torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -162,7 +162,7 @@ def _fake_lease(nbytes: int, budget: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
-def _fake_landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+def _fake_prefetch_buffer(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -176,7 +176,7 @@ def _fake_keep(src: torch.Tensor) -> torch.Tensor:
 
 _FAKES = {
     "host_lease": _fake_lease,
-    "landing": _fake_landing,
+    "prefetch_buffer": _fake_prefetch_buffer,
     "keep": _fake_keep,
     "attention_onto": attention.fake_attention_onto,
     "attention_onto_": attention.fake_token,
@@ -197,7 +197,7 @@ def register() -> torch.library.Library:
         ("offload_wait", _offload_wait),
         ("prefetch_", _prefetch),
         ("wait_", _wait),
-        ("landing", _landing),
+        ("prefetch_buffer", _prefetch_buffer),
         ("keep", _keep),
         ("mm_into_", _mm_into),
         ("addmm_into_", _addmm_into),

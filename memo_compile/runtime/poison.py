@@ -23,11 +23,11 @@ def poison(value: torch.Tensor) -> None:
             value.fill_(ALL_BITS if value.dtype == torch.uint8 else torch.iinfo(value.dtype).max)
 
 
-def poisoned_landing(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """`memo::landing`, filled where it is a new one: a copy is on its way to one that was there already."""
-    from memo_compile.runtime.ops import ahead  # which imports this module
+def poisoned_prefetch_buffer(lease: torch.Tensor, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """`memo::prefetch_buffer`, filled where it is a new one: a copy is on its way to one that was there already."""
+    from memo_compile.runtime.ops import cross_calls  # which imports this module
 
-    there = ahead(device).place(lease, offset)
+    there = cross_calls(device).place(lease, offset)
     return there if there is not None else torch.full((nbytes,), ALL_BITS, dtype=torch.uint8, device=device)
 
 

@@ -136,14 +136,14 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     )
 
 
-def _say_over(setting: Setting, budget: int, peak: int, obstacles: Sequence[str]) -> None:
+def _say_over(setting: Setting, budget: int, peak: int, peak_tensors: Sequence[str]) -> None:
     """Say that the plan that holds least was taken for a share that the graph cannot give."""
     log.log(
         logging.WARNING if peak >= MATTERS else logging.DEBUG,
         "%s: memory_budget=%s asks this graph for %.2f MiB, and the least that any plan holds is %.2f MiB, which is "
         "taken; in the way: %s. For a limit on the sum of all graphs, write it in bytes.",
         *(setting.frame or setting.name, setting.options.memory_budget, budget / MIB, peak / MIB),
-        next(iter(obstacles), "nothing that can be named"),
+        next(iter(peak_tensors), "nothing that can be named"),
     )
 
 
@@ -170,7 +170,7 @@ def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int)
             *(setting.frame or setting.name, ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")),
         )
     if limits.budget is not None and peak > limits.budget:
-        _say_over(setting, limits.budget, peak, decided.obstacles)
+        _say_over(setting, limits.budget, peak, decided.peak_tensors)
 
 
 def check_one_plan(joint: fx.GraphModule, setting: Setting) -> None:

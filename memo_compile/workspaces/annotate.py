@@ -82,17 +82,17 @@ class Workspaces:
         if not graphs:
             return None
         name = getattr(node.target, "__name__", "")
-        again = sum(map(nbytes, node.all_input_nodes)) if name in _LOOPS else 0  # of the round before
-        return max(self.peak_within(g, again) for g in graphs)
+        previous = sum(map(nbytes, node.all_input_nodes)) if name in _LOOPS else 0  # of the round before
+        return max(self.peak_within(g, previous) for g in graphs)
 
-    def peak_within(self, gm: fx.GraphModule, again: int = 0) -> int:
+    def peak_within(self, gm: fx.GraphModule, previous: int = 0) -> int:
         """Bytes that running `gm` holds at most beside its inputs and beyond its results."""
         self.annotate(gm)
         lives = lifetimes(gm, fused=self.fused)
         (output,) = gm.graph.find_nodes(op="output")
         made = {storage_of(n) for n in output.all_input_nodes}
         results = sum(nbytes(n) for n in made if n.op == "call_function")
-        return max(0, max(lives.live_bytes(), default=0) + again - results)
+        return max(0, max(lives.live_bytes(), default=0) + previous - results)
 
 
 _LOOPS = frozenset({"while_loop", "scan", "associative_scan", "map_impl", "map"})

@@ -41,7 +41,7 @@ def test_an_order_that_holds_more_is_not_taken(monkeypatch):
 
 
 def _all_prefetches_first(emission):
-    """Every landing place held from the beginning on."""
+    """Every prefetch buffer held from the beginning on."""
     first = [t for t in emission.lines if "prefetch_" in t]
     places = {t.split("(")[1].split(",")[0] for t in first} | {
         t.split("reinterpret_tensor(")[-1].split(",")[0] for t in first

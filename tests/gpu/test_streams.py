@@ -14,7 +14,7 @@ import memo_compile
 from memo_compile import errors
 from memo_compile.runtime import cudart
 from memo_compile.runtime.engine import Engine
-from memo_compile.runtime.ops import ahead, engine, pool, register
+from memo_compile.runtime.ops import cross_calls, engine, pool, register
 from memo_compile.runtime.streams import _Cuda
 
 CYCLES = 20_000_000  # of torch.cuda._sleep: some ten milliseconds
@@ -33,7 +33,7 @@ def slept(work):
 
 
 def there_and_back(device):
-    """What is read back after a late producer, an early overwrite, and a late reader of the landing place."""
+    """What is read back after a late producer, an early overwrite, and a late reader of the prefetch buffer."""
     mover = engine(device)
     lease = pool().lease(ROWS * 4, device=device)
     src, landing = torch.zeros(ROWS, device=device), torch.ones(ROWS, device=device)
@@ -214,7 +214,7 @@ def what_is_left(device):
     for _ in range(50):
         gc.collect()
         torch.cuda.synchronize()
-        counts = (pool().leased_bytes, engine(device).pending, ahead(device).outstanding)
+        counts = (pool().leased_bytes, engine(device).pending, cross_calls(device).outstanding)
         if not any(counts):
             break
         time.sleep(0.1)
@@ -372,7 +372,7 @@ def test_gradients(device, options):
         for got, want in zip(step(model, x), step(tower(device), x), strict=True):
             torch.testing.assert_close(got, want)
     gc.collect()
-    assert (pool().leased_bytes, engine(device).pending, ahead(device).outstanding) == (0, 0, 0)
+    assert (pool().leased_bytes, engine(device).pending, cross_calls(device).outstanding) == (0, 0, 0)
 
 
 def test_gradients_on_a_stream_of_the_users(device):

@@ -36,7 +36,7 @@ def big_report():
                 key, key, "offloaded activation", size, first + i, first + width, layer, f"forward_{layer}", i * SLOT
             )
             landing = (f"backward_{layer}", i * SLOT)
-            tensor(key, f"{key} (landing)", "prefetched", size, back, back + width - i, layer, *landing)
+            tensor(key, f"{key} (prefetch buffer)", "prefetched", size, back, back + width - i, layer, *landing)
             row = [strings(key), strings("float32[1024,256]"), size, 64, 0, 48, 16, layer]
             activations.append([*row, strings("model.py:7: x = f(x)"), strings("sliced")])
             events.append(["d2h", key, first + 6 * i + 1, first + 6 * i + 7, size])

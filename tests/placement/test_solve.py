@@ -115,7 +115,7 @@ def test_the_worst_moment_is_where_most_is_live():
         [Buffer("a", 1, 0, 1, alias="a")],
         [Buffer("a", 1, 0, 1, alias="b"), Buffer("b", 1, 0, 1, alias="a")],
         [Buffer("a", 1, 0, 1), Buffer("a", 1, 1, 2)],
-        [Buffer("a", 1, 0, 1, prefer="left")],
+        [Buffer("a", 1, 0, 1, prefer="remaining")],
         [Buffer("a", 1.5, 0, 1)],
         [Buffer("a", float("nan"), 0, 1)],
         [Buffer("a", 1, "0", 1)],

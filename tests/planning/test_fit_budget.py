@@ -70,4 +70,4 @@ def test_a_budget_that_no_plan_keeps_is_refused_with_what_was_found(traced):
             lambda d: p.unplanned_peak + bool(d.homes),
         )
     assert caught.value.least == p.unplanned_peak  # of the unplanned graph, which has no homes
-    assert any("llama.py" in line for line in caught.value.obstacles)
+    assert any("llama.py" in line for line in caught.value.peak_tensors)

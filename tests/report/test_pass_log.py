@@ -4,7 +4,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.meta import FOR, ROLE, WHY, Role
-from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.provenance import provenance
 from memo_compile.report.pass_log import diff, snapshot
 
 
@@ -29,7 +29,7 @@ def test_an_added_node_says_why_it_is_there():
     gm = traced()
     before = snapshot(gm)
     sub = next(n for n in gm.graph.nodes if n.name == "sub")
-    with gm.graph.inserting_after(sub), because(gm, "rows [0, 2) go to the host"):
+    with gm.graph.inserting_after(sub), provenance(gm, "rows [0, 2) go to the host"):
         relu = gm.graph.call_function(torch.relu, (sub,))
     next(n for n in gm.graph.nodes if n.name == "truediv").replace_input_with(sub, relu)
     text = diff("joint", before, snapshot(gm), "")
@@ -61,9 +61,9 @@ def test_inner_words_and_roles_hold_and_words_decide_nothing():
     """What a report tells a tensor by is its role: sentences are free to change."""
     gm = traced()
     sub = next(n for n in gm.graph.nodes if n.name == "sub")
-    with gm.graph.inserting_after(sub), because(gm, "outer", "sub", Role.PREFETCHED):
+    with gm.graph.inserting_after(sub), provenance(gm, "outer", "sub", Role.PREFETCHED):
         outer = gm.graph.call_function(torch.relu, (sub,))
-        with because(gm, "inner", role=Role.RECOMPUTED):
+        with provenance(gm, "inner", role=Role.RECOMPUTED):
             inner = gm.graph.call_function(torch.tanh, (sub,))
     assert (outer.meta[WHY], outer.meta[ROLE]) == ("outer", Role.PREFETCHED)
     assert (inner.meta[WHY], inner.meta[ROLE], inner.meta[FOR]) == ("inner", Role.RECOMPUTED, "sub")

@@ -84,10 +84,10 @@ def test_a_child_has_a_pool_engines_and_counters_of_its_own():
     idle = ops.pool().lease(4096)
     address = idle.data_ptr()
     del idle
-    before = ops.pool(), ops.engine(CPU), ops.ahead(CPU), ops.recorder()
+    before = ops.pool(), ops.engine(CPU), ops.cross_calls(CPU), ops.recorder()
 
     def child():
-        after = ops.pool(), ops.engine(CPU), ops.ahead(CPU), ops.recorder()
+        after = ops.pool(), ops.engine(CPU), ops.cross_calls(CPU), ops.recorder()
         fresh = all(a is not b for a, b in zip(after, before, strict=True))
         return fresh and ops.pool().held_bytes == 0 and ops.pool().lease(4096).data_ptr() != address
 
@@ -277,7 +277,7 @@ def test_each_module_that_makes_a_lock_or_a_thread_says_what_a_child_does_withou
         "hardware/calibration.py",  # workers within one measurement
         "placement/deadline.py",  # a timer within one solver's context
         "placement/search.py",  # workers within one search
-        "runtime/ahead.py",  # of the devices' engines, which ops.py drops
+        "runtime/cross_call.py",  # of the devices' engines, which ops.py drops
         "runtime/engine.py",
         "runtime/host.py",
         "runtime/threads.py",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import memo_compile
-from memo_compile.runtime.ops import ahead, engine, pool, recorder
+from memo_compile.runtime.ops import cross_calls, engine, pool, recorder
 
 CPU = torch.device("cpu")
 BLOCKS = 12
@@ -87,7 +87,7 @@ def test_no_more_than_two_arenas_are_held_and_all_is_returned(tower):
     assert peak <= 2 * plan.arena_bytes + between + gradients
     assert pool().leased_bytes == 0
     assert engine(CPU).pending == 0
-    assert ahead(CPU).outstanding == 0
+    assert cross_calls(CPU).outstanding == 0
 
 
 def test_each_blocks_slices_are_on_their_way_while_the_next_blocks_backward_runs(tower):
@@ -114,7 +114,7 @@ def test_a_thousand_steps_hold_the_same_bytes(tower):
         else:
             gc.collect()  # else what a step before has left in circles is given back in this one
             peaks.append(memo_compile.measure_peak(step, few, rows()))
-        held.append((pool().held_bytes, pool().leased_bytes, ahead(CPU).outstanding, engine(CPU).pending))
+        held.append((pool().held_bytes, pool().leased_bytes, cross_calls(CPU).outstanding, engine(CPU).pending))
     assert set(held[1:]) == {held[1]}
     assert len(peaks) == 4
     assert max(peaks) < 1.1 * min(peaks)  # gradients of the step before go sooner or later
@@ -182,7 +182,7 @@ def test_each_wait_of_the_emitted_code_is_needed(tower, monkeypatch):
     with without(monkeypatch):
         assert not gradients_differ(tower, expected)
     for wait in waits:
-        step(tower, rows(2))  # no landing place holds by chance what should land there
+        step(tower, rows(2))  # no prefetch buffer holds by chance what should land there
         with without(monkeypatch, wait):
             assert gradients_differ(tower, expected), wait
 
@@ -221,7 +221,7 @@ def test_a_dropped_loss_and_a_failing_hook_leave_nothing_behind(tower):
         x.square().mean().backward()
     del x
     gc.collect()
-    assert (pool().leased_bytes, engine(CPU).pending, ahead(CPU).outstanding) == (0, 0, 0)
+    assert (pool().leased_bytes, engine(CPU).pending, cross_calls(CPU).outstanding) == (0, 0, 0)
     want = step(Tower(), rows())
     for got, expected in zip(step(tower, rows()), want, strict=True):
         torch.testing.assert_close(got, expected)

@@ -7,7 +7,7 @@ import torch
 from runtime.simulated import Cuda
 
 from memo_compile.runtime import ops as runtime
-from memo_compile.runtime.ahead import Ahead
+from memo_compile.runtime.cross_call import CrossCallPrefetch
 from memo_compile.runtime.ops import engine, pool, register, transfer_stats
 from memo_compile.runtime.streams import StreamEngine
 
@@ -166,7 +166,9 @@ def test_a_block_that_another_device_had_is_not_written_before_it_has_been_read(
     other = first if second == "same" else StreamEngine(torch.device("cpu"), cuda=fast)
     engines = {torch.device("cuda:0"): first, torch.device("cpu"): other}
     monkeypatch.setattr(
-        runtime, "_of_device", lambda: {d: (e, Ahead(e, d, runtime.pool().borrow)) for d, e in engines.items()}
+        runtime,
+        "_of_device",
+        lambda: {d: (e, CrossCallPrefetch(e, d, runtime.pool().borrow)) for d, e in engines.items()},
     )
     src, dst = torch.full((1024,), 1.0), torch.zeros(1024)
     lease = runtime._host_lease(4096, -1, CPU)

@@ -13,7 +13,7 @@ import torch
 from runtime.simulated import Cuda
 
 from memo_compile.errors import TransferFailed
-from memo_compile.runtime.ahead import Ahead, Landing, Schedule
+from memo_compile.runtime.cross_call import CrossCallPrefetch, EarlyPrefetch, Schedule
 from memo_compile.runtime.engine import Engine
 from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.streams import StreamEngine
@@ -69,7 +69,7 @@ def steps(machine, count=3):
         for i, place in enumerate(places):
             machine.engine.offload_wait(place, lease, i * ROWS * 4)
             machine.do(lambda place=place: place.fill_(-1))  # its bytes are another's now
-        for i in reversed(range(SLICES)):  # the backward, through one landing place
+        for i in reversed(range(SLICES)):  # the backward, through one prefetch buffer
             machine.engine.prefetch(landing, lease, i * ROWS * 4)
             machine.engine.prefetch_wait(landing, lease, i * ROWS * 4)
             machine.do(lambda: read.append(float(landing.sum())))
@@ -175,7 +175,7 @@ def test_leases_that_hooks_clone_hold_what_was_offloaded():
     machine = OnStreams(lambda: 0.02)
     lease, src = torch.zeros(ROWS * 4, dtype=torch.uint8), torch.ones(ROWS)
     machine.engine.offload(src, lease, 0)
-    machine.engine.settle_offloads()
+    machine.engine.finish_offloads()
     assert lease.clone().view(torch.float32).sum() == ROWS
     machine.finish()
 
@@ -214,7 +214,7 @@ def in_threads(**works):
     return not any(thread.is_alive() for thread in threads)
 
 
-LANDING = Landing("b", 0, ROWS * 4, torch.float32, (ROWS,), (1,), 0)
+PREFETCH_BUFFER = EarlyPrefetch("b", 0, ROWS * 4, torch.float32, (ROWS,), (1,), 0)
 
 
 class TwoCalls:
@@ -222,22 +222,22 @@ class TwoCalls:
 
     def __init__(self):
         self.pool, self.engine = HostPool(), ThreadEngine()
-        self.ahead = Ahead(self.engine, CPU, self.pool.borrow)
+        self.cross_calls = CrossCallPrefetch(self.engine, CPU, self.pool.borrow)
         self.first, self.second = self.pool.lease(ROWS * 4), self.pool.lease(ROWS * 4)
         for lease, value in ((self.first, 5.0), (self.second, 6.0)):
             self.engine.offload(torch.full((ROWS,), value), lease, 0)
         self.engine.drain()
         for lease in (self.first, self.second):
-            self.ahead.made(lease, Schedule((LANDING,), 1))
+            self.cross_calls.made(lease, Schedule((PREFETCH_BUFFER,), 1))
 
     def backward(self, lease):
         """Where its slice has landed."""
-        self.ahead.begins(lease)
-        base = self.ahead.place(lease, 0)
+        self.cross_calls.begins(lease)
+        base = self.cross_calls.place(lease, 0)
         place = base.view(torch.float32) if base is not None else torch.empty(ROWS)
-        if not self.ahead.adopt(place, lease, 0):
+        if not self.cross_calls.adopt(place, lease, 0):
             self.engine.prefetch(place, lease, 0)
-        self.ahead.passed(lease)
+        self.cross_calls.passed(lease)
         self.engine.prefetch_wait(place, lease, 0)
         return place
 
@@ -253,7 +253,7 @@ def test_a_slice_that_is_on_its_way_ahead_is_taken_over():
 def test_a_call_that_has_started_all_is_forgotten():
     calls = TwoCalls()
     calls.backward(calls.second)
-    assert calls.ahead.outstanding == 1
+    assert calls.cross_calls.outstanding == 1
     assert calls.backward(calls.second).sum() == 6 * ROWS, "its graph was kept"
 
 
@@ -290,13 +290,13 @@ def test_what_was_started_ahead_too_late_leaves_nothing_behind(monkeypatch):
     def begins_meanwhile(dst, lease, offset):
         prefetch(dst, lease, offset)
         if lease.data_ptr() == calls.first.data_ptr():
-            calls.ahead.begins(lease)
+            calls.cross_calls.begins(lease)
 
     monkeypatch.setattr(calls.engine, "prefetch", begins_meanwhile)
     with calls.engine.delays(lambda kind: 0.02):
         calls.backward(calls.second)
     assert calls.engine.pending == 0
-    assert calls.ahead.place(calls.first, 0) is None
+    assert calls.cross_calls.place(calls.first, 0) is None
 
 
 def test_of_two_reads_of_a_block_the_next_writer_waits_for_the_later(monkeypatch):
@@ -319,13 +319,13 @@ def test_of_two_reads_of_a_block_the_next_writer_waits_for_the_later(monkeypatch
     engine.drain()
 
 
-@pytest.mark.parametrize("who", ["pool", "engine", "ahead"])
+@pytest.mark.parametrize("who", ["pool", "engine", "cross_calls"])
 def test_what_is_collected_takes_no_lock(who):
     """It may be so in any thread at any time: here in one that another waits for."""
     calls = TwoCalls()
-    pool = HostPool(on_return=lambda address: (calls.ahead.forget(address), calls.engine.forget_lease(address)))
+    pool = HostPool(on_return=lambda address: (calls.cross_calls.forget(address), calls.engine.forget_lease(address)))
     held, over, lease = threading.Event(), threading.Event(), [pool.lease(1000)]
-    lock = {"pool": pool, "engine": calls.engine, "ahead": calls.ahead}[who]._lock
+    lock = {"pool": pool, "engine": calls.engine, "cross_calls": calls.cross_calls}[who]._lock
 
     def holder():
         with lock:
@@ -344,17 +344,17 @@ def test_what_is_collected_takes_no_lock(who):
 
 def test_what_is_collected_is_forgotten_before_its_block_serves_again():
     calls = TwoCalls()
-    pool = HostPool(on_return=calls.ahead.forget)
+    pool = HostPool(on_return=calls.cross_calls.forget)
     lease = pool.lease(1000)
     address = lease.data_ptr()
-    calls.ahead.made(lease, Schedule((), 0))
-    before = calls.ahead.outstanding
+    calls.cross_calls.made(lease, Schedule((), 0))
+    before = calls.cross_calls.outstanding
     del lease
     gc.collect()
-    assert calls.ahead.outstanding == before, "it leaves a note, and calls nobody"
+    assert calls.cross_calls.outstanding == before, "it leaves a note, and calls nobody"
     again = pool.lease(1000)
     assert again.data_ptr() == address
-    assert calls.ahead.outstanding == before - 1
+    assert calls.cross_calls.outstanding == before - 1
 
 
 def test_two_threads_and_a_collection_in_the_middle_of_a_start_end():

@@ -57,8 +57,8 @@ class Storage:
 class Body:
     """A graph's emitted body. `outputs[i]` is the storage of output i, or None where it is no tensor of this body.
 
-    `held` are storages that something may keep which memo does not know, inputs among them. `landings` are the buffers
-    in which slices land that come back from the host, in the order in which they start.
+    `held` are storages that something may keep which memo does not know, inputs among them. `prefetch_buffers` are
+    those into which slices are prefetched, in the order in which they start.
     `labels` names what each statement calls, for reports; `origins` the FX node that each storage holds.
     """
 
@@ -67,7 +67,7 @@ class Body:
     outputs: tuple[str | None, ...]
     inputs: tuple[str, ...]
     strides: tuple[tuple[int, ...] | None, ...] = ()
-    landings: tuple[str, ...] = ()
+    prefetch_buffers: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
     labels: tuple[str, ...] = field(default=(), compare=False)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)

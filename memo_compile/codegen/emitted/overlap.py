@@ -197,7 +197,7 @@ def _start_earlier(places: list[_Place], wanted: Mapping[int, float], sizes: Map
         prefetch = place.line
         if prefetch.kind != "prefetch_" or prefetch.buffer not in sizes:
             continue
-        names, size, landing, to = _aliases(places, prefetch.buffer), sizes[prefetch.buffer], at, at
+        names, size, target, to = _aliases(places, prefetch.buffer), sizes[prefetch.buffer], at, at
         while to > 0 and places[to].begins > wanted.get(prefetch.at, 0.0):
             before = places[to - 1]
             makes_room = before.line.kind == "empty" and before.line.buffer == prefetch.buffer
@@ -205,13 +205,13 @@ def _start_earlier(places: list[_Place], wanted: Mapping[int, float], sizes: Map
                 break
             if not makes_room and before.line.binds & prefetch.names:
                 break
-            if landing < at and before.live + size > most:
+            if target < at and before.live + size > most:
                 break
             to -= 1
-            landing = to if makes_room else landing
-        if to < at and to != landing:
-            group = [at] if landing == at else [landing, at]
-            _regroup(places, to, at + 1, group, 0 if landing == at else size, last=False)
+            target = to if makes_room else target
+        if to < at and to != target:
+            group = [at] if target == at else [target, at]
+            _regroup(places, to, at + 1, group, 0 if target == at else size, last=False)
             moved = True
     return moved
 
@@ -219,7 +219,7 @@ def _start_earlier(places: list[_Place], wanted: Mapping[int, float], sizes: Map
 def _regroup(places: list[_Place], start: int, end: int, group: list[int], size: int, *, last: bool) -> None:
     """Take the places of a group to the end of [start, end), or to its beginning; the others hold `size` more.
 
-    Between the two lines of a prefetch's group its landing place is held already.
+    Between the two lines of a prefetch's group its prefetch buffer is held already.
     """
     others = [i for i in range(start, end) if i not in group]
     if not others:

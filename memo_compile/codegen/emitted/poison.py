@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from memo_compile.codegen.emitted.text import LANDING, WAIT, statements_of
+from memo_compile.codegen.emitted.text import PREFETCH_BUFFER, WAIT, statements_of
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
-IMPORT = "from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_landing"
+IMPORT = "from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_prefetch_buffer"
 _SEGMENT = re.compile(r"^\s*(?P<name>memo_arena_\d+) = (?P<maker>[\w.]+)\(")
 _BUFFER = re.compile(r"^\s*(?P<name>\w+) = alloc_from_pool\(")
 
@@ -68,7 +68,7 @@ def poisoned(lines: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, k
     for i, line in enumerate(text):
         indent = line[: len(line) - len(line.lstrip())]
         out += [indent + more for more in before[i]]
-        out.append(line.replace(LANDING, "poisoned_landing"))
+        out.append(line.replace(PREFETCH_BUFFER, "poisoned_prefetch_buffer"))
         out += [indent + more for more in (*_fill_of(line), *after[i])]
     return out
 
@@ -88,7 +88,7 @@ def _lives(
 def _fill_of(line: str) -> list[str]:
     """What is filled after a line whatever lives: a segment that was taken, a slice that has come back."""
     taken = _SEGMENT.match(line)
-    if taken is not None and taken["maker"] != LANDING:
+    if taken is not None and taken["maker"] != PREFETCH_BUFFER:
         return [f"poison({taken['name']})"]
     return [line.strip().replace(WAIT, "poison_host")] if line.lstrip().startswith(WAIT) else []
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 NAMESPACE = "torch.ops.memo."
-LANDING = f"{NAMESPACE}landing.default"
+PREFETCH_BUFFER = f"{NAMESPACE}prefetch_buffer.default"
 PREFETCH = f"{NAMESPACE}prefetch_.default"
 WAIT = f"{NAMESPACE}wait_.default"
 

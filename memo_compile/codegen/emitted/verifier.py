@@ -18,7 +18,7 @@ import torch
 
 from memo_compile.codegen.emitted.body import DTYPE_BYTES, alias_source, dense_bytes
 from memo_compile.codegen.emitted.known import is_known, is_known_block
-from memo_compile.codegen.emitted.landings import landing_size
+from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffer_size
 from memo_compile.errors import PlacementOverlap
 
 
@@ -78,7 +78,7 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         if function.startswith("empty_strided") and name.startswith("memo_arena_"):
             assert isinstance(value, ast.Call)
             segments[name] = ast.literal_eval(value.args[0])[0]
-        elif (size := landing_size(value)) is not None:
+        elif (size := prefetch_buffer_size(value)) is not None:
             segments[name] = size
         elif function == "alloc_from_pool":
             assert isinstance(value, ast.Call)

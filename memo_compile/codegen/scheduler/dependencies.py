@@ -118,12 +118,12 @@ def _waited_for(wait: Any) -> set[str]:
 def roots_of(graph: Any, name: str) -> set[str]:
     """All buffers that a buffer is a view of."""
     found: set[str] = set()
-    left = [name]
-    while left:
-        for source in views_of(graph, left.pop()):
+    stack = [name]
+    while stack:
+        for source in views_of(graph, stack.pop()):
             if source not in found:
                 found.add(source)
-                left.append(source)
+                stack.append(source)
     return found
 
 

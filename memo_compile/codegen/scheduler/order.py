@@ -96,7 +96,7 @@ def emitted_steps(lines: Sequence[str]) -> list[Step]:
 _ASSERTIONS = frozenset({"assert_size_stride", "assert_alignment"})  # these read no data
 
 
-def check_landings(lines: Sequence[str]) -> None:
+def check_prefetched_reads(lines: Sequence[str]) -> None:
     """In emitted text, no kernel may use a value that comes back whole from the host before it has been waited for.
 
     Raises:
@@ -199,8 +199,10 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     for node, sources in needs.items():
         for source in sources:
             readers[source].append(node)
-    landings = {m for n in moved if transfer_of_node(n) == "prefetch_" for m in needs[n] if not positions(m, index)}
-    fixed = [n for n in nodes if n not in landings and transfer_of_node(n) is None]
+    prefetch_buffers = {
+        m for n in moved if transfer_of_node(n) == "prefetch_" for m in needs[n] if not positions(m, index)
+    }
+    fixed = [n for n in nodes if n not in prefetch_buffers and transfer_of_node(n) is None]
     slot = {n: float(i) for i, n in enumerate(fixed)}
     last = [-1.0, -1.0]  # of offloads, which one lease chains, and of prefetches, which one link serves
     for node in sorted(moved, key=lambda n: max(positions(n, index))):
@@ -220,7 +222,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     # Starts at one place keep their order, whatever order the scheduler had them in.
     for number, node in enumerate(sorted(moved, key=lambda n: max(positions(n, index)))):
         slot[node] += number * 1e-6
-    for node in landings:
+    for node in prefetch_buffers:
         slot[node] = min(slot[r] for r in readers[node] if r in slot)
     return _sorted(nodes, needs, readers, slot)
 
@@ -289,16 +291,16 @@ def _sorted(
 ) -> list[Any]:
     """In the order of their slots, as far as dependencies allow."""
     number = {n: i for i, n in enumerate(nodes)}
-    left = {n: len(sources) for n, sources in needs.items()}
-    ready = [(slot[n], number[n], n) for n in nodes if not left[n]]
+    waits_for = {n: len(sources) for n, sources in needs.items()}
+    ready = [(slot[n], number[n], n) for n in nodes if not waits_for[n]]
     heapq.heapify(ready)
     out = []
     while ready:
         _, _, node = heapq.heappop(ready)
         out.append(node)
         for reader in readers[node]:
-            left[reader] -= 1
-            if not left[reader]:
+            waits_for[reader] -= 1
+            if not waits_for[reader]:
                 heapq.heappush(ready, (slot[reader], number[reader], reader))
     assert len(out) == len(nodes), "transfers and kernels depend on each other in a circle"
     return out

@@ -13,7 +13,7 @@ from memo_compile.passes.fx.meta import FOR
 MOST = 6
 
 
-def obstacles(
+def peak_tensors(
     forward: fx.GraphModule, backward: fx.GraphModule, saved: frozenset[str], makers: Mapping[str, fx.Node], fused: bool
 ) -> tuple[str, ...]:
     """The largest values of the worst moment, in words, with the source lines that make them.
@@ -42,7 +42,7 @@ def obstacles(
 
 
 def _in_words(live: LiveRange, node: fx.Node, makers: Mapping[str, fx.Node]) -> str:
-    name = node.meta.get(FOR) or live.name  # of a landing place, what lands there
+    name = node.meta.get(FOR) or live.name  # of a prefetch buffer, what lands there
     maker = makers.get(name, node)
     where = source_line(maker)
     return f"{name}: {live.bytes:,} bytes, {op_name(maker)}{', ' + where if where else ''}"

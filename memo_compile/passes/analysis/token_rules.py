@@ -318,10 +318,10 @@ def _collective(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     dim = wrapped(args[1], len(before)) if before != after else axis.dim
     if dim != axis.dim or before == after:
         return Flow((axis,), _only(node, source, axis))
-    outer, left = divmod(axis.outer * after[dim], before[dim])
+    outer, remainder = divmod(axis.outer * after[dim], before[dim])
     return (
         None
-        if left or not outer
+        if remainder or not outer
         else Flow((TokenAxis(dim, outer, axis.tokens, axis.inner),), _only(node, source, axis))
     )
 

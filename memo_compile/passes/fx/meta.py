@@ -16,7 +16,7 @@ ROLE = "memo_role"  # Role: what a node that a pass inserted makes
 class Role(Enum):
     """What a node of the backward, inserted by a pass, has to do with a saved activation."""
 
-    LANDING = "the place where rows land that come back from the host"
+    PREFETCH_BUFFER = "the place where rows land that come back from the host"
     PREFETCHED = "rows that come back from the host, and the whole that they are part of"
     RECOMPUTED = "rows that are computed again"
     KEPT = "rows that stayed on the device"

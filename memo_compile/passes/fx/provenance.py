@@ -15,7 +15,7 @@ from memo_compile.passes.fx.meta import FOR, ROLE, WHY, Role
 
 
 @contextlib.contextmanager
-def because(gm: fx.GraphModule, why: str, value: str = "", role: Role | None = None) -> Iterator[None]:
+def provenance(gm: fx.GraphModule, why: str, value: str = "", role: Role | None = None) -> Iterator[None]:
     """Within, nodes created in `gm` get `meta["memo_why"] = why`, and serve the saved activation `value` as `role`."""
     created: list[fx.Node] = []
     gm._register_create_node_hook(created.append)

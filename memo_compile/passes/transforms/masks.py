@@ -16,7 +16,7 @@ import torch.fx as fx
 
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import argument, storage_of
-from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.provenance import provenance
 
 
 def share_masks(gm: fx.GraphModule) -> fx.GraphModule:
@@ -29,7 +29,7 @@ def share_masks(gm: fx.GraphModule) -> fx.GraphModule:
             readers[made] = readers.get(made, 0) + 1
     for made, count in readers.items():
         if count > 1 and _is_a_formula(made):
-            with because(gm, f"one mask in memory for {count} attentions"), gm.graph.inserting_after(made):
+            with provenance(gm, f"one mask in memory for {count} attentions"), gm.graph.inserting_after(made):
                 kept = call(gm.graph, torch.ops.memo.keep.default, (made,))
             made.replace_all_uses_with(kept, delete_user_cb=partial(operator.is_not, kept))
     gm.recompile()

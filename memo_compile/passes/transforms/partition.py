@@ -32,7 +32,7 @@ from memo_compile.passes.fx.facts import (
 )
 from memo_compile.passes.fx.meta import UNCHECKED
 from memo_compile.passes.fx.mutations import readable_inputs
-from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.provenance import provenance
 
 NORM_OPS = 48  # ops of a norm or a softmax between its argument and its result, casts and views included, at most
 SYMBOL = 3  # of the kinds of saved values, the last
@@ -96,9 +96,9 @@ def split_saving(joint: fx.GraphModule, saved: Collection[fx.Node], num_fwd_outp
 def _check_drawn_once(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
     """A second draw of the forward's random numbers would give other numbers, and wrong gradients."""
     drawn = {n.name for n in forward.graph.nodes if n.op == "call_function" and is_random(n)}
-    again = [n.name for n in backward.graph.nodes if n.op == "call_function" and n.name in drawn]
-    if again:
-        raise DrawnTwice(again)
+    redrawn = [n.name for n in backward.graph.nodes if n.op == "call_function" and n.name in drawn]
+    if redrawn:
+        raise DrawnTwice(redrawn)
 
 
 def order_backward(backward: fx.GraphModule) -> fx.GraphModule:
@@ -153,7 +153,7 @@ def _keep(joint: fx.GraphModule, node: fx.Node, as_it_was: fx.Node, first: fx.No
     readers = [u for u in node.users if u.op != "output" and u.target not in _STRIDED and not _writes_to(u, node)]
     if not readers:
         return
-    with because(joint, f"{node.name} as it was, for the backward"), joint.graph.inserting_before(first):
+    with provenance(joint, f"{node.name} as it was, for the backward"), joint.graph.inserting_before(first):
         kept = call(joint.graph, torch.ops.memo.keep.default, (as_it_was,))
     for user in readers:
         user.replace_input_with(node, kept)

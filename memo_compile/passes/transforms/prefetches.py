@@ -1,6 +1,6 @@
 """Starts prefetches in the backward as early as the link needs, and waits for them where their slices are read.
 
-`slices` leaves each slice that comes back as a mark where it is first needed. Here the marks become a landing place,
+`slices` leaves each slice that comes back as a mark where it is first needed. Here the marks become a prefetch buffer,
 the start of its prefetch and a wait. A slice lands where it is read: nothing copies it again.
 """
 
@@ -26,7 +26,7 @@ def schedule_prefetches(
     overlap: bool = True,
     live: Sequence[int] = (),
 ) -> fx.GraphModule:
-    """Replace each fetch mark by a landing buffer, a prefetch that starts early enough at `rate` bytes/s, and a wait.
+    """Replace each fetch mark by a prefetch buffer, a prefetch that starts early enough at `rate` bytes/s, and a wait.
 
     With `overlap=False` a prefetch starts where it is needed: the least memory, and no overlap. `live` are the bytes
     live at each node, values that come back counted from their marks on: a prefetch starts earlier by the slack as long
@@ -37,9 +37,9 @@ def schedule_prefetches(
     marks = [n for n in nodes if n.target is fetch]
     starts = _starts(nodes, marks, begins_of(nodes, seconds), rate, Room(live)) if overlap else marks
     # All starts stand before a mark is replaced, in the order in which they are needed: so the link serves them.
-    landings = [(mark, _start(graph, mark, start)) for mark, start in zip(marks, starts, strict=True)]
-    for mark, landing in landings:
-        _land(graph, mark, landing)
+    prefetch_buffers = [(mark, _start(graph, mark, start)) for mark, start in zip(marks, starts, strict=True)]
+    for mark, buffer in prefetch_buffers:
+        _land(graph, mark, buffer)
     backward.recompile()
     return backward
 
@@ -57,12 +57,12 @@ def _starts(
         start = position[mark]
         while start > first and begins[nodes[start]] > link_free:
             start -= 1
-        room.hold(_landing_bytes(mark), start, position[mark])
+        room.hold(_prefetch_bytes(mark), start, position[mark])
         needed[mark] = start
     earliest = first  # never before the start of what is needed sooner
     starts: list[fx.Node] = []
     for mark in marks:
-        start, size = needed[mark], _landing_bytes(mark)
+        start, size = needed[mark], _prefetch_bytes(mark)
         latest = begins[nodes[start]] - SLACK * begins[nodes[-1]]
         while start > earliest and begins[nodes[start]] > latest and room.has(size, start - 1):
             start -= 1
@@ -73,29 +73,29 @@ def _starts(
 
 
 def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
-    """Take the landing place and start the prefetch: where it is read, in its rows of the whole value."""
+    """Take the prefetch buffer and start the prefetch: where it is read, in its rows of the whole value."""
     join = _join_of(mark)
     with graph.inserting_before(start):
-        landing = _empty(graph, mark if join is None else join)
-        landing.meta.update({WHY: f"where they land: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
-        landing.meta[ROLE] = Role.LANDING
-        rows = landing if join is None else _rows(graph, landing, join, 0)
+        buffer = _empty(graph, mark if join is None else join)
+        buffer.meta.update({WHY: f"where they land: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
+        buffer.meta[ROLE] = Role.PREFETCH_BUFFER
+        rows = buffer if join is None else _rows(graph, buffer, join, 0)
         _transfer(graph, torch.ops.memo.prefetch_.default, rows, mark, "the copy starts, early enough for the link")
-    return landing
+    return buffer
 
 
-def _land(graph: fx.Graph, mark: fx.Node, landing: fx.Node) -> None:
-    """Put the whole value together in the landing place, and wait for what was prefetched."""
+def _land(graph: fx.Graph, mark: fx.Node, buffer: fx.Node) -> None:
+    """Put the whole value together in the prefetch buffer, and wait for what was prefetched."""
     join = _join_of(mark)
     whole = mark if join is None else join
     with graph.inserting_before(whole):
         if join is not None:
             for index in range(1, len(_parts(join))):
-                _write(graph, _parts(join)[index], _rows(graph, landing, join, index))
+                _write(graph, _parts(join)[index], _rows(graph, buffer, join, index))
         # Last: the other rows are made while these are on their way.
-        rows = landing if join is None else _rows(graph, landing, join, 0)
+        rows = buffer if join is None else _rows(graph, buffer, join, 0)
         _transfer(graph, torch.ops.memo.wait_.default, rows, mark, "the copy must have ended")
-    whole.replace_all_uses_with(landing)
+    whole.replace_all_uses_with(buffer)
     graph.erase_node(whole)
     if join is not None:
         _erase_unused(graph, mark)
@@ -126,12 +126,12 @@ def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
     return call(graph, torch.ops.aten.empty.memory_format, (list(value.shape),), kwargs)
 
 
-def _rows(graph: fx.Graph, landing: fx.Node, join: fx.Node, index: int) -> fx.Node:
+def _rows(graph: fx.Graph, buffer: fx.Node, join: fx.Node, index: int) -> fx.Node:
     """Where one part of a join lies in it."""
     dim: Any = join.args[1]
     sizes = [part.meta["val"].shape[dim] for part in _parts(join)]
     begin = sum(sizes[:index])
-    return call(graph, torch.ops.aten.slice.Tensor, (landing, dim, begin, begin + sizes[index]))
+    return call(graph, torch.ops.aten.slice.Tensor, (buffer, dim, begin, begin + sizes[index]))
 
 
 def _transfer(graph: fx.Graph, target: Any, rows: fx.Node, mark: fx.Node, why: str) -> None:
@@ -186,6 +186,6 @@ def _erase_unused(graph: fx.Graph, mark: fx.Node) -> None:
     graph.erase_node(mark)
 
 
-def _landing_bytes(mark: fx.Node) -> int:
+def _prefetch_bytes(mark: fx.Node) -> int:
     """Of the place that the whole value takes, other rows than the mark's included."""
     return size_of(_join_of(mark) or mark)

@@ -25,7 +25,7 @@ from memo_compile.passes.fx.build import call, fake_mode
 from memo_compile.passes.fx.facts import HOST_LEASE, storage_of
 from memo_compile.passes.fx.meta import PART_OF, TOKENS, UNCHECKED, Role
 from memo_compile.passes.fx.mutations import readable_inputs
-from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.provenance import provenance
 from memo_compile.passes.fx.sizes import is_symbolic, largest
 from memo_compile.passes.transforms.partition import (
     SYMBOL,
@@ -144,7 +144,7 @@ def _rewrite_forward(
     lease: fx.Node | None = None
     if offsets:
         first = next(n for n in graph.nodes if n.op != "placeholder")
-        with graph.inserting_before(first), because(split.forward, "the host memory of this call's offloads"):
+        with graph.inserting_before(first), provenance(split.forward, "the host memory of this call's offloads"):
             size = (host_bytes, host_budget, _device_of(graph, offsets))
             lease = call(graph, torch.ops.memo.host_lease.default, size)
     for value in outputs[split.num_forward_outputs :]:
@@ -154,11 +154,11 @@ def _rewrite_forward(
             continue
         if plan.offloaded:
             assert lease is not None
-            with because(split.forward, f"{_rows(value.name, plan, 0, plan.offloaded)} go to the host", value.name):
+            with provenance(split.forward, f"{_rows(value.name, plan, 0, plan.offloaded)} go to the host", value.name):
                 _offload(graph, value, plan, lease, offsets[value.name])
         if plan.kept:
             why = f"{_rows(value.name, plan, plan.tokens - plan.kept, plan.tokens)} stay on the device, alone"
-            with graph.inserting_before(_after(_last_use(value, value))), because(split.forward, why, value.name):
+            with graph.inserting_before(_after(_last_use(value, value))), provenance(split.forward, why, value.name):
                 rows = _physical_rows(graph, value, plan, plan.tokens - plan.kept, plan.tokens)
                 copy = call(graph, torch.ops.memo.keep.default, (rows,))
                 copy.meta[PART_OF] = value.name
@@ -241,25 +241,27 @@ def _rewrite_backward(
         held = present[name]
         value: torch.Tensor = held.meta["val"]
         before = _first_after(graph, place, order[name])
-        back, again = plan.offloaded, plan.offloaded + plan.recomputed
+        back, kept_from = plan.offloaded, plan.offloaded + plan.recomputed
         with (
             graph.inserting_before(before),
-            because(split.backward, f"{name} is put together again", name, Role.PREFETCHED),
+            provenance(split.backward, f"{name} is put together again", name, Role.PREFETCHED),
         ):
             parts: list[fx.Node] = []
             if plan.offloaded:
                 assert lease is not None
-                with because(
+                with provenance(
                     split.backward, f"{_rows(name, plan, 0, back)} come back from the host", role=Role.PREFETCHED
                 ):
                     parts.append(_fetched(graph, lease, offsets[name], value, plan))
             if plan.recomputed:
-                with because(
-                    split.backward, f"{_rows(name, plan, back, again)} are computed again", role=Role.RECOMPUTED
+                with provenance(
+                    split.backward, f"{_rows(name, plan, back, kept_from)} are computed again", role=Role.RECOMPUTED
                 ):
                     parts.append(_recomputed(joint, graph, originals[name], present, plan))
             if plan.kept:
-                with because(split.backward, f"{_rows(name, plan, again, plan.tokens)} were kept", role=Role.KEPT):
+                with provenance(
+                    split.backward, f"{_rows(name, plan, kept_from, plan.tokens)} were kept", role=Role.KEPT
+                ):
                     parts.append(_kept_rows(graph, held, plan))
             whole = parts[0] if len(parts) == 1 else _joined(graph, parts, value, plan)
             whole = _logical(graph, whole, value)

@@ -15,7 +15,7 @@ import torch.fx as fx
 
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import nbytes
-from memo_compile.passes.fx.provenance import because
+from memo_compile.passes.fx.provenance import provenance
 
 ADDS = 3  # in one sum, at least: the three gradients of queries, keys and values may be added at once
 SMALL = 2**20  # bytes
@@ -32,7 +32,7 @@ def add_as_they_come(gm: fx.GraphModule) -> fx.GraphModule:
         if len(sums) < ADDS or nbytes(node) < SMALL:
             continue
         for made in sums[:-1]:
-            with because(gm, "a partial sum of matmuls in memory"), gm.graph.inserting_after(made):
+            with provenance(gm, "a partial sum of matmuls in memory"), gm.graph.inserting_after(made):
                 kept = call(gm.graph, torch.ops.memo.keep.default, (made,))
             made.replace_all_uses_with(kept, delete_user_cb=partial(operator.is_not, kept))
     gm.recompile()

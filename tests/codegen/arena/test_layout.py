@@ -114,7 +114,7 @@ def test_emitted_code_touches_the_host_lease_only_through_memos_copies(trained):
         touching = [line for line in lines if leases & set(re.findall(r"\w+", line))]
         assert [line for line in touching if not re.match(HANDLED, line)] == []
         found = {m[1] for m in map(re.compile(COPIES).match, touching) if m}
-        assert found - {"landing"} == (copies if trained.plan.offloaded_bytes else set())
+        assert found - {"prefetch_buffer"} == (copies if trained.plan.offloaded_bytes else set())
 
 
 def kinds(graph):

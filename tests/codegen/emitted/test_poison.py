@@ -9,8 +9,8 @@ from graphs import Chain
 
 import memo_compile
 from memo_compile.codegen.emitted.poison import Kept, poisoned
-from memo_compile.runtime.ops import ahead, pool, register
-from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_landing
+from memo_compile.runtime.ops import cross_calls, pool, register
+from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_prefetch_buffer
 from memo_compile.schema import ArenaBuffer, Side
 
 CPU = torch.device("cpu")
@@ -97,8 +97,8 @@ def test_bytes_of_a_saved_value_are_those_of_its_segment_and_none_of_a_copy():
 def test_a_new_landing_place_is_filled_and_one_that_is_under_way_is_not():
     register()
     lease = pool().lease(64)
-    assert bool((poisoned_landing(lease, 0, 64, CPU) == 255).all())
-    assert ahead(CPU).place(lease, 0) is None
+    assert bool((poisoned_prefetch_buffer(lease, 0, 64, CPU) == 255).all())
+    assert cross_calls(CPU).place(lease, 0) is None
 
 
 def test_host_memory_is_filled_once_it_has_come_back():

@@ -89,7 +89,7 @@ def test_a_wait_after_the_reader_of_a_value_of_which_some_rows_come_back_is_refu
 
 def test_a_wait_after_its_reader_would_give_other_gradients(monkeypatch):
     expected = trained(monkeypatch, "wait_", 0, None)
-    monkeypatch.setattr(compiler, "check_landings", lambda lines: None)
+    monkeypatch.setattr(compiler, "check_prefetched_reads", lambda lines: None)
     monkeypatch.setattr(compiler, "check_arrivals", lambda: None)
     for which in range(2):
         got = trained(monkeypatch, "wait_", which, after_its_reader)

@@ -7,7 +7,7 @@ from graphs import Chain
 
 from memo_compile.codegen import compiler, inductor
 from memo_compile.codegen.scheduler import order
-from memo_compile.codegen.scheduler.order import Step, check_landings, check_order, emitted_steps, planned_steps
+from memo_compile.codegen.scheduler.order import Step, check_order, check_prefetched_reads, emitted_steps, planned_steps
 from memo_compile.errors import EmittedOrderChanged
 
 ALL = {"offload": "all"}
@@ -69,7 +69,7 @@ def test_steps_are_read_from_text():
     assert emitted_steps(text) == [Step("extern_kernels.mm"), Step("offload", 128)]
 
 
-LANDING = [
+PREFETCH_BUFFER = [
     "    buf1 = alloc_from_pool(arena, 0, torch.float64, (4, ), (1, ))",
     "    torch.ops.memo.prefetch_.default(buf1, lease, 0)",
     "    cpp_fused_0(buf0)",
@@ -80,15 +80,15 @@ LANDING = [
 
 
 def test_what_comes_back_is_used_after_its_wait():
-    check_landings(LANDING)
+    check_prefetched_reads(PREFETCH_BUFFER)
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_a_kernel_that_uses_what_has_not_come_back_is_refused(place):
-    kernel = LANDING[4]
-    rest = [line for line in LANDING if line is not kernel]
+    kernel = PREFETCH_BUFFER[4]
+    rest = [line for line in PREFETCH_BUFFER if line is not kernel]
     with pytest.raises(EmittedOrderChanged, match="cpp_fused_1 uses buf1"):
-        check_landings([*rest[:place], kernel, *rest[place:]])
+        check_prefetched_reads([*rest[:place], kernel, *rest[place:]])
 
 
 @pytest.fixture(scope="module")

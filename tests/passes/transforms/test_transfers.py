@@ -212,6 +212,6 @@ def test_a_model_waits_for_no_copy_where_its_plan_predicts_no_stall():
     for graph, rate in ((decided.forward, p.profile.d2h), (decided.backward, p.profile.h2d)):
         waited, copied = played(graph, p.seconds, rate)
         assert waited <= 0.05 * copied
-    tight = carry_out(p, decided.homes, ahead=False, host_budget=-1)
+    tight = carry_out(p, decided.homes, overlap=False, host_budget=-1)
     waited, copied = played(tight.backward, p.seconds, p.profile.h2d)
     assert waited > 0.5 * copied > 0

@@ -2,7 +2,7 @@
 
 A model whose blocks are compiled alone calls one compiled forward for each block, and then their backwards in reverse.
 Within one backward nothing can start before it begins. So leases are remembered in the order of their forwards, and
-once a backward has started the last of its own prefetches, those of the lease made just before it begin, in landing
+once a backward has started the last of its own prefetches, those of the lease made just before it begin, in prefetch
 places that their backward takes over. Nothing relies on it: a backward that finds nothing started starts it.
 """
 
@@ -22,7 +22,7 @@ log = logger(__name__)
 
 
 @dataclass(frozen=True)
-class Landing:
+class EarlyPrefetch:
     """Where one slice lands: a view (dtype, shape, stride, start in elements) of a storage of `nbytes` bytes.
 
     `offset` is the slice's place in the host lease, `buffer` the name in the emitted code.
@@ -41,10 +41,10 @@ class Landing:
 class Schedule:
     """What a compiled backward prefetches: `early` may begin before it does, `count` is how many there are in all.
 
-    With `poison` landing places are filled when they are taken.
+    With `poison` prefetch buffers are filled when they are taken.
     """
 
-    early: tuple[Landing, ...]
+    early: tuple[EarlyPrefetch, ...]
     count: int
     poison: bool = False
 
@@ -55,14 +55,14 @@ class _Call:
     serial: int
     thread: int
     schedule: Schedule
-    left: int
+    remaining: int
     began: bool = False
     starting: bool = False
     computation: int = 0
     started: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class Ahead:
+class CrossCallPrefetch:
     """The outstanding calls of one device. `borrow` gives the lease at an address, None where it is gone."""
 
     def __init__(self, engine: Engine, device: torch.device, borrow: Callable[[int], torch.Tensor | None]) -> None:
@@ -104,8 +104,8 @@ class Ahead:
             call = self._calls.get(lease.data_ptr())
             if call is None or not call.began:
                 return
-            call.left -= 1
-            last = call.left == 0
+            call.remaining -= 1
+            last = call.remaining == 0
             if last:  # a second backward finds nothing started, and a captured lease is never given back
                 del self._calls[lease.data_ptr()]
         if last:
@@ -141,25 +141,25 @@ class Ahead:
             previous.starting = True
             previous.computation = self._engine.computation()
         try:
-            for landing in previous.schedule.early:
-                if not self._start(previous, landing, lease):
+            for prefetch in previous.schedule.early:
+                if not self._start(previous, prefetch, lease):
                     return
         finally:
             previous.starting = False
 
-    def _start(self, call: _Call, landing: Landing, lease: torch.Tensor) -> bool:
+    def _start(self, call: _Call, prefetch: EarlyPrefetch, lease: torch.Tensor) -> bool:
         """Whether a slice is on its way for a backward that has not begun."""
-        base = self._engine.spare(landing.nbytes, self._device)
+        base = self._engine.spare(prefetch.nbytes, self._device)
         if base is None:  # no room now: its own backward will start it
-            log.debug("no room to prefetch ahead: %d bytes", landing.nbytes)
+            log.debug("no room to prefetch ahead: %d bytes", prefetch.nbytes)
             return False
         if call.schedule.poison:
             poison(base)
-        dst = base.view(landing.dtype).as_strided(landing.shape, landing.stride, landing.start)
-        self._engine.prefetch(dst, lease, landing.offset)
+        dst = base.view(prefetch.dtype).as_strided(prefetch.shape, prefetch.stride, prefetch.start)
+        self._engine.prefetch(dst, lease, prefetch.offset)
         with self._lock:
             if not call.began:
-                call.started[landing.offset] = base
+                call.started[prefetch.offset] = base
                 return True
-        self._engine.discard(dst, lease, landing.offset)  # begun meanwhile, and started in a place of its own
+        self._engine.discard(dst, lease, prefetch.offset)  # begun meanwhile, and started in a place of its own
         return False

@@ -1,7 +1,7 @@
 """Where slices land, read from the emitted backward: what a call before it needs to start them early.
 
-A landing place that has a storage of its own can be taken before its backward begins. In the emitted text its segment
-then comes from `memo::landing`, which hands over what is there already, and allocates it where nothing is.
+A prefetch buffer that has a storage of its own can be taken before its backward begins. In the emitted text its segment
+then comes from `memo::prefetch_buffer`, which hands over what is there already, and allocates it where nothing is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from memo_compile.codegen.emitted.text import LANDING, PREFETCH, call_in, statements_of
-from memo_compile.runtime.ahead import Landing, Schedule
+from memo_compile.codegen.emitted.text import PREFETCH, PREFETCH_BUFFER, call_in, statements_of
+from memo_compile.runtime.cross_call import EarlyPrefetch, Schedule
 
 
 def _calls(lines: Sequence[str]) -> list[tuple[str | None, ast.Call]]:
@@ -33,7 +33,7 @@ def _name(value: ast.expr) -> str | None:
     return value.id if isinstance(value, ast.Name) else None
 
 
-def landing_buffers(lines: Sequence[str]) -> dict[str, tuple[str, int]]:
+def prefetch_buffers_in(lines: Sequence[str]) -> dict[str, tuple[str, int]]:
     """For each buffer in which a slice lands: the name of the lease, and the slice's offset in it."""
     found: dict[str, tuple[str, int]] = {}
     for _, call in _calls(lines):
@@ -44,28 +44,28 @@ def landing_buffers(lines: Sequence[str]) -> dict[str, tuple[str, int]]:
     return found
 
 
-def take_landing(segment: str, size: int, lease: str, offset: int, make: str) -> str:
-    """The statement that takes a landing place; `make` is the allocation that it replaces, `empty_strided_DEVICE`."""
+def take_prefetch_buffer(segment: str, size: int, lease: str, offset: int, make: str) -> str:
+    """The statement that takes a prefetch buffer; `make` is the allocation that it replaces, `empty_strided_DEVICE`."""
     kind = make.rsplit("_", 1)[1]
     where = f"torch.device('{kind}')" if kind == "cpu" else f"torch.device('{kind}', torch.{kind}.current_device())"
-    return f"{segment} = {LANDING}({lease}, {offset}, {size}, {where})"
+    return f"{segment} = {PREFETCH_BUFFER}({lease}, {offset}, {size}, {where})"
 
 
-def landing_size(call: ast.expr) -> int | None:
-    """The bytes that `take_landing`'s call asks for; None for any other expression."""
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == LANDING:
+def prefetch_buffer_size(call: ast.expr) -> int | None:
+    """The bytes that `take_prefetch_buffer`'s call asks for; None for any other expression."""
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == PREFETCH_BUFFER:
         return int(ast.literal_eval(call.args[2]))
     return None
 
 
 def schedule_of(lines: Sequence[str]) -> Schedule:
-    """What an emitted backward prefetches, as if all of its landing places could be taken before it begins."""
+    """What an emitted backward prefetches, as if all of its prefetch buffers could be taken before it begins."""
     taken: dict[str, int] = {}
     views: dict[str, tuple[str, Any, Any, Any]] = {}
-    landings: list[Landing] = []
+    prefetch_buffers: list[EarlyPrefetch] = []
     count = 0
     for target, call in _calls(lines):
-        size = landing_size(call)
+        size = prefetch_buffer_size(call)
         if size is not None and target is not None:
             taken[target] = size
         elif ast.unparse(call.func) == "alloc_from_pool" and target is not None:
@@ -83,15 +83,17 @@ def schedule_of(lines: Sequence[str]) -> Schedule:
                     shape, stride, start = (ast.literal_eval(a) for a in place.args[1:4])
                 dtype = getattr(torch, dtype_name.rsplit(".", 1)[1])
                 offset = ast.literal_eval(call.args[2])
-                landings.append(Landing(buffer, offset, taken[segment_name], dtype, tuple(shape), tuple(stride), start))
-    return Schedule(tuple(landings), count)
+                prefetch_buffers.append(
+                    EarlyPrefetch(buffer, offset, taken[segment_name], dtype, tuple(shape), tuple(stride), start)
+                )
+    return Schedule(tuple(prefetch_buffers), count)
 
 
 def how_many_early(sizes: Sequence[tuple[int, int]], held: Sequence[int], forward_steps: int, cap: int) -> int:
-    """How many landing places may be taken before their backward begins, so that it still holds at most `cap` bytes.
+    """How many prefetch buffers may be taken before their backward begins, so that it still holds at most `cap` bytes.
 
     Args:
-        sizes: (first step, bytes) of each landing place, in the order in which they are taken.
+        sizes: (first step, bytes) of each prefetch buffer, in the order in which they are taken.
         held: bytes held at each step of the timeline when they are taken where the code takes them.
 
     >>> how_many_early([(2, 10), (3, 10)], [0, 30, 10, 20], 1, 40)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from memo_compile.placement.problem import Buffer, aligned
 
 
-def settle(
+def at_preferred_ends(
     buffers: Sequence[Buffer], offsets: Mapping[str, int], peak: int, alignment: int, fixed: Mapping[str, int]
 ) -> dict[str, int]:
     """Offsets in which every buffer with a preference lies as far to its side as the others let it.

@@ -178,8 +178,8 @@ def _rounded(
 ) -> Residency:
     """Whole slices. What is kept and offloaded is rounded down, so that no row of memory breaks.
 
-    The rest is recomputed, where it may be and with `recompute_rest` or where nothing is offloaded; else it is offloaded,
-    or with `up` false kept.
+    The rest is recomputed, where it may be and with `recompute_rest` or where nothing is offloaded; else it is
+    offloaded, or with `up` false kept.
     """
     k, o, r = answer.fractions[index]
     if a.tokens == 1:

@@ -199,7 +199,7 @@ class Plan:
 
     @property
     def recomputed_bytes(self) -> int:
-        """Bytes of saved activations that the backward makes again."""
+        """Bytes of saved activations that the backward recomputes."""
         return sum(a.share(a.recomputed) for a in self.activations)
 
     @property

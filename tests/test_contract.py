@@ -130,7 +130,7 @@ class Keeps(torch.autograd.Function):
 
 
 def test_what_a_function_keeps_by_itself_is_read_as_eager_reads_it(backend, options):
-    """Written to before the backward, it must not be what a matmul is made again from. Or autograd refuses it: it does
+    """Written to before the backward, it must not be what a matmul is recomputed from. Or autograd refuses it: it does
     under `aot_eager`.
     """
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure-kernels",
         action="store_true",
-        help="time matmuls and attentions on this machine's device of that hardware, instead of reckoning",
+        help="time matmuls and attentions on this machine's device of that hardware, instead of estimating them",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
 

@@ -27,7 +27,7 @@ class Stack:
 
     `problem.activations` stand in the forward's order, and their `first_backward` is the first use for a gradient.
     `needs` tells what each is made from, `layer` where each belongs, -1 outside the layers. `inputs` are the layers'
-    inputs, `attention` what only attention could make again. `anchors` are sets of activations that a plan might never
+    inputs, `attention` what only attention could recompute. `anchors` are sets of activations that a plan might never
     recompute, to be tried.
     """
 
@@ -79,7 +79,7 @@ def keep_all(stack: Stack) -> Outcome | None:
 
 
 def full_recompute(stack: Stack) -> Outcome | None:
-    """Layer inputs stay, all else is made again: what checkpointing every block does."""
+    """Layer inputs stay, all else is recomputed: what checkpointing every block does."""
     return _played(
         stack, {a.name: _recomputed_or(stack, a, Residency(a.tokens, 0, 0)) for a in stack.problem.activations}
     )
@@ -93,14 +93,14 @@ def full_swap(stack: Stack) -> Outcome | None:
 
 
 def input_swap(stack: Stack) -> Outcome | None:
-    """Layer inputs go to the host, all else is made again: ALST's and Unsloth's way."""
+    """Layer inputs go to the host, all else is recomputed: ALST's and Unsloth's way."""
     return _played(
         stack, {a.name: _recomputed_or(stack, a, Residency(0, a.tokens, 0)) for a in stack.problem.activations}
     )
 
 
 def _recomputed_or(stack: Stack, a: Activation, home: Residency) -> Residency:
-    """Made again; layers' inputs, and what cannot be made again, in `home`; kept where no layer holds it."""
+    """Recomputed; layers' inputs, and what cannot be recomputed, in `home`; kept where no layer holds it."""
     if stack.layer[a.name] < 0:
         return Residency(a.tokens, 0, 0)
     return home if a.name in stack.inputs or a.recompute_seconds is None else Residency(0, 0, a.tokens)
@@ -108,7 +108,7 @@ def _recomputed_or(stack: Stack, a: Activation, home: Residency) -> Residency:
 
 def one_alpha(stack: Stack) -> Outcome | None:
     """MEMO's way (arXiv 2407.12117, section 4.2): inputs and attention's outputs go whole, of all else a share alpha of
-    the tokens, and the rest is made again. The last two layers stay.
+    the tokens, and the rest is recomputed. The last two layers stay.
 
     Alpha is the largest for which a layer's slices leave while the next layer runs and all fit in host memory.
     """

@@ -70,7 +70,7 @@ class _SumOfRanks(torch.autograd.Function):
 class _CrossEntropy(torch.autograd.Function):
     """-log softmax of each row at its target, from this rank's logits alone and two sums over the ranks.
 
-    Saves the logits and one number a row: probabilities are made again from them. logits: (batch, tokens, vocabulary /
+    Saves the logits and one number a row: probabilities are recomputed from them. logits: (batch, tokens, vocabulary /
     ranks), targets: (batch, tokens, 1), numbered from this rank's first word.
     """
 

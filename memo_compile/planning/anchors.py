@@ -1,7 +1,7 @@
-"""Which saved activations recomputation starts from, so that making one again does not drag in all before it.
+"""Which saved activations recomputation starts from, so that recomputing one does not drag in all before it.
 
 To make an activation again, those that it is made from must be there: it pulls their first use in the backward forward
-in time. Anchors are activations that are never made again, so that such chains end at them: the paper's and every
+in time. Anchors are activations that are never recomputed, so that such chains end at them: the paper's and every
 checkpointing scheme's layer inputs. Here they are found in the graph: bottlenecks, after which nothing that came
 before is needed to recompute what comes after. Too many anchors hold too much, too few drag in too much, so that the
 planner asks the linear program about each of a few sets.
@@ -20,13 +20,13 @@ TIGHT = 1.25  # a bottleneck is at most so much larger than the smallest
 def first_needed(
     order: Sequence[str], first: Mapping[str, int], needs: Mapping[str, Sequence[str]], recomputed: Collection[str]
 ) -> dict[str, int]:
-    """The first backward step that needs each activation, be it to make again one of `recomputed`.
+    """The first backward step that needs each activation, be it to recompute one of `recomputed`.
 
     Args:
         order: activations in the forward's order.
         first: the first backward step that reads each for a gradient.
         needs: what each is made from.
-        recomputed: those that may be made again.
+        recomputed: those that may be recomputed.
 
     >>> first_needed(["x", "y"], {"x": 9, "y": 4}, {"x": [], "y": ["x"]}, {"y"})
     {'x': 4, 'y': 4}

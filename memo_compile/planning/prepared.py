@@ -45,7 +45,7 @@ class Prepared:
     """A joint graph with everything found out about it that no decision changes.
 
     `forward` and `backward` are the split that saves `saved`, the canonical saved activations. `chains[name]` is what
-    runs to make one again from the others, None where it must not run twice. `plannable` is False where only torch's
+    runs to recompute one from the others, None where it must not run twice. `plannable` is False where only torch's
     own split is right. `policies` are those of the user's own checkpoints; `workspaces` tells
     what kernels take for themselves.
     """

@@ -113,7 +113,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
 
 
 def _recomputed_by_rows(info: TokenInfo | None, chain: tuple[fx.Node, ...] | None) -> bool:
-    """Whether rows alone can be made again. A draw is a function of the place in the whole: a row of it costs all."""
+    """Whether rows alone can be recomputed. A draw is a function of the place in the whole: a row of it costs all."""
     return info is not None and info.sliceable and not any(draws_from_seed(n) for n in chain or ())
 
 

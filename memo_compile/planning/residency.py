@@ -16,7 +16,7 @@ class Activation:
     """One saved activation. Steps are indices on the timeline; `tokens` = 1 means that it has one home, whole.
 
     `first_backward` is the first step that needs it, be it for a gradient or to recompute another activation.
-    `recompute_seconds` is None where it must not be made again; with `recompute_whole` it is made again whole or not
+    `recompute_seconds` is None where it must not be recomputed; with `recompute_whole` it is recomputed whole or not
     at all, while its rows may be kept and offloaded in slices. With `can_stay` false none of it is kept.
     """
 

@@ -26,7 +26,7 @@ from memo_compile.errors import NotReplayable
 
 _DESCRIPTORS = "torch._functorch._aot_autograd.descriptors"
 
-# Large or made again from the rest, and read by no pass.
+# Large, or computed from the rest, and read by no pass.
 _LEFT_OUT = frozenset(
     {"tensor_meta", "from_node", "source_fn_stack", "fwd_source_fn_stack", "eager_input_vals", "example_value"}
 )

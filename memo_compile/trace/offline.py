@@ -120,7 +120,7 @@ def _with_real_tensors(timer: Timer | None) -> Timer | None:
 
 
 def _draw_from_seeds(joint: fx.GraphModule) -> None:
-    """What Inductor does before it partitions: from a seed, a dropout's mask can be made again."""
+    """What Inductor does before it partitions: from a seed, a dropout's mask can be recomputed."""
     from torch._inductor.fx_passes.replace_random import replace_random_passes  # loads Inductor
     from torch._inductor.virtualized import V
 

@@ -171,7 +171,7 @@ def test_no_residency_in_quarters_plays_faster(problem):
     decision = decide(few)
     if fastest < float("inf"):
         assert decision is not None
-        # What rounding may cost: one slice of each activation, moved or made again.
+        # What rounding may cost: one slice of each activation, moved or recomputed.
         slices = sum(
             a.bytes / 64 * (1 / few.d2h + 1 / few.h2d) + (a.recompute_seconds or 0) / 64 for a in few.activations
         )

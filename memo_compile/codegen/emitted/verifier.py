@@ -1,9 +1,9 @@
 """Checks emitted code for overlaps, from its text alone: it knows nothing of the layout that the text came from.
 
-A view `alloc_from_pool(segment, offset, dtype, shape, stride)` takes bytes of its segment from the statement that makes
-it to the last one that names it or an alias of it, and until its last name is deleted: so long Inductor needs it. What
-the forward hands on lives until the backward has read it. What a line that memo does not know is given lies in
-no segment.
+A region is the bytes of a view `alloc_from_pool(segment, offset, dtype, shape, stride)`. It is live from the statement
+that makes it to the last one that names it or an alias of it, and at least until its last name is deleted, since
+Inductor knows readers that no text names. A saved region is live until the backward has read it. Values that are
+passed to a line which memo does not know must not lie in a segment.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Region:
 
 @dataclass(frozen=True)
 class EmittedRegions:
-    """What one graph's text does. `outputs[i]` is the name of output i's region, None where it has none.
+    """The regions of one graph's text. `outputs[i]` is the name of output i's region, None where it has none.
 
-    `results[i]` is what output i lies in: a region, an input, or None where it is neither. `inputs` gives, for each
-    input, one past the last statement that needs it. `given` are regions and inputs that a line touches which memo does
-    not know, each with such a line.
+    `results[i]` is the region or the input in which output i lies, None where it is neither. `inputs` gives, for each
+    input, one past the last statement that needs it. `given` are the regions and inputs that are passed to a line which
+    memo does not know, each with one such line.
     """
 
     steps: int

@@ -1,15 +1,16 @@
 """Keeps what a matmul reads last from living on in a kernel that runs later.
 
-Inductor fuses elementwise values that read the same tensors. Where one is made for a matmul (what a linear layer's
-weight gradient is computed from, remade in the backward) and another comes after that matmul (the gradients that flow
-on), one kernel makes both before the matmul runs, and all they read and write is live at once: for a gated MLP six
-tensors of its width in place of four. So what the graph has after a matmul waits for it.
+Inductor fuses elementwise ops that read the same tensors. Say one makes the operand of a matmul (for a linear layer's
+weight gradient, recomputed in the backward) and another stands after that matmul (the gradients that flow on). One
+kernel then makes both before the matmul runs, and all that they read and write is live at once: for a gated MLP six
+tensors of its width in place of four. So kernels that the graph has after a matmul wait for it.
 
-The same holds where two layers' values read one thing, such as the mask of all attentions: one kernel would make the
-values of both where the first is due, and the second layer's would lie there until its turn. So of two kernels that
-read the same and work on large values, with a matmul between them, the second waits until the first one's are read.
+The same holds where kernels of two layers read one value, such as a mask for all attentions: fused, they would make
+both layers' values where the first is needed, and the second layer's would be live until its turn. So of two kernels
+that read the same and work on large values, with a matmul between them, the second waits until the first one's are
+read.
 
-And a partial sum (`memo_compile.passes.transforms.sums`) runs before the next matmul: joined to a kernel after that,
+And a partial sum (`memo_compile.passes.transforms.sums`) runs before the next matmul: fused with a kernel after that,
 it would hold its terms until then.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._pre_fusion_custom_pass`; of the scheduler

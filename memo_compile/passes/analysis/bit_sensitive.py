@@ -1,4 +1,4 @@
-"""Values that must not be made again, since something is decided by their last bits.
+"""Values that must not be recomputed, since something is decided by their last bits.
 
 A matmul of a slice, or a sum in another kernel, differs from the first in its last bits. A gradient does too then, and
 no more, unless it depends on which of two values is greater, or on whether they are the same: the gradient of a maximum

@@ -1,8 +1,9 @@
-"""What each op does to the token axis: one rule an op, and no rule means that slicing ends there.
+"""What each op does to the token axis: one rule for each op. At an op without a rule slicing ends.
 
-A rule is asked, for an op whose operands' axes are known: along which axis do rows of the output depend on the same
-rows of the operands, and what does it need of each operand for that? It follows from what the op computes, never from
-sizes that happen to be equal, so that a wrong seed can make slicing worse but never wrong.
+A rule gets an op and the token axes of its operands. It returns the axis of the output along which row i depends on
+row i of the operands, and the axis along which each operand must be sliced to compute such a row. Rules follow from
+what the op computes, never from sizes that happen to be equal. So a wrongly chosen token axis can make slicing worse,
+but not wrong.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _slice(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
 
 
 def _fresh(node: fx.Node, axis: TokenAxis) -> Flow | None:
-    """Rows were dropped or added: what follows can be sliced along the new rows, this op itself runs whole."""
+    """Rows were dropped or added: this op runs whole, and its result can be sliced along the new rows."""
     tokens = shape_of(node)[axis.dim]
     if axis.outer != 1 or axis.inner != 1 or tokens < 2:
         return None
@@ -289,7 +290,8 @@ def _pad(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
 def _attention(node: fx.Node, axes: Axes) -> Flow | None:
     """Fused attention over (batch, heads, sequence, head size): rows of the output follow those of the query.
 
-    Along the batch each row is alone. Along the sequence a row reads all keys: the axis tells how to store the result.
+    Along the batch rows are independent. Along the sequence each row reads all keys, so that none can be computed
+    alone: the axis only tells how the result can be stored in slices.
     """
     args: Any = node.args
     query = args[0]
@@ -305,14 +307,14 @@ def _attention(node: fx.Node, axes: Axes) -> Flow | None:
         rank = len(shape_of(query))
         needs = tuple(need_of(n, rank, axis) for n in node.all_input_nodes)
         return Flow(tuple(outputs), needs)
-    # What no data input reaches, the mask, can at least be stored by rows of the query.
+    # The mask, which no data input reaches, can be stored by rows of the query.
     stored = (None if n in axes else need_of(n, len(shape_of(query)), axis) for n in node.all_input_nodes)
     return Flow(tuple(outputs), tuple(stored), mixing=True)
 
 
 @_of_first_operand
 def _collective(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
-    """Gathering rows of all ranks, or sharing them out: dimension `dim` is the flattening of (ranks, rows of one)."""
+    """All-gather, reduce-scatter and all-reduce along dimension `dim`, the flattening of (ranks, rows of one rank)."""
     args: Any = node.args
     before, after = shape_of(source), shape_of(node)
     dim = wrapped(args[1], len(before)) if before != after else axis.dim
@@ -378,7 +380,7 @@ RULES: Mapping[str, Rule] = {
         ("memo_collectives::all_gather", "memo_collectives::reduce_scatter", "memo_collectives::all_reduce"),
         _collective,
     ),
-    # Ops with the pointwise look whose operands do not broadcast.
+    # Tagged as pointwise, but their operands do not broadcast.
     **dict.fromkeys(
         ("aten::index", "aten::index_put", "aten::slice_backward", "aten::select_backward"), lambda n, a: None
     ),

@@ -18,5 +18,5 @@ class Role(Enum):
 
     PREFETCH_BUFFER = "the place where rows land that come back from the host"
     PREFETCHED = "rows that come back from the host, and the whole that they are part of"
-    RECOMPUTED = "rows that are computed again"
+    RECOMPUTED = "rows that are recomputed"
     KEPT = "rows that stayed on the device"

@@ -208,7 +208,7 @@ def canonical_saved(
 
     A view, expand or cast gives way to its smallest ancestor, a normalized value to what it was made from and its small
     statistics; a value that cheap ops make from inputs and from other saved values is not saved at all. Seeds of random
-    numbers are saved, so that a draw can be made again. What the user's own checkpoints must save stays as it is, and
+    numbers are saved, so that a draw can be recomputed. What the user's own checkpoints must save stays as it is, and
     what they must recompute is never saved. The result is in graph order, and gives the backward all that it needs.
     """
     inputs = readable_inputs(joint)

@@ -2,8 +2,8 @@
 
 In the forward, the offloaded rows of a value start their way to the host as soon as they are final, and the kept rows
 are all that is saved. In the backward the value is put together again from its parts: rows that were kept, rows that
-are prefetched, rows that are computed again from sliced operands. A value that is recomputed whole needs no slices: it
-is not saved, and the split computes it again (`partition.split_saving`).
+are prefetched, rows that are recomputed from sliced operands. A value that is recomputed whole needs no slices: it
+is not saved, and the split recomputes it (`partition.split_saving`).
 
 Rows lie in the order offloaded, recomputed, kept.
 """
@@ -130,7 +130,7 @@ def _chain(joint: fx.GraphModule, value: fx.Node, present: Collection[str]) -> l
     """What makes `value` again, from what the backward holds and from the inputs."""
     available = {n for n in joint.graph.nodes if n.name in present and n is not value}
     chain = recompute_chain(value, available | readable_inputs(joint))
-    assert chain is not None, f"{value.name} was given to recomputation but cannot be made again"
+    assert chain is not None, f"{value.name} was given to recomputation but cannot be recomputed"
     return chain
 
 
@@ -255,7 +255,7 @@ def _rewrite_backward(
                     parts.append(_fetched(graph, lease, offsets[name], value, plan))
             if plan.recomputed:
                 with provenance(
-                    split.backward, f"{_rows(name, plan, back, kept_from)} are computed again", role=Role.RECOMPUTED
+                    split.backward, f"{_rows(name, plan, back, kept_from)} are recomputed", role=Role.RECOMPUTED
                 ):
                     parts.append(_recomputed(joint, graph, originals[name], present, plan))
             if plan.kept:
@@ -298,7 +298,7 @@ def _kept_rows(graph: fx.Graph, held: fx.Node, plan: Residency) -> fx.Node:
 def _recomputed(
     joint: fx.GraphModule, graph: fx.Graph, value: fx.Node, present: Mapping[str, fx.Node], plan: Residency
 ) -> fx.Node:
-    """Rows of `value` made again from what the backward holds, in physical order."""
+    """Rows of `value` recomputed from what the backward holds, in physical order."""
     assert plan.axis is not None
     chain = _chain(joint, value, present)
     lo, hi = plan.offloaded, plan.offloaded + plan.recomputed

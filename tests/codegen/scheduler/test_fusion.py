@@ -20,7 +20,7 @@ ATTENDED = 1024
 
 
 def gated(gate, up, flows_in, weight):
-    """The backward of a gated MLP: what its last layer reads is made again, and gradients flow on."""
+    """The backward of a gated MLP: what its last layer reads is recomputed, and gradients flow on."""
     matmul = (torch.sigmoid(gate) * up).t() @ flows_in
     inner = flows_in @ weight
     return matmul, (inner * up * 2) @ weight, (inner * gate * 3) @ weight

@@ -1,4 +1,4 @@
-"""What something hangs on by its last bits is not made again."""
+"""What something hangs on by its last bits is not recomputed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The split of a joint graph: what is saved, and what is made again from what."""
+"""The split of a joint graph: what is saved, and what is recomputed from what."""
 
 import pytest
 import torch

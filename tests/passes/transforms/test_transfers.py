@@ -74,8 +74,8 @@ def backward_of(mode, parts, works=3):
     value = mark
     if parts < 8:
         rows = call(graph, torch.ops.aten.slice.Tensor, (g, 0, 0, 6 - parts))
-        remade = call(graph, torch.ops.aten.mm.default, (rows, g))
-        value = call(graph, torch.ops.aten.cat.default, ([mark, remade, kept], 0))
+        recomputed = call(graph, torch.ops.aten.mm.default, (rows, g))
+        value = call(graph, torch.ops.aten.cat.default, ([mark, recomputed, kept], 0))
     result = call(graph, torch.ops.aten.mm.default, (value, step))
     graph.output((result,))
     return fx.GraphModule({}, graph)

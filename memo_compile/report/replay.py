@@ -24,6 +24,7 @@ from torch._guards import TracingContext, tracing
 
 from memo_compile import __version__
 from memo_compile.codegen.arena.layout import Link, plan_arena
+from memo_compile.codegen.arena.sides import key_of
 from memo_compile.codegen.emitted.body import Body, Storage
 from memo_compile.errors import NotReplayable
 from memo_compile.hardware.profiles import from_fields
@@ -40,7 +41,7 @@ from memo_compile.report.graph_io import graph_from_json
 from memo_compile.report.pass_log import FOUND, folder_of, readable
 from memo_compile.report.plain import plain
 from memo_compile.runtime.ops import register
-from memo_compile.schema import Plan
+from memo_compile.schema import Plan, Side
 from memo_compile.workspaces.annotate import Workspaces
 
 MOST_SHOWN = 24  # differences of one pass
@@ -263,14 +264,19 @@ def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
     for name in ("forward", "backward"):
         arguments[name] = _body(raw[name])
     arguments["links"] = [Link(**link) for link in raw["links"]]
+    # Dumps before plans of version 2 had other keys, and another word for prefetch buffers.
+    sides = {"fw": Side.FORWARD, "bw": Side.BACKWARD}
+    split = {key: key.partition(":") for key in raw["layer_of"]}
+    arguments["layer_of"] = {
+        key_of(sides[side], name) if colon else key: raw["layer_of"][key] for key, (side, colon, name) in split.items()
+    }
     layout = plan_arena(**arguments)
     before = {"segments": [asdict(s) for s in dumped.segments], "peak": dumped.predicted_peak}
     now = {"segments": [asdict(s) for s in layout.segments], "peak": layout.peak}
     differences = _fields("", before, now)
-    places = {b.name: b for b in dumped.buffers}
-    differences += [
-        f"{b.name}: {places.get(b.name)} in the dump, {b} here" for b in layout.buffers if places.get(b.name) != b
-    ]
+    dumped_as = {(b.side, b.name): b for b in dumped.buffers}
+    places = ((b, dumped_as.get((b.side, b.name))) for b in layout.buffers)
+    differences += [f"{b.name} of the {b.side}: {then} in the dump, {b} here" for b, then in places if then != b]
     return timer.done("arena", f"{len(layout.buffers)} buffers in {len(layout.segments)} segments", differences)
 
 
@@ -278,7 +284,7 @@ def _body(raw: Mapping[str, Any]) -> Any:
     storages = {name: Storage(**s) for name, s in raw["storages"].items()}
     strides = tuple(None if s is None else tuple(s) for s in raw["strides"])
     rest: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v
+        "prefetch_buffers" if k == "landings" else k: tuple(v) if isinstance(v, list) else v
         for k, v in raw.items()
         if k not in ("steps", "storages", "outputs", "inputs", "strides")
     }

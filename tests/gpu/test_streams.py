@@ -162,7 +162,7 @@ def test_a_forked_child_leaves_the_parents_blocks_alone(device):
     assert value.sum() == 1 << 18
 
 
-def test_no_landing_place_ahead_makes_the_allocator_try_again(device):
+def test_no_prefetch_buffer_ahead_makes_the_allocator_try_again(device):
     memo_compile.empty_cache()
     _, total = torch.cuda.mem_get_info(device)
     retries = torch.cuda.memory_stats(device)["num_alloc_retries"]

@@ -85,10 +85,10 @@ def test_what_is_kept_lies_alone():
     assert kept.untyped_storage().nbytes() == 2 * 2 * 4 * 4
 
 
-def test_opcheck_landing():
+def test_opcheck_prefetch_buffer():
     lease = ops.host_lease(256, -1, CPU)
     args = (lease, 0, 64, torch.device("cpu"))
-    torch.library.opcheck(ops.landing.default, args, test_utils=("test_faketensor",))
+    torch.library.opcheck(ops.prefetch_buffer.default, args, test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("name", ["offload_wait", "wait_"])

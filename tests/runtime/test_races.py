@@ -257,7 +257,7 @@ def test_a_call_that_has_started_all_is_forgotten():
     assert calls.backward(calls.second).sum() == 6 * ROWS, "its graph was kept"
 
 
-def test_a_landing_place_is_handed_over_when_its_copy_has_started(monkeypatch):
+def test_a_prefetch_buffer_is_handed_over_when_its_copy_has_started(monkeypatch):
     """Else the copy starts after the backward's own, and writes over what lies there by then."""
     calls = TwoCalls()
     held = Held(calls.engine.prefetch, "second")

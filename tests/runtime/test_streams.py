@@ -131,7 +131,7 @@ class Allocator:
 
 
 @pytest.mark.parametrize(("free", "kept", "tried"), [(1000, 0, [100]), (0, 1000, [100]), (99, 99, []), (0, 0, [])])
-def test_a_landing_place_ahead_is_tried_where_there_is_room_only(cuda, monkeypatch, free, kept, tried):
+def test_a_prefetch_buffer_ahead_is_tried_where_there_is_room_only(cuda, monkeypatch, free, kept, tried):
     allocator = Allocator(cuda, monkeypatch, free=free, kept=kept, largest=kept)
     place = StreamEngine(CPU, cuda=cuda).spare(100, CPU)
     assert allocator.tried == tried

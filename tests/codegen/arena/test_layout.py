@@ -99,7 +99,7 @@ def test_matmuls_are_written_into_the_arena_and_gradients_outside(trained):
 
 
 # Beside these a lease is taken, named anew, checked, and dropped.
-COPIES = r"torch\.ops\.memo\.(offload|offload_wait|prefetch_|wait_|landing)\.default\("
+COPIES = r"torch\.ops\.memo\.(offload|offload_wait|prefetch_|wait_|prefetch_buffer)\.default\("
 HANDLED = rf"({COPIES}|\w+ = (torch\.ops\.memo\.(host_lease|landing)\.default\(|\w+$)|del |assert_|.* = args$)"
 
 

@@ -10,7 +10,7 @@ a, b = sympy.symbols("s0 s1", integer=True, positive=True)
 BOX = {a: (33, 128), b: (2, 128)}
 LARGEST = {
     "a product": 4 * a * b + 3,
-    "the rest behind a border": a - FloorDiv(11 * a, 16),
+    "the rest after a border": a - FloorDiv(11 * a, 16),
     "rows between two borders": FloorDiv(a, 2) - FloorDiv(15 * a, 64),
     "padded to a multiple": FloorDiv(a + 63, 64) * 64,
     "padded by what is missing": a + PythonMod(-a, 16),
@@ -19,7 +19,7 @@ LARGEST = {
     "a number": sympy.Integer(7),
 }
 ELSEWHERE = {
-    "the rest behind another length": a - b,
+    "the rest after another length": a - b,
     "the same, of more": 128 * a - b,
     "a share": FloorDiv(1000, a),
     "what is missing": 200 - a,

@@ -191,7 +191,14 @@ def _train(
     peak = memo_compile.measure_peak(lambda: fn(data[0], labels=data[0]).backward())
     steady = statistics.median(seconds[1:]) if len(seconds) > 1 else seconds[0]
     made = memo_compile.plans()[plans_before:]
-    return Run(name, losses, peak, max(0.0, seconds[0] - steady), steady, made[-1] if made else None)
+    return Run(
+        name=name,
+        losses=losses,
+        peak=peak,
+        compile_seconds=max(0.0, seconds[0] - steady),
+        step_seconds=steady,
+        plan=made[-1] if made else None,
+    )
 
 
 def _table(runs: list[Run]) -> Any:

@@ -71,13 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset is None and arguments.tp != 1:
         raise InvalidOption("--tp", arguments.tp, "1: only presets know how they are shared out")
     asked = Asked(
-        arguments.preset or arguments.target,
-        arguments.seq or 0,
-        layout(arguments.gpus, arguments.tp, arguments.zero),
-        arguments.hardware,
-        _size("--host-memory", arguments.host_memory),
-        _size("--memory-budget", arguments.memory_budget),
-        arguments.strategy,
+        name=arguments.preset or arguments.target,
+        tokens=arguments.seq or 0,
+        layout=layout(arguments.gpus, arguments.tp, arguments.zero),
+        hardware=arguments.hardware,
+        host_memory=_size("--host-memory", arguments.host_memory),
+        budget=_size("--memory-budget", arguments.memory_budget),
+        strategy=arguments.strategy,
     )
     console = Console()
     if not console.is_terminal:

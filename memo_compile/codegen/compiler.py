@@ -202,7 +202,15 @@ class _Compilation:
         )
         links = links_of(decided, num_forward_outputs)
         observer.decided(p, decided, setting.options)
-        return Planned(p, decided, plan, rehearsal, fitted.evidence, links, observer)
+        return Planned(
+            prepared=p,
+            decided=decided,
+            plan=plan,
+            rehearsal=rehearsal,
+            evidence=fitted.evidence,
+            links=links,
+            observer=observer,
+        )
 
     def _over_range(
         self,

@@ -107,7 +107,7 @@ def _without_calls(graph: fx.Graph) -> Body:
     """The body of a graph that only hands on what it is given."""
     (output,) = graph.find_nodes(op="output")
     inputs = tuple(n.name for n in graph.find_nodes(op="placeholder"))
-    storages = {name: Storage(name, "input", 0, 0, 0) for name in inputs}
+    storages = {name: Storage(name=name, kind="input", bytes=0, start=0, end=0) for name in inputs}
     return Body(0, storages, tuple(getattr(n, "name", None) for n in output.args[0]), inputs)
 
 

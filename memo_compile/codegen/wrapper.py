@@ -115,7 +115,9 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
             body = _read(numbered(kept, symbols), output_refs, hooks.device)
             if hooks.arrange is not None:
                 shown = tuple(numbered(kept, symbols))
-                emission = Emission(shown, body, _at_hand(), tuple(output_refs), hooks.device)
+                emission = Emission(
+                    lines=shown, body=body, at_hand=_at_hand(), outputs=tuple(output_refs), device=hooks.device
+                )
                 kept = list(hooks.arrange(emission))
                 body = _read(kept, output_refs, hooks.device)
                 self.wrapper_call._lines[:] = kept

@@ -234,7 +234,14 @@ def _stack(p: Prepared, long: Long) -> Stack:
     sizes = {name: a.bytes for name, a in view.activations.items()}
     anchors = anchor_sets(bottlenecks(view.order, view.needs, sizes), view.order)
     problem = replace(view.problem, activations=tuple(view.activations[name] for name in view.order))
-    return Stack(problem, view.needs, layer, frozenset(inputs), frozenset(attention), tuple(anchors))
+    return Stack(
+        problem=problem,
+        needs=view.needs,
+        layer=layer,
+        inputs=frozenset(inputs),
+        attention=frozenset(attention),
+        anchors=tuple(anchors),
+    )
 
 
 def _forecast(
@@ -368,7 +375,15 @@ def _home(label: str, layers: int, members: Sequence[Activation], decision: Deci
         kept += a.bytes * home.kept // a.tokens
         offloaded += a.bytes * home.offloaded // a.tokens
         recomputed += a.bytes * home.recomputed // a.tokens
-    return ResidencyRow(label, layers, sum(a.bytes for a in members), kept, offloaded, recomputed, source)
+    return ResidencyRow(
+        label=label,
+        layers=layers,
+        bytes=sum(a.bytes for a in members),
+        kept=kept,
+        offloaded=offloaded,
+        recomputed=recomputed,
+        source=source,
+    )
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -385,7 +400,9 @@ def _largest(p: Prepared) -> tuple[LargeTensor, ...]:
         quadratic = p.tokens.tokens > 1 and sum(1 for s in shape if s >= p.tokens.tokens) > 1
         found.setdefault(
             (op_name(node), source, shape),
-            LargeTensor(node.name, op_name(node), shape, nbytes(node), source, quadratic),
+            LargeTensor(
+                name=node.name, op=op_name(node), shape=shape, bytes=nbytes(node), source=source, quadratic=quadratic
+            ),
         )
     return tuple(sorted(found.values(), key=lambda t: (-t.bytes, not t.quadratic, t.name))[:LARGEST])
 

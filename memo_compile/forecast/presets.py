@@ -67,11 +67,23 @@ class RankModel:
 
 
 def _gpt(name: str, layers: int, width: int, heads: int) -> Preset:
-    return Preset(name, "gpt", layers, width, 4 * width, heads, heads, 50257, tied=True)
+    return Preset(
+        name=name,
+        family="gpt",
+        layers=layers,
+        width=width,
+        ffn=4 * width,
+        heads=heads,
+        kv_heads=heads,
+        vocab=50257,
+        tied=True,
+    )
 
 
 def _llama(name: str, layers: int, width: int, ffn: int, heads: int, *, tied: bool) -> Preset:
-    return Preset(name, "llama", layers, width, ffn, heads, 8, 128256, tied)
+    return Preset(
+        name=name, family="llama", layers=layers, width=width, ffn=ffn, heads=heads, kv_heads=8, vocab=128256, tied=tied
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -120,7 +132,9 @@ def build(name: str, tokens: int, *, ranks: int = 1, layers: int | None = None) 
     with fake_tensors(torch.bfloat16):
         model = _rank_model(found, ranks, built)
         ids = torch.zeros(1, tokens // ranks, dtype=torch.int64)
-    return RankModel(found, model, (ids,), {"labels": ids}, tokens, ranks, built)
+    return RankModel(
+        preset=found, model=model, args=(ids,), kwargs={"labels": ids}, tokens=tokens, ranks=ranks, traced_layers=built
+    )
 
 
 def _check(found: Preset, tokens: int, ranks: int, layers: int | None) -> None:
@@ -141,7 +155,15 @@ def _rank_model(found: Preset, ranks: int, layers: int) -> Any:
     if found.family == "gpt":
         return GPT(GPTConfig(vocab, layers, found.width, found.heads, tokens=0, shard=shard))
     config = LlamaConfig(
-        vocab, layers, found.width, found.heads, found.kv_heads, found.ffn, theta=5e5, tied=found.tied, shard=shard
+        vocab=vocab,
+        layers=layers,
+        width=found.width,
+        heads=found.heads,
+        kv_heads=found.kv_heads,
+        ffn=found.ffn,
+        theta=5e5,
+        tied=found.tied,
+        shard=shard,
     )
     return Llama(config)
 

@@ -82,7 +82,14 @@ def lengthened(p: Prepared, limits: Limits, layers: int) -> Long:
     steps = view.problem.forward_steps
     if extra <= 0:
         layer = {name: infos[name].index if name in infos else None for name in view.order}
-        return Long(view, {n: n for n in view.order}, layer, report.classes, sum(flops[:steps]), sum(flops))
+        return Long(
+            view=view,
+            template={n: n for n in view.order},
+            layer=layer,
+            classes=report.classes,
+            forward_flops=sum(flops[:steps]),
+            flops=sum(flops),
+        )
     middle = _middle(report)
     period = _period(p, infos, middle, extra)
     copies = _repeated_activations(view, infos, period, middle)
@@ -94,15 +101,23 @@ def lengthened(p: Prepared, limits: Limits, layers: int) -> Long:
     )
     long_flops = _repeated(flops, period)
     made = View(
-        tuple(copies.activations),
-        copies.activations,
-        copies.needs,
-        {name: view.axes[copies.template[name]] for name in copies.activations},
-        longer,
+        order=tuple(copies.activations),
+        activations=copies.activations,
+        needs=copies.needs,
+        axes={name: view.axes[copies.template[name]] for name in copies.activations},
+        problem=longer,
     )
     classes = (*report.classes[:middle], *[report.classes[middle]] * extra, *report.classes[middle:])
     forward_flops = sum(long_flops[: longer.forward_steps])
-    return Long(made, copies.template, copies.layer, classes, forward_flops, sum(long_flops), period)
+    return Long(
+        view=made,
+        template=copies.template,
+        layer=copies.layer,
+        classes=classes,
+        forward_flops=forward_flops,
+        flops=sum(long_flops),
+        period=period,
+    )
 
 
 def _graphs(p: Prepared) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -147,12 +162,12 @@ def _period(p: Prepared, infos: Mapping[str, LayerInfo], middle: int, extra: int
 
     steps = len(forward)
     return Period(
-        first(forward, middle, is_call),
-        first(forward, middle + 1, is_call),
-        steps + first(backward, middle, is_gradient),
-        steps + first(backward, middle - 1, is_gradient),
-        extra,
-        middle,
+        start=first(forward, middle, is_call),
+        stop=first(forward, middle + 1, is_call),
+        back_start=steps + first(backward, middle, is_gradient),
+        back_stop=steps + first(backward, middle - 1, is_gradient),
+        extra=extra,
+        layer=middle,
     )
 
 

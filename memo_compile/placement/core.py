@@ -57,14 +57,14 @@ def core_of(buffers: Sequence[Buffer], alignment: int, fixed: Mapping[str, int])
     first, last = np.array([b.start for b in kept], np.int64), np.array([b.end for b in kept], np.int64)
     start, end, moments = _moments(first, last)
     return Core(
-        tuple(b.name for b in kept),
-        unit,
-        moments,
-        sizes // unit,
-        start,
-        end,
-        np.where(offsets >= 0, offsets // unit, -1),
-        last - first,
+        names=tuple(b.name for b in kept),
+        unit=unit,
+        moments=moments,
+        size=sizes // unit,
+        start=start,
+        end=end,
+        fixed=np.where(offsets >= 0, offsets // unit, -1),
+        life=last - first,
     )
 
 

@@ -123,4 +123,11 @@ def _two_levels(
         b.name: whole.offsets[block_of[b.name]] + inner[b.name] if b.name in block_of else whole.offsets[b.name]
         for b in buffers
     }
-    return Placement(offsets, whole.peak, bound, whole.peak == bound, f"two levels, {whole.solver}", 0.0)
+    return Placement(
+        offsets=offsets,
+        peak=whole.peak,
+        lower_bound=bound,
+        proved_optimal=whole.peak == bound,
+        solver=f"two levels, {whole.solver}",
+        seconds=0.0,
+    )

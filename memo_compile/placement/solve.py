@@ -104,7 +104,15 @@ def place(
     end = max((offsets[b.name] + b.size for b in buffers), default=0)
     fits, evidence, reason = _verdict(merged, alignment, capacity, end, bound * core.unit, state.least * core.unit)
     placement = Placement(
-        offsets, peak, bound * core.unit, peak <= state.least * core.unit, state.solver, 0.0, fits, evidence, reason
+        offsets=offsets,
+        peak=peak,
+        lower_bound=bound * core.unit,
+        proved_optimal=peak <= state.least * core.unit,
+        solver=state.solver,
+        seconds=0.0,
+        fits=fits,
+        evidence=evidence,
+        reason=reason,
     )
     verify(buffers, placement, alignment=alignment, fixed=fixed)
     return replace(placement, seconds=time.perf_counter() - started)

@@ -37,7 +37,13 @@ def grid_of(problem: Problem) -> Grid:
         seconds.append(sum(problem.seconds[begin:end]))
         base.append(max(problem.base_bytes[begin:end]))
     of_step[steps] = len(start)
-    return Grid(tuple(start), np.array(seconds), np.array(base, dtype=float), of_step, of_step[problem.forward_steps])
+    return Grid(
+        start=tuple(start),
+        seconds=np.array(seconds),
+        base=np.array(base, dtype=float),
+        of_step=of_step,
+        forward=of_step[problem.forward_steps],
+    )
 
 
 @dataclass(frozen=True)

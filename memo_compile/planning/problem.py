@@ -109,7 +109,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
         slice_tokens=limits.slice_tokens or max(1, p.tokens.tokens // 64),
     )
     needs = {name: _needs(p.chains[name], movable) for name in movable}
-    return View(tuple(movable), activations, needs, axes, problem)
+    return View(order=tuple(movable), activations=activations, needs=needs, axes=axes, problem=problem)
 
 
 def _recomputed_by_rows(info: TokenInfo | None, chain: tuple[fx.Node, ...] | None) -> bool:

@@ -283,17 +283,17 @@ class _Player:
         busy = sum(e.end - e.start for e in copies)
         peak = max((held for _, held in self.memory), default=0)
         return Simulation(
-            self.now,
-            sum(self.p.seconds),
-            float(self.extra.sum()),
-            dict(self.stalls),
-            peak,
-            peak <= self.budget * (1 + 1e-6) + 1,
-            int(moved),
-            int(moved),
-            _overlap(copies, [e for e in self.events if e.stream == "compute"]) / busy if busy else 1.0,
-            tuple(self.memory),
-            tuple(self.events),
+            seconds=self.now,
+            compute_seconds=sum(self.p.seconds),
+            recompute_seconds=float(self.extra.sum()),
+            stalls=dict(self.stalls),
+            peak=peak,
+            fits=peak <= self.budget * (1 + 1e-6) + 1,
+            offloaded_bytes=int(moved),
+            prefetched_bytes=int(moved),
+            overlap=_overlap(copies, [e for e in self.events if e.stream == "compute"]) / busy if busy else 1.0,
+            memory=tuple(self.memory),
+            events=tuple(self.events),
         )
 
 

@@ -162,7 +162,11 @@ def compare(target: str, before: Figures, now: Figures, allowed: Mapping[str, fl
         old, new = before.metrics.get(name, 0.0), now.metrics[name]
         worse = new < old * (1 - allowed[name]) if metric.higher_is_better else new > old * (1 + allowed[name])
         blame = tuple(_blame(name, before, now))[:BLAMED] if worse else ()
-        changes.append(Change(target, name, old, new, allowed[name], worse, blame))
+        changes.append(
+            Change(
+                target=target, metric=name, before=old, now=new, tolerance=allowed[name], regression=worse, blame=blame
+            )
+        )
     return changes
 
 

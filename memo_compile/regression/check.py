@@ -172,7 +172,15 @@ def _tensor(a: ActivationPlan, graph: int | None) -> SavedTensor:
     name = a.name if graph is None else f"{graph}:{a.name}"
     kept, offloaded, recomputed = (a.share(rows) for rows in (a.kept, a.offloaded, a.recomputed))
     whole = a.bytes if a.cause is Cause.NO_TOKEN_AXIS else 0
-    return SavedTensor(name, _portable(a.source), a.bytes, kept, offloaded, recomputed, whole)
+    return SavedTensor(
+        name=name,
+        source=_portable(a.source),
+        bytes=a.bytes,
+        kept=kept,
+        offloaded=offloaded,
+        recomputed=recomputed,
+        whole=whole,
+    )
 
 
 def _portable(source: str) -> str:

@@ -121,22 +121,33 @@ def _explained(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, name
         refused = str(error)
         found = look(spare, inputs, replace(options, memory_budget="min"), Dump.open)
     if found is None:
-        return GraphExplained(name, len(gm.graph.nodes), None, "", (), (), 0, 0, (), ())
+        return GraphExplained(
+            name=name,
+            nodes=len(gm.graph.nodes),
+            plan=None,
+            refused="",
+            largest=(),
+            saved=(),
+            inputs_read=0,
+            inputs_bytes=0,
+            layers=(),
+            unsliced=(),
+        )
     plan, p = found.plan, found.prepared
     held = [n for n in p.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
     given = {n.name for n in p.joint.graph.find_nodes(op="placeholder")}
     theirs = [n for n in held if n.name in given]
     return GraphExplained(
-        name,
-        len(p.joint.graph.nodes),
-        plan,
-        refused,
-        largest_tensors(p),
-        saved_rows(p, plan),
-        len(theirs),
-        sum(nbytes(n) for n in theirs),
-        layer_rows(p, plan),
-        unsliced_rows(plan),
+        name=name,
+        nodes=len(p.joint.graph.nodes),
+        plan=plan,
+        refused=refused,
+        largest=largest_tensors(p),
+        saved=saved_rows(p, plan),
+        inputs_read=len(theirs),
+        inputs_bytes=sum(nbytes(n) for n in theirs),
+        layers=layer_rows(p, plan),
+        unsliced=unsliced_rows(plan),
     )
 
 
@@ -158,7 +169,16 @@ def largest_tensors(p: Prepared) -> tuple[TensorRow, ...]:
         quadratic = any(n.name in square for n in nodes)
         if len(rows) < LARGEST or quadratic:
             rows.append(
-                TensorRow(first.name, op_name(first), shape, dtype, nbytes(first), len(nodes), source, quadratic)
+                TensorRow(
+                    name=first.name,
+                    op=op_name(first),
+                    shape=shape,
+                    dtype=dtype,
+                    bytes=nbytes(first),
+                    count=len(nodes),
+                    source=source,
+                    quadratic=quadratic,
+                )
             )
     return tuple(rows[: 2 * LARGEST])
 

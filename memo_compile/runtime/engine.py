@@ -248,7 +248,14 @@ class Engine(ABC):
 
     def _describe(self, kind: str, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Copy:
         nbytes = device.numel() * device.element_size()
-        return Copy(kind, lease.data_ptr(), offset, device.data_ptr(), nbytes, threading.get_ident())
+        return Copy(
+            kind=kind,
+            lease=lease.data_ptr(),
+            offset=offset,
+            device=device.data_ptr(),
+            nbytes=nbytes,
+            thread=threading.get_ident(),
+        )
 
     def _begin(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor) -> None:
         with self._lock:
@@ -266,7 +273,11 @@ class Engine(ABC):
             raise
         self.recorder.started(copy.kind, copy.nbytes)
         now = time.perf_counter()
-        self.recorder.span(Span(f"start {copy.kind}", copy.lease, copy.offset, copy.nbytes, now, now))
+        self.recorder.span(
+            Span(
+                kind=f"start {copy.kind}", lease=copy.lease, offset=copy.offset, nbytes=copy.nbytes, begin=now, end=now
+            )
+        )
 
     def _before(self, copy: Copy) -> Copy | None:
         return self._readers_of_block(copy) if copy.kind == "D2H" else self._offload_of(copy)
@@ -293,7 +304,16 @@ class Engine(ABC):
             raise
         with self._lock:
             self._pending.pop(named.key, None)
-        self.recorder.span(Span(f"wait {copy.kind}", copy.lease, copy.offset, copy.nbytes, begin, time.perf_counter()))
+        self.recorder.span(
+            Span(
+                kind=f"wait {copy.kind}",
+                lease=copy.lease,
+                offset=copy.offset,
+                nbytes=copy.nbytes,
+                begin=begin,
+                end=time.perf_counter(),
+            )
+        )
 
     def _drop(self, copies: list[Copy]) -> None:
         for copy in copies:

@@ -46,7 +46,17 @@ def planes(dst: torch.Tensor, src: torch.Tensor) -> list[Plane]:
     """
     to, origin = dst.data_ptr(), src.data_ptr()
     relative = _planes(tuple(dst.shape), dst.stride(), src.stride(), dst.element_size())
-    return [Plane(to + p.dst, origin + p.src, p.width, p.height, p.dst_pitch, p.src_pitch) for p in relative]
+    return [
+        Plane(
+            dst=to + p.dst,
+            src=origin + p.src,
+            width=p.width,
+            height=p.height,
+            dst_pitch=p.dst_pitch,
+            src_pitch=p.src_pitch,
+        )
+        for p in relative
+    ]
 
 
 @lru_cache(maxsize=4096)  # a step asks the same of each of its slices, and the host is in a hurry

@@ -127,4 +127,6 @@ def _run(job: _Job, recorder: Recorder) -> None:
     begin = time.perf_counter()
     with torch.no_grad():
         job.dst.copy_(job.src)
-    recorder.span(Span(job.kind, job.lease, job.offset, job.nbytes, begin, time.perf_counter()))
+    recorder.span(
+        Span(kind=job.kind, lease=job.lease, offset=job.offset, nbytes=job.nbytes, begin=begin, end=time.perf_counter())
+    )

@@ -92,7 +92,17 @@ def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobo
     profile = resolve(options.hardware, device.type)
     name, promised = registry().next_name(), options.memory_budget not in ("auto", "min") or device.type == "cuda"
     step = FirstStep(name, device.type, asks=promised)
-    return Setting(name, options, device, profile, _host_budget(options), trainable, frame_name(), step, observe)
+    return Setting(
+        name=name,
+        options=options,
+        device=device,
+        profile=profile,
+        host=_host_budget(options),
+        trainable=trainable,
+        frame=frame_name(),
+        first_step=step,
+        observe=observe,
+    )
 
 
 def _host_budget(options: Options) -> int:

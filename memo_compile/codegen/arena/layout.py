@@ -177,7 +177,9 @@ def _timeline(
     kept = sum(b.size for b in inside if b.start < f < b.end)
     portion = min(chunk, max(kept // PORTIONS, SMALLEST))
     outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
-    return _Timeline(steps, f, tuple(inside), outside, kernel_bytes, portion)
+    return _Timeline(
+        steps=steps, forward_steps=f, buffers=tuple(inside), outside=outside, kernels=kernel_bytes, portion=portion
+    )
 
 
 def handed_on(forward: Body, backward: Body, links: Sequence[Link]) -> frozenset[str]:
@@ -220,7 +222,16 @@ def _placed(
         start, end = min(b.start for b in group), max(b.end for b in group)
         segments.append(ArenaSegment(name, placement.peak, start, end))
         buffers += [
-            ArenaBuffer(b.side, b.local, name, placement.offsets[b.name], b.size, b.start, b.end) for b in group
+            ArenaBuffer(
+                side=b.side,
+                name=b.local,
+                segment=name,
+                offset=placement.offsets[b.name],
+                size=b.size,
+                start=b.start,
+                end=b.end,
+            )
+            for b in group
         ]
     return segments, buffers
 
@@ -229,11 +240,11 @@ def _lay_out(timeline: _Timeline, segments: Sequence[ArenaSegment], buffers: Seq
     held = live_bytes([(s.start, s.end, s.size) for s in segments], timeline.steps)
     live = live_bytes([(b.start, b.end, aligned(b.size, ALIGNMENT)) for b in timeline.buffers], timeline.steps)
     return ArenaLayout(
-        tuple(segments),
-        tuple(buffers),
-        timeline.forward_steps,
-        tuple(held),
-        tuple(live),
-        timeline.outside,
-        timeline.kernels,
+        segments=tuple(segments),
+        buffers=tuple(buffers),
+        forward_steps=timeline.forward_steps,
+        held=tuple(held),
+        live=tuple(live),
+        outside=timeline.outside,
+        kernels=timeline.kernels,
     )

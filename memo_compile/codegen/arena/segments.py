@@ -56,7 +56,9 @@ class Lives:
         delta = np.concatenate([size, -size])
         order = np.lexsort((delta, np.concatenate([start, end])))
         portion = _portions(buffers, border, portion_bytes, alone)
-        return Lives(steps, border, start, end, size, portion, order, delta)
+        return Lives(
+            steps=steps, border=border, start=start, end=end, size=size, portion=portion, order=order, delta=delta
+        )
 
 
 def _portions(buffers: Sequence[Buffer], border: int, portion_bytes: int, alone: Collection[str]) -> Array:

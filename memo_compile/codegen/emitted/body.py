@@ -244,7 +244,10 @@ class _Reading:
             self.kind[name], self.size[name] = "kernel", 0
         for name in self.held:
             self.kind[name] = "held" if self.kind[name] == "allocated" else self.kind[name]
-        storages = {n: Storage(n, self.kind[n], self.size[n], self.start[n], self.end[n]) for n in self.kind}
+        storages = {
+            n: Storage(name=n, kind=self.kind[n], bytes=self.size[n], start=self.start[n], end=self.end[n])
+            for n in self.kind
+        }
         labels = tuple(_label(line.statement) for line in lines)
         return Body(self.steps, storages, tuple(outputs), tuple(inputs), held=tuple(sorted(self.held)), labels=labels)
 
@@ -268,7 +271,7 @@ def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str
         size = taken_by(list(dict.fromkeys(targets)), label)
         if size:
             name = f"{label}:{step}"
-            found[name] = Storage(name, "workspace", size, step, step + 1)
+            found[name] = Storage(name=name, kind="workspace", bytes=size, start=step, end=step + 1)
     return found
 
 

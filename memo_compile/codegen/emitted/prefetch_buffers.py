@@ -84,7 +84,15 @@ def schedule_of(lines: Sequence[str]) -> Schedule:
                 dtype = getattr(torch, dtype_name.rsplit(".", 1)[1])
                 offset = ast.literal_eval(call.args[2])
                 prefetch_buffers.append(
-                    EarlyPrefetch(buffer, offset, taken[segment_name], dtype, tuple(shape), tuple(stride), start)
+                    EarlyPrefetch(
+                        buffer=buffer,
+                        offset=offset,
+                        nbytes=taken[segment_name],
+                        dtype=dtype,
+                        shape=tuple(shape),
+                        stride=tuple(stride),
+                        start=start,
+                    )
                 )
     return Schedule(tuple(prefetch_buffers), count)
 

@@ -91,13 +91,13 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
     ends = {name: replace(r, end=last[name]) for name, r in regions.items()}
     results = tuple(_owner_of(expression, owner) for expression in outputs)
     return EmittedRegions(
-        len(statements),
-        {n: replace(r, end=len(statements)) if n in results else r for n, r in ends.items()},
-        segments,
-        tuple(r if r in regions else None for r in results),
-        {name: last[name] for name in inputs},
-        results,
-        given,
+        steps=len(statements),
+        regions={n: replace(r, end=len(statements)) if n in results else r for n, r in ends.items()},
+        segments=segments,
+        outputs=tuple(r if r in regions else None for r in results),
+        inputs={name: last[name] for name in inputs},
+        results=results,
+        given=given,
     )
 
 
@@ -115,7 +115,7 @@ def _region(name: str, call: ast.Call, step: int) -> Region:
     assert isinstance(segment, ast.Name)
     assert isinstance(dtype, ast.Attribute)
     size = dense_bytes(ast.literal_eval(shape), ast.literal_eval(stride), DTYPE_BYTES.get(dtype.attr, 1))
-    return Region(name, segment.id, ast.literal_eval(offset), size, step, step + 1)
+    return Region(name=name, segment=segment.id, offset=ast.literal_eval(offset), size=size, start=step, end=step + 1)
 
 
 def _sources(value: ast.expr) -> list[str]:

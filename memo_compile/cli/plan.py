@@ -18,7 +18,8 @@ from memo_compile.options import parse_bytes
 from memo_compile.trace.targets import load_target, made_of_fakes
 
 if TYPE_CHECKING:
-    from memo_compile.forecast.forecast import Asked, Forecast, ResidencyRow, Say
+    from memo_compile.forecast.forecast import Asked, Forecast, Say
+    from memo_compile.forecast.rows import ResidencyRow
     from memo_compile.passes.analysis.costs import KernelTimer
 
 WIDTH = 140  # columns where the output is no terminal

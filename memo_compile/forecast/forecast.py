@@ -6,36 +6,32 @@ linear program decides. Nothing is allocated.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch.fx as fx
 
 from memo_compile.errors import InvalidOption, ModelTooLarge
 from memo_compile.forecast.arena import OfflineArena, offline_arena
 from memo_compile.forecast.parallel import Layout, ModelState, model_state
 from memo_compile.forecast.presets import build, preset
 from memo_compile.forecast.repeat_layers import Long, lengthened
+from memo_compile.forecast.rows import LargeTensor, ResidencyRow, largest_tensors, maker_of, residency_rows
 from memo_compile.forecast.strategies import STRATEGIES as BASELINES
 from memo_compile.forecast.strategies import Stack, alone
 from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.passes.analysis.costs import Timer, account, is_attention
-from memo_compile.passes.analysis.liveness import reaches_memory
-from memo_compile.passes.fx.facts import is_view, nbytes, op_name, source_line, tensors
+from memo_compile.passes.fx.facts import tensors
 from memo_compile.planning.anchors import anchor_sets, bottlenecks
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import Limits
-from memo_compile.planning.residency import Activation, Decision, Problem, memory_profile
+from memo_compile.planning.residency import Decision, Problem, memory_profile
 from memo_compile.planning.search import best_of
 from memo_compile.schema import Binding
 from memo_compile.trace.offline import trace
 
 MARGIN = 0.05  # of the device's memory: the context, libraries' workspaces, fragmentation
 TRACED = 4  # layers of a preset; the others are like the second
-LARGEST = 8  # tensors named in a report
 
 # Which homes are open: (offload, recompute).
 STRATEGIES: Mapping[str, tuple[bool, bool]] = {
@@ -62,31 +58,6 @@ class Asked:
     host_memory: int | None = None
     budget: int | None = None
     strategy: str = "memo"
-
-
-@dataclass(frozen=True)
-class ResidencyRow:
-    """Bytes of activations in each home; of a layer class, or of one tensor of its layers."""
-
-    label: str
-    layers: int
-    bytes: int
-    kept: int
-    offloaded: int
-    recomputed: int
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class LargeTensor:
-    """One of the largest values of the graph. `quadratic` where two of its dimensions count tokens."""
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    bytes: int
-    source: str
-    quadratic: bool
 
 
 @dataclass(frozen=True)
@@ -230,7 +201,7 @@ def _stack(p: Prepared, long: Long) -> Stack:
     nodes = {n.name: n for n in p.saved}
     layer = {name: -1 if (at := long.layer[name]) is None else at for name in view.order}
     inputs = {s for name in view.order if layer[name] >= 0 for s in view.needs[name] if layer[s] != layer[name]}
-    attention = {name for name in view.order if is_attention(_maker(nodes[long.template[name]]))}
+    attention = {name for name in view.order if is_attention(maker_of(nodes[long.template[name]]))}
     sizes = {name: a.bytes for name, a in view.activations.items()}
     anchors = anchor_sets(bottlenecks(view.order, view.needs, sizes), view.order)
     problem = replace(view.problem, activations=tuple(view.activations[name] for name in view.order))
@@ -256,7 +227,7 @@ def _forecast(
     arena: OfflineArena,
     planning_seconds: float,
 ) -> Forecast:
-    homes, tensors_of_class = _homes(p, long, problem, decision)
+    homes, tensors_of_class = residency_rows(p, long, problem, decision)
     return Forecast(
         asked=asked,
         profile=p.profile.name,
@@ -283,7 +254,7 @@ def _forecast(
         prices=dict(decision.prices),
         homes=homes,
         tensors=tensors_of_class,
-        largest=_largest(p),
+        largest=largest_tensors(p),
         seconds_by_op={op: c.seconds for op, c in account(p.joint, p.costs).items() if c.seconds},
         arena=arena,
         planning_seconds=planning_seconds,
@@ -298,16 +269,6 @@ def _binds(problem: Problem, decision: Decision) -> Binding:
     return Binding.HOST_MEMORY if offloaded > 0.99 * problem.host_budget else Binding.DEVICE_MEMORY
 
 
-def _op(node: fx.Node) -> str:
-    """The op that makes a value, tuples' items named after what makes the tuple."""
-    return op_name(_maker(node))
-
-
-def _maker(node: fx.Node) -> fx.Node:
-    """The node that makes a value: of a tuple's item, what makes the tuple."""
-    return node.all_input_nodes[0] if node.target is operator.getitem else node
-
-
 def _peak_flops(profile: DeviceProfile, p: Prepared) -> float:
     """Peak FLOP/s in the type in which most of the graph's FLOPs are done."""
     by_type: dict[str, int] = {}
@@ -316,95 +277,6 @@ def _peak_flops(profile: DeviceProfile, p: Prepared) -> float:
             name = str(tensors(node)[0].dtype).removeprefix("torch.")
             by_type[name] = by_type.get(name, 0) + p.flops[node.name]
     return profile.flops(max(by_type, key=lambda name: by_type[name], default="float32"))
-
-
-def _homes(
-    p: Prepared, long: Long, problem: Problem, decision: Decision
-) -> tuple[tuple[ResidencyRow, ...], tuple[ResidencyRow, ...]]:
-    """By layer class, and by tensor in the class that holds most."""
-    nodes = {n.name: n for n in p.saved}
-    by_class: dict[int | None, list[Activation]] = {}
-    for a in problem.activations:
-        layer = long.layer[a.name]
-        by_class.setdefault(None if layer is None else long.classes[layer], []).append(a)
-    homes = [
-        _home(_class_label(long, cls), 0 if cls is None else long.classes.count(cls), members, decision)
-        for cls, members in sorted(by_class.items(), key=lambda item: (item[0] is None, item[0] or 0))
-    ]
-    in_layers = {cls: members for cls, members in by_class.items() if cls is not None}
-    if not in_layers:
-        return tuple(homes), ()
-    largest = max(in_layers, key=lambda cls: sum(a.bytes for a in in_layers[cls]))
-    by_tensor: dict[tuple[int, str], list[Activation]] = {}
-    for members in _by_layer(long, in_layers[largest]):
-        for i, a in enumerate(members):
-            by_tensor.setdefault((i, str(tuple(_shape(nodes[long.template[a.name]])))), []).append(a)
-    return tuple(homes), tuple(
-        _home(
-            f"{_op(nodes[long.template[members[0].name]])} {shape}",
-            len(members),
-            members,
-            decision,
-            source_line(nodes[long.template[members[0].name]]),
-        )
-        for (_, shape), members in by_tensor.items()
-    )
-
-
-def _by_layer(long: Long, members: Sequence[Activation]) -> list[list[Activation]]:
-    by_layer: dict[int, list[Activation]] = {}
-    for a in members:
-        by_layer.setdefault(long.layer[a.name] or 0, []).append(a)
-    return [by_layer[layer] for layer in sorted(by_layer)]
-
-
-def _class_label(long: Long, cls: int | None) -> str:
-    if cls is None:
-        return "outside the layers"
-    places = [i for i, c in enumerate(long.classes) if c == cls]
-    if len(places) == 1:
-        return f"layer {places[0]}"
-    contiguous = places[-1] - places[0] + 1 == len(places)
-    return f"layers {places[0]} to {places[-1]}" if contiguous else f"{len(places)} layers from {places[0]} on"
-
-
-def _home(label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = "") -> ResidencyRow:
-    kept = offloaded = recomputed = 0
-    for a in members:
-        home = decision.residency[a.name]
-        kept += a.bytes * home.kept // a.tokens
-        offloaded += a.bytes * home.offloaded // a.tokens
-        recomputed += a.bytes * home.recomputed // a.tokens
-    return ResidencyRow(
-        label=label,
-        layers=layers,
-        bytes=sum(a.bytes for a in members),
-        kept=kept,
-        offloaded=offloaded,
-        recomputed=recomputed,
-        source=source,
-    )
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(int(s) for s in node.meta["val"].shape)
-
-
-def _largest(p: Prepared) -> tuple[LargeTensor, ...]:
-    """The largest values of the graph as traced, one for each op and shape that a source line makes."""
-    found: dict[tuple[str, str, tuple[int, ...]], LargeTensor] = {}
-    for node in (n for g in (p.forward, p.backward) for n in g.graph.nodes if n.op == "call_function"):
-        if not nbytes(node) or is_view(node) or (p.fused and not reaches_memory(node)):
-            continue
-        shape, source = _shape(node), source_line(node)
-        quadratic = p.tokens.tokens > 1 and sum(1 for s in shape if s >= p.tokens.tokens) > 1
-        found.setdefault(
-            (op_name(node), source, shape),
-            LargeTensor(
-                name=node.name, op=op_name(node), shape=shape, bytes=nbytes(node), source=source, quadratic=quadratic
-            ),
-        )
-    return tuple(sorted(found.values(), key=lambda t: (-t.bytes, not t.quadratic, t.name))[:LARGEST])
 
 
 def _state_in_words(state: ModelState) -> tuple[str, ...]:

@@ -101,7 +101,15 @@ def _rising_to(best: float, scale: float = 1.0) -> Efficiency:
 _MAMF = "matmuls: 'Maximum Achievable Matmul FLOPS' in Bekman, Machine Learning Engineering"
 
 
-_A100_EFFICIENCIES = (_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60, 0.3))
+def _efficiencies(matmul: Efficiency, attention: Efficiency, backward: Efficiency) -> dict[str, Any]:
+    return {
+        "matmul_efficiency": matmul,
+        "attention_efficiency": attention,
+        "attention_backward_efficiency": backward,
+    }
+
+
+_A100_EFFICIENCIES = _efficiencies(_rising_to(0.859), _rising_to(0.70, 0.3), _rising_to(0.60, 0.3))
 
 
 _A100_SOURCES = (
@@ -112,7 +120,7 @@ _A100_SOURCES = (
 # Of matmuls of a model 4 096 wide, and of cuDNN's attention, which torch takes on this chip. Traced in a step of 64K
 # tokens on an H200 under its power limit, with torch 2.11, their kernels reached 75, 62 and 52 %. Whole steps of 64K to
 # 256K tokens took 4 to 5 % longer than these say; with the shares below, 0.2 to 1.0 %. Small ones from `memo doctor`.
-_HOPPER_EFFICIENCIES = (_rising_to(0.70, 0.3), _rising_to(0.60, 2.0), _rising_to(0.503, 10.0))
+_HOPPER_EFFICIENCIES = _efficiencies(_rising_to(0.70, 0.3), _rising_to(0.60, 2.0), _rising_to(0.503, 10.0))
 
 
 _ON_HOPPER = (
@@ -126,28 +134,28 @@ _FLASH2_ON_H100 = "attention: FlashAttention-2 reaches 35 to 40 % on an H100 (ar
 
 PROFILES: dict[str, DeviceProfile] = {
     "a100-80gb": DeviceProfile(
-        "a100-80gb",
-        _A100_FLOPS,
-        2.039e12,
-        25e9,
-        25e9,
-        80 * _GIB,
-        256 * _GIB,
-        5e-6,
-        *_A100_EFFICIENCIES,
+        name="a100-80gb",
+        peak_flops=_A100_FLOPS,
+        memory_bandwidth=2.039e12,
+        d2h=25e9,
+        h2d=25e9,
+        memory=80 * _GIB,
+        host_memory=256 * _GIB,
+        launch_overhead=5e-6,
+        **_A100_EFFICIENCIES,
         link=300e9,
         source=f"NVIDIA A100 SXM datasheet, PCIe 4 x16, NVLink 600 GB/s; {_A100_SOURCES}",
     ),
     "a800-80gb": DeviceProfile(
-        "a800-80gb",
-        _A100_FLOPS,
-        2.039e12,
-        12.5e9,
-        12.5e9,
-        80 * _GIB,
-        256 * _GIB,
-        5e-6,
-        *_A100_EFFICIENCIES,
+        name="a800-80gb",
+        peak_flops=_A100_FLOPS,
+        memory_bandwidth=2.039e12,
+        d2h=12.5e9,
+        h2d=12.5e9,
+        memory=80 * _GIB,
+        host_memory=256 * _GIB,
+        launch_overhead=5e-6,
+        **_A100_EFFICIENCIES,
         link=200e9,
         source=f"NVIDIA A800 datasheet: an A100 with NVLink 400 GB/s; {_A100_SOURCES}",
         notes=(
@@ -155,15 +163,15 @@ PROFILES: dict[str, DeviceProfile] = {
         ),
     ),
     "h100-80gb": DeviceProfile(
-        "h100-80gb",
-        _H100_FLOPS,
-        3.35e12,
-        50e9,
-        50e9,
-        78 * _GIB,
-        256 * _GIB,
-        4e-6,
-        *_HOPPER_EFFICIENCIES,
+        name="h100-80gb",
+        peak_flops=_H100_FLOPS,
+        memory_bandwidth=3.35e12,
+        d2h=50e9,
+        h2d=50e9,
+        memory=78 * _GIB,
+        host_memory=256 * _GIB,
+        launch_overhead=4e-6,
+        **_HOPPER_EFFICIENCIES,
         link=450e9,
         source=(
             "NVIDIA H100 SXM datasheet, PCIe 5 x16, NVLink 900 GB/s; memory as seen on one; the same chip as the "
@@ -171,15 +179,15 @@ PROFILES: dict[str, DeviceProfile] = {
         ),
     ),
     "h200": DeviceProfile(
-        "h200",
-        _H100_FLOPS,
-        4.8e12,
-        55e9,
-        55e9,
-        139 * _GIB,
-        128 * _GIB,
-        4e-6,
-        *_HOPPER_EFFICIENCIES,
+        name="h200",
+        peak_flops=_H100_FLOPS,
+        memory_bandwidth=4.8e12,
+        d2h=55e9,
+        h2d=55e9,
+        memory=139 * _GIB,
+        host_memory=128 * _GIB,
+        launch_overhead=4e-6,
+        **_HOPPER_EFFICIENCIES,
         both_ways=0.9,
         link=450e9,
         source=(

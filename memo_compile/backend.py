@@ -15,6 +15,7 @@ from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
 from memo_compile.runtime.verification import verified
+from memo_compile.trace.buckets import keep_whole
 from memo_compile.trace.captured import holds_planned_backward
 from memo_compile.trace.frames import note_graph_break, note_shapes
 from memo_compile.versions import check_torch
@@ -93,7 +94,8 @@ def _compiled(
     # Loaded when a backend is used, not when torch lists them.
     from memo_compile.passes.fx.ranges import NoRange, NothingPlanned
     from memo_compile.report.dumps import Dump
-    from memo_compile.runtime.kept_budgets import kept, twin
+    from memo_compile.runtime.kept_budgets import as_dynamo_would, kept, twin
+    from memo_compile.runtime.more_calls import for_all_calls
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)
@@ -111,11 +113,19 @@ def _compiled(
         _specialize(inputs)
         compiled = planned(gm, inputs, setting)
 
-    def recompile(step: FirstStep, args: list[Any]) -> Compiled:
-        return planned(twin(spare), args, replace(setting, first_step=step))
+    def measured(compiled: Compiled, setting: Setting) -> Compiled:
+        def recompile(step: FirstStep, args: list[Any]) -> Compiled:
+            return planned(twin(spare), args, replace(setting, first_step=step))
+
+        return kept(compiled, setting.first_step, recompile)
+
+    def for_more(calls: int, args: list[Any]) -> Compiled:
+        more = replace(setting, calls=calls, first_step=setting.first_step.another())
+        with as_dynamo_would():
+            return measured(planned(twin(spare), args, more), more)
 
     if not any(is_symbolic(size) for size in sizes_of(inputs)):  # what one length held is no measure for another
-        compiled = kept(compiled, setting.first_step, recompile)
+        compiled = for_all_calls(measured(compiled, setting), setting.name, setting.calls, for_more)
     return compiled if plain is None else verified(compiled, gm, plain, reference)
 
 
@@ -123,3 +133,15 @@ def _specialize(inputs: Sequence[Any]) -> None:
     """Each symbolic size gets a guard, and another size is planned again."""
     for size in sizes_of(inputs):
         int(size)
+
+
+def _asks(backend: Any, arguments: Mapping[str, Any], inputs: Sequence[Any]) -> bool:
+    """Whether a backend is one of these, with a budget to keep."""
+    if backend not in (memo, memo_eager):
+        return False
+    from memo_compile.trace.setting import asks, device_of  # loaded when a backend is used
+
+    return asks(Options.parse(arguments.get("options"), mode=arguments.get("mode")), device_of(inputs))
+
+
+keep_whole(_asks)  # torch loads this module when it looks a backend up, before it cuts anything

@@ -185,6 +185,22 @@ class HostBudgetExceeded(MemoError):
         )
 
 
+class HostBudgetTooSmall(HostBudgetExceeded):
+    """`host_budget` is less than a plan needs that offloads everything. `nbytes` are those of one of `calls`."""
+
+    def __init__(self, nbytes: int, calls: int, budget: int) -> None:
+        self.nbytes, self.calls, self.budget = nbytes, calls, budget
+        of = f"{calls} calls that wait for their backward need {nbytes:,} bytes each" if calls > 1 else f"{nbytes:,}"
+        MemoError.__init__(
+            self,
+            f"host_budget = {budget:,} bytes cannot be kept with offload='all': {of}, {calls * nbytes:,} in all. Raise "
+            "host_budget to that, or write offload=True, which recomputes what does not fit.",
+        )
+
+    def __reduce__(self) -> tuple[type[HostBudgetTooSmall], tuple[int, int, int]]:
+        return type(self), (self.nbytes, self.calls, self.budget)
+
+
 class HostMemoryUnavailable(MemoError):
     """The system has less host memory than the host arena needs."""
 

@@ -50,6 +50,9 @@ class Options:
         mode: Inductor's mode (`torch.compile(mode=...)`).
         lengths: what to do where Dynamo finds a size that varies: "range" plans once for a range of it, "exact" each
             for itself, and a list of buckets is of the lengths to plan for (see `memo_compile.data`).
+        calls: how many calls of one graph wait for their backward at once (blocks that are compiled alone, microbatches
+            of a pipeline). Budgets are for all of them. "auto": as many as there are modules like the compiled one; a
+            step that makes more is planned again.
     """
 
     memory_budget: int | float | str = "auto"
@@ -65,6 +68,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
     lengths: str | tuple[int, ...] = "range"
+    calls: int | str = "auto"
 
     @staticmethod
     def parse(
@@ -200,6 +204,14 @@ def _rows(key: str, value: Any) -> int | str:
     raise InvalidOption(key, value, 'a positive number of token rows below 2**62, or "auto"')
 
 
+def _calls(key: str, value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST:
+        return value
+    raise InvalidOption(key, value, 'a positive number of calls, or "auto"')
+
+
 def _seconds(key: str, value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
@@ -304,4 +316,5 @@ _CHECKS = {
     "inductor": _patches,
     "mode": _mode,
     "lengths": _lengths,
+    "calls": _calls,
 }

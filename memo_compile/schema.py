@@ -157,7 +157,8 @@ class Plan:
     knows how to hold ("min" asks for it), `unplanned_peak` what the graph holds when nothing is planned. `prices` are
     the seconds that one more GiB ("device memory", "host memory") or GB/s ("offload rate", "prefetch rate") would save;
     `binding` is the one of these that costs most, if any does. `range` says which sizes vary and how far: bytes and
-    rows are those at its upper end; "" where all are numbers.
+    rows are those at its upper end; "" where all are numbers. Peaks are for `calls` of the graph that are between their
+    forward and their backward at once; all other bytes and seconds are of one.
     """
 
     name: str
@@ -185,6 +186,7 @@ class Plan:
     buffers: tuple[ArenaBuffer, ...] = ()
     workspaces: tuple[Workspace, ...] = ()
     range: str = ""
+    calls: int = 1
     version: int = field(default=SCHEMA_VERSION)
 
     @property

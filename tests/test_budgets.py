@@ -11,7 +11,7 @@ import zoo
 from torch import nn
 
 import memo_compile
-from memo_compile.errors import HostBudgetExceeded
+from memo_compile.errors import HostBudgetTooSmall
 
 
 def peak_at(budget, **options):
@@ -79,7 +79,7 @@ def test_slices_fit_the_host_budget_with_what_is_between_them():
 
 def test_offloading_everything_beyond_the_host_budget_is_refused_before_the_first_step():
     options = {"offload": "all", "host_budget": 65536}
-    with pytest.raises(HostBudgetExceeded, match=r"host_budget = 65,536.*Raise host_budget"):
+    with pytest.raises(HostBudgetTooSmall, match=r"host_budget = 65,536.*Raise host_budget"):
         memo_compile.plan(Odd(), (torch.zeros(1, 1024, 33),), options=options)
 
 

@@ -58,7 +58,7 @@ from memo_compile.passes.fx.ranges import NoRange, NothingPlanned, has_symbols, 
 from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide, lease_input, lease_output
 from memo_compile.planning.fit_budget import WORTHWHILE, Fitted, fit_budget
-from memo_compile.planning.prepared import Prepared, prepare
+from memo_compile.planning.prepared import Prepared, of_calls, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.cross_call import Schedule
@@ -169,6 +169,7 @@ class _Compilation:
         started, setting = time.perf_counter(), self.setting
         observer.joint(joint, num_forward_outputs, static)
         p = prepare(joint, inputs, num_forward_outputs, static, setting.profile, fused=True, watch=observer.watch)
+        p = of_calls(p, setting.calls)
         rehearsal = Rehearsal(
             setting=setting,
             num_user_outputs=self.num_user_outputs,
@@ -176,6 +177,7 @@ class _Compilation:
             static=tuple(static or ()),
             layers={n.name: n.meta[LAYER].index for n in joint.graph.nodes if LAYER in n.meta},
             scalar=self.scalar,
+            calls=setting.calls,
         )
         budget = setting.options.memory_budget
         # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.

@@ -17,7 +17,7 @@ from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide
 from memo_compile.planning.fit_budget import fit_budget
-from memo_compile.planning.prepared import Prepared, prepare
+from memo_compile.planning.prepared import Prepared, of_calls, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
@@ -74,6 +74,7 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     def planned(graph: fx.GraphModule, *, least_rows: int = 0) -> tuple[Prepared, Decided]:
         dump.joint(graph, num_outputs, static)
         p = prepare(graph, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
+        p = of_calls(p, setting.calls)
         with together(graph) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
             if least_rows:

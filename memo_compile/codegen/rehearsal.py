@@ -51,6 +51,7 @@ class Rehearsal:
     `budget` is what slices that land early may use up, in bytes; None for no limit. `static` are indices of inputs at
     fixed addresses, `layers` the layer of each node of the joint graph that has one. With `scalar` no vector code is
     generated, which is sooner done. `ranged` is for graphs whose sizes are symbols: lines stand as Inductor has them.
+    `calls` are outstanding at once.
     """
 
     setting: Setting
@@ -61,6 +62,7 @@ class Rehearsal:
     scalar: bool
     budget: int | None = None
     ranged: bool = False
+    calls: int = 1
 
     def unplanned_peak(self, p: Prepared) -> int:
         """What Inductor's own two graphs would hold in an arena."""
@@ -125,6 +127,7 @@ class Rehearsal:
             "links": links_of(decided, self.num_forward_outputs),
             "user_outputs": self.num_forward_outputs,
             "tangents": {n.name: nbytes(n) for n in placeholders if "tangents" in str(n.target)},
+            "calls": self.calls,
             "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
             "layer_of": self._layer_of(Side.FORWARD, forward) | self._layer_of(Side.BACKWARD, backward),
         }

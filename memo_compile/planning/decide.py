@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from memo_compile.errors import HostBudgetExceeded
+from memo_compile.errors import HostBudgetTooSmall
 from memo_compile.passes.analysis.peak_tensors import peak_tensors
 from memo_compile.passes.fx.facts import (
     HOST_LEASE,
@@ -21,7 +21,7 @@ from memo_compile.passes.pipeline import Decision, Watch, act, unwatched
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning import residency, rounding
-from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, step_seconds
+from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, held_between, step_seconds
 from memo_compile.planning.problem import Limits, problems_of, view_of
 from memo_compile.planning.search import best_of
 from memo_compile.planning.summary import (
@@ -97,15 +97,15 @@ def _within_host(p: Prepared, limits: Limits, watch: Watch) -> _Choice:
     """Homes whose slices fit in host memory as they lie there, whole and aligned: the program counts bare bytes.
 
     Raises:
-        HostBudgetExceeded: everything is to be offloaded, and does not fit.
+        HostBudgetTooSmall: everything is to be offloaded, and does not fit.
     """
     choice, host = _chosen(p, limits, limits.host, watch), limits.host
     for rounds_left in reversed(range(HOST_ROUNDS)):
-        excess = choice.sliced.host_bytes - limits.host
+        excess = limits.calls * choice.sliced.host_bytes - limits.host
         if excess <= 0:
             return choice
         if limits.offload == "all":
-            raise HostBudgetExceeded(choice.sliced.host_bytes, 0, limits.host)
+            raise HostBudgetTooSmall(choice.sliced.host_bytes, limits.calls, limits.host)
         host = max(0, host - 2 * excess) if rounds_left else 0  # without offloading at last
         choice = _chosen(p, limits, host, watch)
     return choice
@@ -122,7 +122,7 @@ def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
         problem, decision, fits = best_of(view, limits)
     homes = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
     overlap = fits and (everything or limits.objective == "time")
-    sliced = carry_out(p, homes, overlap=overlap, host_budget=limits.host, watch=watch)
+    sliced = carry_out(p, homes, overlap=overlap, host_budget=limits.host_in_all, watch=watch)
     return _Choice(problem, decision, homes, overlap, sliced)
 
 
@@ -132,7 +132,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
     Where no plan fits the budget, the smallest is returned: only the arena tells whether it really is too large.
 
     Raises:
-        HostBudgetExceeded: everything is to be offloaded, and does not fit in host memory.
+        HostBudgetTooSmall: everything is to be offloaded, and does not fit in host memory.
     """
     started = time.perf_counter()
     everything = limits.offload == "all"
@@ -144,6 +144,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
     choice = _within_host(p, limits, watch)
     decision, homes, sliced = choice.decision, choice.homes, choice.sliced
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
+    peak += (limits.calls - 1) * held_between(sliced.forward)
     plan = replace(
         blank_plan(p, limits, name, backend),
         predicted_peak=peak,

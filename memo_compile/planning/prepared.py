@@ -6,7 +6,7 @@ Pure: nothing is compiled, no tensor data is touched.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.fx as fx
@@ -150,6 +150,18 @@ def graph_peak(
     owned = frozenset(saved) - inputs - {n.name for n in results}
     back = lifetimes(backward, fused=fused, owned_inputs=owned)
     return max(max(front.live_bytes(), default=0), max(back.live_bytes(), default=0) + held)
+
+
+def held_between(forward: fx.GraphModule) -> int:
+    """Bytes that a call of a forward leaves on the device: its results, and what it keeps for its backward."""
+    (output,) = forward.graph.find_nodes(op="output")
+    storages = {storage_of(n) for n in output.args[0] if isinstance(n, fx.Node)}
+    return sum(nbytes(s) for s in storages if s.op != "placeholder")
+
+
+def of_calls(p: Prepared, calls: int) -> Prepared:
+    """`p` with the unplanned peak of the last of so many calls, none of which has had its backward."""
+    return replace(p, unplanned_peak=p.unplanned_peak + (calls - 1) * held_between(p.unplanned.forward))
 
 
 def results_of(forward: fx.GraphModule, num_forward_outputs: int) -> set[fx.Node]:

@@ -30,8 +30,10 @@ SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more
 class Limits:
     """What the plan may use, in bytes and seconds. `budget` is None for no limit, `slice_tokens` 0 for automatic.
 
-    Other graphs of the step hold `beside` bytes, which `budget` leaves out. Where it is not `promised`, the least that
-    there is will do.
+    Other graphs of the step hold `beside` bytes, which `budget` leaves out, and `host_beside` on the host, which `host`
+    leaves out. Where it is not `promised`, the least that
+    there is will do. At most `calls` of the graph are between their forward and their backward at once: budget and host
+    memory are for all of them.
     """
 
     budget: int | None
@@ -43,6 +45,13 @@ class Limits:
     objective: Literal["time", "memory"] = "time"
     beside: int = 0
     promised: bool = True
+    calls: int = 1
+    host_beside: int = 0
+
+    @property
+    def host_in_all(self) -> int:
+        """Bytes of host memory that all graphs together may use."""
+        return self.host + self.host_beside
 
     def given(self, peak: int) -> int | None:
         """The budget of a plan that holds `peak` bytes: it is given what it needs where nothing was promised."""
@@ -72,6 +81,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
     back = lifetimes(p.backward, fused=p.fused, owned_inputs=names)
     base = front.live_bytes(skip=frozenset(movable))
     base += [b + held for b in back.live_bytes(skip=names - fixed)]
+    left = (limits.calls - 1) * (held + sum(nbytes(n) for n in p.saved if n.name in fixed and storage_of(n) is n))
     seconds = [step_seconds(p, n) for n in (*front_nodes, *back_nodes)]
     reads = last_reads(p.forward, fused=p.fused, ignore_output=True)
     born = {n.name: i for i, n in enumerate(front_nodes)}
@@ -99,14 +109,15 @@ def view_of(p: Prepared, limits: Limits) -> View:
         )
     problem = residency.Problem(
         seconds=tuple(seconds),
-        base_bytes=tuple(base),
+        base_bytes=tuple(b + left for b in base),
         forward_steps=steps,
         activations=(),
         budget=limits.budget,
-        host_budget=limits.host,
+        host_budget=limits.host // limits.calls,
         d2h=p.profile.d2h,
         h2d=p.profile.h2d,
         slice_tokens=limits.slice_tokens or max(1, p.tokens.tokens // 64),
+        calls=limits.calls,
     )
     needs = {name: _needs(p.chains[name], movable) for name in movable}
     return View(order=tuple(movable), activations=activations, needs=needs, axes=axes, problem=problem)

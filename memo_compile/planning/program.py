@@ -8,6 +8,7 @@ in it, as they do while something is recomputed.
 For activation a: bytes b, fractions k (kept), o (offloaded), r (recomputed), k + o + r = 1.
 
 * memory   its bytes are live on [produced, last_forward] and on [first_backward, last_backward] whole, k·b in between;
+           calls beside this one hold k·b each, all along;
            with it go the slices that wait for the D2H engine and those that landed early or are landing
 * out      slices can leave from the interval after the one that makes them. The engine takes them in the order in
            which their bytes must be gone, so that what is overdue is all that was due less all that was copied
@@ -15,7 +16,7 @@ For activation a: bytes b, fractions k (kept), o (offloaded), r (recomputed), k 
 * turn     nothing comes back before it has left. What leaves last is needed first, so that one engine has stopped when
            the other starts: in an interval, and in a stall, their seconds add up. And where a is needed, it and all
            that left ahead of it must be out; only of what is offloaded at all, which the first answer tells
-* host     Σ o·b ≤ host budget
+* host     Σ o·b ≤ host budget, for each call its share
 * least    Σ r · recompute seconds + Σ stalls + a tie-break on the bytes moved
 
 The fractions are then rounded to slices, and the program is solved again with them fixed: that tells what the stalls

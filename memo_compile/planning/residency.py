@@ -35,7 +35,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Problem:
-    """`seconds` and `base_bytes` per step; `base_bytes` is live whatever is decided. Rates in bytes/s."""
+    """`seconds` and `base_bytes` per step; `base_bytes` is live whatever is decided. Rates in bytes/s.
+
+    One of `calls` is played: the others have run their forward, and hold what the decision keeps.
+    """
 
     seconds: tuple[float, ...]
     base_bytes: tuple[int, ...]
@@ -46,6 +49,7 @@ class Problem:
     d2h: float
     h2d: float
     slice_tokens: int = 1
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def memory_profile(problem: Problem, residency: Mapping[str, Residency]) -> list
     change = np.zeros(steps + 1)
     for a in problem.activations:
         gone = a.bytes * (1 - residency[a.name].kept / a.tokens)
+        change[0] += (problem.calls - 1) * (a.bytes - gone)
         change[a.produced] += a.bytes
         change[min(a.last_forward + 1, steps)] -= gone
         change[min(max(a.first_backward, a.last_forward + 1), steps)] += gone

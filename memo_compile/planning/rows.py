@@ -63,6 +63,8 @@ def _events(
         size = a.bytes / UNIT
         born, gone = grid.of_step[a.produced], grid.of_step[min(a.last_forward + 1, steps)]
         back, dead = max(grid.of_step[a.first_backward], gone), grid.of_step[min(a.last_backward + 1, steps)]
+        if problem.calls > 1:
+            changes[0][c.kept + i] = (problem.calls - 1) * size
         constant[born] += size
         constant[gone] -= size
         constant[back] += size

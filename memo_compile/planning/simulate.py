@@ -123,6 +123,7 @@ class _Player:
         change = np.zeros(self.steps + 1)
         for a in self.p.activations:
             gone = a.bytes * (1 - self.homes[a.name].kept / a.tokens)
+            change[0] += (self.p.calls - 1) * (a.bytes - gone)
             change[a.produced] += a.bytes
             change[min(a.last_forward + 1, self.steps)] -= gone
             change[min(_needed(a), self.steps)] += gone

@@ -40,6 +40,7 @@ def blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:
         name=name,
         backend=backend,
         budget=limits.budget,
+        calls=limits.calls,
         predicted_peak=p.unplanned_peak,
         least_peak=0,
         unplanned_peak=p.unplanned_peak,

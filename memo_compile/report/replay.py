@@ -233,7 +233,7 @@ def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path
         return
     done: list[Replayed] = []
     watch = _watching(folder, timer, len(pipeline.ANNOTATING), done)
-    carry_out(p, homes, overlap=record["ahead"], host_budget=limits.host, watch=watch)
+    carry_out(p, homes, overlap=record["ahead"], host_budget=limits.host_in_all, watch=watch)
     yield from done
 
 

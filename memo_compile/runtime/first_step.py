@@ -92,7 +92,9 @@ def _judged(name: str, forward: Record, backward: Record) -> Overrun | None:
     plan = registry().named(name)
     if plan is None or not peak:
         return None
-    log.info(
+    # One call's figures say little of a plan for several.
+    log.log(
+        logging.INFO if plan.calls == 1 else logging.DEBUG,
         "%s (%s): peak %.1f MiB measured in the first step, %+.1f %% of what was planned",
         *(plan.name, plan.backend, peak / MIB, 100 * (peak / plan.predicted_peak - 1)),
     )

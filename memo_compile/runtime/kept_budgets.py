@@ -52,7 +52,7 @@ def kept(compiled: Compiled, step: FirstStep, recompile: Callable[[FirstStep, li
             planned_again = True
             latest = latest.another()
             try:
-                with _as_dynamo_would():
+                with as_dynamo_would():
                     current = recompile(latest, list(args))
             except BudgetTooSmall as error:
                 raise _refusal(latest.name, overrun) from error
@@ -77,7 +77,7 @@ def twin(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def _as_dynamo_would() -> Iterator[None]:
+def as_dynamo_would() -> Iterator[None]:
     """What a compiler finds around it when Dynamo calls it; sizes are numbers by now."""
     from torch._guards import TracingContext, tracing  # only where it is used: private parts of torch
     from torch._subclasses.fake_tensor import FakeTensorMode

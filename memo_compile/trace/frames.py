@@ -76,6 +76,18 @@ def frame_name() -> str:
     return _in_words(code, translator.f_locals)
 
 
+def frame_module() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is compiling; None for another function, and outside of Dynamo."""
+    found = (getattr(_translator(), "f_locals", None) or {}).get("self")
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def compiled_module() -> torch.nn.Module | None:
+    """The module that the user compiled, of which the frame is at least a part; None for another function."""
+    found = getattr(_callers()[0], "__self__", None)
+    return found if isinstance(found, torch.nn.Module) else None
+
+
 def _callers() -> tuple[Any, list[str]]:
     """The function that the user compiled, and the user's frames between its call and the frame that is compiled.
 

@@ -22,7 +22,7 @@ from memo_compile.passes.analysis.costs import Timer
 from memo_compile.passes.fx.facts import check_sizes
 from memo_compile.planning.decide import decide
 from memo_compile.planning.fit_budget import fit_budget
-from memo_compile.planning.prepared import Prepared, prepare
+from memo_compile.planning.prepared import Prepared, of_calls, prepare
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
 from memo_compile.trace.setting import Setting, limits_for, setting_for
@@ -42,6 +42,7 @@ def plan_offline(
 ) -> Plan:
     """See `memo_compile.plan`."""
     p, setting = trace(model, args, kwargs, options)
+    p = of_calls(p, setting.calls)
     limits = limits_for(setting, p.unplanned_peak)
     make = partial(decide, p, name=setting.name, backend="memo")
     fitted = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None))

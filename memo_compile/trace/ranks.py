@@ -30,7 +30,7 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.problem import Limits
 
 WAIT = timedelta(seconds=300)  # for ranks that are still compiling what comes before
-FOUND = ("budget", "host", "beside")  # of the limits: what each rank finds for itself
+FOUND = ("budget", "host", "beside", "host_beside")  # of the limits: what each rank finds for itself
 FAILED = "failed"
 
 

@@ -32,6 +32,7 @@ from memo_compile.trace.captured import under_compiled_autograd
 from memo_compile.trace.frames import check_limit, frame_name, warn_at_limit
 from memo_compile.trace.observer import Observe, nobody
 from memo_compile.trace.ranks import groups_of
+from memo_compile.trace.siblings import expected_calls
 
 log = logger("memo_compile")
 
@@ -43,7 +44,8 @@ BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: wh
 
 @dataclass(frozen=True)
 class Setting:
-    """The surroundings of one graph's compilation. `frame` is the user's function, in words.
+    """The surroundings of one graph's compilation. `frame` is the user's function, in words;
+    `calls` of its graph wait for their backward at once.
 
     `first_step` is told what comes of it, and measures; `observe` makes the observer of the graph.
     """
@@ -55,18 +57,23 @@ class Setting:
     host: int
     trainable: int
     frame: str = ""
+    calls: int = 1
     first_step: FirstStep = field(default_factory=lambda: FirstStep(""))
     observe: Observe = nobody
 
     @property
+    def family(self) -> str:
+        """All graphs of one function: it may be compiled for a first block whose input wants no gradient."""
+        return self.frame or self.name
+
+    @property
     def asks(self) -> bool:
         """Whether anything may have to be planned: without a budget nothing has."""
-        o = self.options
-        return o.offload == "all" or o.memory_budget != "auto" or self.device.type == "cuda"
+        return asks(self.options, self.device)
 
     def keeps(self, forward: fx.GraphModule, num_forward_outputs: int) -> Kept | None:
-        """What a call of a forward keeps, where the budget is for the sum of all calls; else nothing is counted."""
-        return kept_by(forward, num_forward_outputs) if isinstance(self.options.memory_budget, int) else None
+        """What a call of a forward keeps, where something was to be planned; else nothing is counted."""
+        return kept_by(forward, num_forward_outputs, self.name, self.family, self.calls) if self.asks else None
 
     def not_planned(self, graph: fx.GraphModule, *, gradients_inside: bool, fused: bool) -> None:
         """Call this for a graph that AOTAutograd gives no backward to.
@@ -81,17 +88,30 @@ class Setting:
             _refuse(self.options, max(lifetimes(graph, fused=fused).live_bytes(), default=0))
 
 
+def asks(options: Options, device: torch.device) -> bool:
+    """Whether a graph on a device may have to be planned."""
+    return options.offload == "all" or options.memory_budget != "auto" or device.type == "cuda"
+
+
+def device_of(inputs: Sequence[Any]) -> torch.device:
+    """The device that a graph is planned for: the first of its inputs that is none of the CPU."""
+    device = next((v.device for v in inputs if isinstance(v, torch.Tensor) and v.device.type != "cpu"), None)
+    return device or torch.device("cpu")
+
+
 def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobody) -> Setting:
     """Resolve what does not depend on the graph: device, profile, host budget, a name.
 
     `trainable` counts the elements of the parameters that want gradients.
     """
-    device = next((v.device for v in inputs if isinstance(v, torch.Tensor) and v.device.type != "cpu"), None)
-    device = device or torch.device("cpu")
+    device = device_of(inputs)
     trainable = sum(elements(v.shape) for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
     profile = resolve(options.hardware, device.type)
     name, promised = registry().next_name(), options.memory_budget not in ("auto", "min") or device.type == "cuda"
     step = FirstStep(name, device.type, asks=promised)
+    frame = frame_name()
+    calls = options.calls if isinstance(options.calls, int) else expected_calls()
+    calls = max(1, calls - ledger().of_family(frame))
     return Setting(
         name=name,
         options=options,
@@ -99,7 +119,8 @@ def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobo
         profile=profile,
         host=_host_budget(options),
         trainable=trainable,
-        frame=frame_name(),
+        frame=frame,
+        calls=calls,
         first_step=step,
         observe=observe,
     )
@@ -125,23 +146,25 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     """
     o = setting.options
     budget: int | None = None
-    beside = 0
+    beside, away = 0, ledger().on_host(beside=setting.name, family=setting.family)
     if isinstance(o.memory_budget, float):
         budget = int(o.memory_budget * unplanned_peak)
     elif isinstance(o.memory_budget, int):
-        beside = min(ledger().held(setting.device), o.memory_budget - 1)
+        beside = min(ledger().held(setting.device, beside=setting.name, family=setting.family), o.memory_budget - 1)
         budget = o.memory_budget - beside
     elif o.memory_budget == "auto" and setting.device.type == "cuda":
         budget = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
     return Limits(
         budget=budget,
-        host=setting.host,
+        host=max(0, setting.host - away),
         offload=o.offload,
         recompute=o.recompute,
         slice_tokens=o.token_slice if isinstance(o.token_slice, int) else 0,
         time_limit=o.solver_time_limit,
         objective="memory" if o.memory_budget == "min" else "time",
         beside=beside,
+        calls=setting.calls,
+        host_beside=min(away, setting.host),
         promised=not isinstance(o.memory_budget, float),
     )
 

@@ -46,7 +46,8 @@ class Link:
 class ArenaLayout:
     """Where everything lies.
 
-    `held` and `live` count the arena alone, step by step; `outside` what lies outside it; `peak` the worst sum.
+    `held` and `live` count the arena alone, step by step; `outside` what lies outside it; `beside`
+    what other calls hold that wait for their backward; `peak` the worst sum.
     """
 
     segments: tuple[ArenaSegment, ...]
@@ -59,7 +60,7 @@ class ArenaLayout:
     @property
     def peak(self) -> int:
         """The most bytes held at once: segments, outputs, gradients, what kernels allocate."""
-        return max((h + o for h, o in zip(self.held, self.outside, strict=True)), default=0)
+        return self.beside + max((h + o for h, o in zip(self.held, self.outside, strict=True)), default=0)
 
     @property
     def arena_bytes(self) -> int:
@@ -81,6 +82,7 @@ class ArenaLayout:
         return self.live[at] / max(1, self.live[at] + self.kernels[at])
 
     kernels: tuple[int, ...] = ()
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Timeline:
     outside: tuple[int, ...]
     kernels: tuple[int, ...]
     portion: int
+    handed_on: int = 0
     alone: frozenset[str] = frozenset()
 
 
@@ -105,6 +108,7 @@ def plan_arena(
     alone: frozenset[str] = frozenset(),
     layer_of: Mapping[str, int] | None = None,
     emitted: ArenaLayout | None = None,
+    calls: int = 1,
 ) -> ArenaLayout:
     """Place the buffers of both bodies.
 
@@ -116,13 +120,22 @@ def plan_arena(
         chunk: bytes of kept activations in one segment, at most, unless one alone is larger.
         alone: backward buffers that get a segment of their own, so that a call before can take it.
         layer_of: by `key_of` a buffer, the layer of those of layers that may repeat; those that do are placed once.
+        calls: so many are between their forward and their backward at once.
         emitted: a layout that the forward's code stands by already; its offsets are kept for the forward's buffers.
     """
     keys = frozenset(key_of(Side.BACKWARD, name) for name in alone)
     timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=keys)
     if emitted is not None:
-        return _lay_out(timeline, *_around(emitted, timeline, layer_of or {}))
-    return _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
+        layout = _lay_out(timeline, *_around(emitted, timeline, layer_of or {}))
+    else:
+        layout = _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
+    return replace(layout, beside=(calls - 1) * _kept_by_call(layout, timeline))
+
+
+def _kept_by_call(layout: ArenaLayout, timeline: _Timeline) -> int:
+    """Bytes that a call holds once its forward has run: segments, and what lies outside of them."""
+    f = timeline.forward_steps
+    return sum(s.size for s in layout.segments if s.start < f < s.end) + timeline.handed_on
 
 
 def _around(
@@ -177,8 +190,15 @@ def _timeline(
     kept = sum(b.size for b in inside if b.start < f < b.end)
     portion = min(chunk, max(kept // PORTIONS, SMALLEST))
     outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))
+    between = sum(size for start, end, size in gone if start < f < end)
     return _Timeline(
-        steps=steps, forward_steps=f, buffers=tuple(inside), outside=outside, kernels=kernel_bytes, portion=portion
+        steps=steps,
+        forward_steps=f,
+        buffers=tuple(inside),
+        outside=outside,
+        kernels=kernel_bytes,
+        portion=portion,
+        handed_on=between,
     )
 
 

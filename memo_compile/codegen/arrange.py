@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memo_compile.codegen.arena.layout import Link
+from memo_compile.codegen.emitted.body import Kind
 from memo_compile.codegen.emitted.line_costs import element_bytes, line_seconds
 from memo_compile.codegen.emitted.overlap import Line, Rates, go_ahead, live_at, read_lines, replay
 from memo_compile.codegen.wrapper import Emission
@@ -48,7 +49,7 @@ def arrangement_of(
     seen = set(users)
     for link in links:
         storage = forward.body.outputs[link.output]
-        if storage is not None and storage not in seen and forward.body.storages[storage].kind != "input":
+        if storage is not None and storage not in seen and forward.body.storages[storage].kind != Kind.INPUT:
             seen.add(storage)
             owned[link.input] = forward.body.storages[storage].bytes
     front, back = _most(forward, {}, profile), _most(backward, owned, profile)

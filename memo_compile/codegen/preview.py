@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
-from memo_compile.codegen.emitted.body import Body, Storage
+from memo_compile.codegen.emitted.body import Body, Kind, Storage
 from memo_compile.codegen.wrapper import BodyCaptured, Emission, Hooks, arena_wrapper
 
 
@@ -107,7 +107,7 @@ def _without_calls(graph: fx.Graph) -> Body:
     """The body of a graph that only hands on what it is given."""
     (output,) = graph.find_nodes(op="output")
     inputs = tuple(n.name for n in graph.find_nodes(op="placeholder"))
-    storages = {name: Storage(name=name, kind="input", bytes=0, start=0, end=0) for name in inputs}
+    storages = {name: Storage(name=name, kind=Kind.INPUT, bytes=0, start=0, end=0) for name in inputs}
     return Body(0, storages, tuple(getattr(n, "name", None) for n in output.args[0]), inputs)
 
 

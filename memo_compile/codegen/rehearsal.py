@@ -13,7 +13,7 @@ from memo_compile.codegen.arena.layout import CHUNK, ArenaLayout, Link, plan_are
 from memo_compile.codegen.arena.sides import key_of
 from memo_compile.codegen.arrange import Arrangement, arrangement_of, rearranged, step_seconds
 from memo_compile.codegen.donation import donating
-from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.emitted.body import Body, Kind
 from memo_compile.codegen.inductor import settings_for
 from memo_compile.codegen.lowerings import POISON
 from memo_compile.codegen.preview import dry_emission
@@ -183,7 +183,7 @@ def donatable(decided: CarriedOut, forward: Body, num_forward_outputs: int) -> l
         positions[node.name]
         for node, name in zip(received(decided.backward, len(storages)), storages, strict=True)
         if name is not None
-        and forward.storages[name].kind == "allocated"
+        and forward.storages[name].kind == Kind.ALLOCATED
         and name not in for_user
         and storages.count(name) == 1
     ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from memo_compile.codegen.emitted.body import Body, read_body
+from memo_compile.codegen.emitted.body import Body, Kind, read_body
 from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
 from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffers_in, take_prefetch_buffer
 from memo_compile.codegen.emitted.text import source_of
@@ -161,21 +161,21 @@ def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) 
 
     graph = V.graph
 
-    def kernel_storage(name: str) -> tuple[str, int] | None:
+    def kernel_storage(name: str) -> tuple[Kind, int] | None:
         from torch._inductor import ir  # loads Inductor
 
         buffer = graph.name_to_buffer.get(name)
         if _schema_name(buffer) == "memo::host_lease":
-            return "kernel", 0
+            return Kind.KERNEL, 0
         if buffer is None:
             return None
         if device is not None and str(buffer.get_device()) != device:
-            return "kernel", 0
+            return Kind.KERNEL, 0
         onto = _schema_name(buffer) in ("memo::attention_onto_", "memo::attention_backward_onto_")
         if onto or isinstance(buffer.get_output_spec(), (ir.NoneLayout, ir.MultiOutputLayout)):
-            return "workspace", 0
+            return Kind.WORKSPACE, 0
         if isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.get_inputs_that_alias_output():
-            return "kernel", number_of(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
+            return Kind.KERNEL, number_of(graph.get_allocation_storage_size(buffer)) * int(buffer.get_dtype().itemsize)
         return None
 
     body = read_body(

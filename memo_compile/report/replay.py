@@ -25,7 +25,7 @@ from torch._guards import TracingContext, tracing
 from memo_compile import __version__
 from memo_compile.codegen.arena.layout import Link, plan_arena
 from memo_compile.codegen.arena.sides import key_of
-from memo_compile.codegen.emitted.body import Body, Storage
+from memo_compile.codegen.emitted.body import Body, Kind, Storage
 from memo_compile.errors import NotReplayable
 from memo_compile.hardware.profiles import from_fields
 from memo_compile.passes import pipeline
@@ -281,7 +281,7 @@ def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
 
 
 def _body(raw: Mapping[str, Any]) -> Any:
-    storages = {name: Storage(**s) for name, s in raw["storages"].items()}
+    storages = {name: Storage(**{**s, "kind": Kind(s["kind"])}) for name, s in raw["storages"].items()}
     strides = tuple(None if s is None else tuple(s) for s in raw["strides"])
     rest: dict[str, Any] = {
         "prefetch_buffers" if k == "landings" else k: tuple(v) if isinstance(v, list) else v

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.emitted.body import Body, Kind
 from memo_compile.hardware.profiles import is_calibrated
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.fx.facts import op_name, source_line, storage_of
@@ -200,7 +200,7 @@ def _emitted_timeline(decided: Decided, emitted: Mapping[str, Any], plan: Plan, 
         nodes = {n.name: n for n in graph.graph.nodes}
         shift = 0 if side is Side.FORWARD else split
         for s in body.storages.values():
-            if s.kind == "input" or not s.bytes:
+            if s.kind == Kind.INPUT or not s.bytes:
                 continue
             node = nodes.get(body.origins.get(s.name, ""))
             at = placed.get((side, s.name))
@@ -212,7 +212,7 @@ def _emitted_timeline(decided: Decided, emitted: Mapping[str, Any], plan: Plan, 
             else:
                 end = steps if s.name in returned else end
                 category = facts.in_the_backward(node, returned=s.name in returned)
-            if s.kind in ("kernel", "workspace") and category.transient:
+            if s.kind in (Kind.KERNEL, Kind.WORKSPACE) and category.transient:
                 category = Category.KERNEL
             row = facts.row(node, node.name if node is not None else s.name, category, s.bytes, start, end)
             rows.append([*row, *((at.segment, at.offset) if at is not None else ("", 0))])

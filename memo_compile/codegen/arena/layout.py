@@ -13,13 +13,13 @@ statement to the last; each cut lets room go back earlier, so that gradients can
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from memo_compile.codegen.arena.segments import Lives, choose_cuts, segment_of
 from memo_compile.codegen.arena.sides import Sided, key_of
-from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.emitted.body import Body, Kind, Storage
 from memo_compile.placement import place_layers, verify
 from memo_compile.placement.bounds import live_bytes
 from memo_compile.placement.problem import aligned
@@ -171,22 +171,21 @@ def _timeline(
     inside: list[Sided] = []
     gone = [(f, f + max(1, _last_held(backward, name, size)), size) for name, size in tangents.items()]
     kernels: list[tuple[int, int, int]] = []
+
+    def add(side: Side, s: Storage, start: int, end: int, given: Collection[str]) -> None:
+        if s.kind == Kind.ALLOCATED and s.bytes >= SMALLEST and s.name not in given:
+            inside.append(Sided.of(side, s.name, s.bytes, start, end))
+        elif s.kind != Kind.INPUT:  # outputs, kernels' own, scalars
+            gone.append((start, end, s.bytes))
+            if s.kind in (Kind.KERNEL, Kind.HELD) and s.name not in given:
+                kernels.append((start, end, s.bytes))
+
     for s in forward.storages.values():
         end = steps if s.name in for_user else max(s.end, death.get(s.name, 0))
-        if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in for_user:
-            inside.append(Sided.of(Side.FORWARD, s.name, s.bytes, s.start, end))
-        elif s.kind != "input":  # outputs, kernels' own, scalars
-            gone.append((s.start, end, s.bytes))
-            if s.kind in ("kernel", "held") and s.name not in for_user:
-                kernels.append((s.start, end, s.bytes))
+        add(Side.FORWARD, s, s.start, end, for_user)
     for s in backward.storages.values():
         end = backward.steps if s.name in returned else s.end
-        if s.kind == "allocated" and s.bytes >= SMALLEST and s.name not in returned:
-            inside.append(Sided.of(Side.BACKWARD, s.name, s.bytes, f + s.start, f + end))
-        elif s.kind != "input":
-            gone.append((f + s.start, f + end, s.bytes))
-            if s.kind in ("kernel", "held") and s.name not in returned:
-                kernels.append((f + s.start, f + end, s.bytes))
+        add(Side.BACKWARD, s, f + s.start, f + end, returned)
     kept = sum(b.size for b in inside if b.start < f < b.end)
     portion = min(chunk, max(kept // PORTIONS, SMALLEST))
     outside, kernel_bytes = tuple(live_bytes(gone, steps)), tuple(live_bytes(kernels, steps))

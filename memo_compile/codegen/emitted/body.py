@@ -15,6 +15,7 @@ import ast
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from memo_compile.codegen.emitted.known import device_of, is_known, is_known_block
 
@@ -37,17 +38,22 @@ DTYPE_BYTES = {
 }
 
 
+class Kind(StrEnum):
+    """Who makes a storage, and so whether memo can place it."""
+
+    ALLOCATED = "allocated"  # a line of the body: memo can place it
+    HELD = "held"  # so too, but something that memo does not know may keep it
+    KERNEL = "kernel"  # a fallback kernel, as its own output
+    WORKSPACE = "workspace"  # a kernel, as scratch
+    INPUT = "input"  # the caller
+
+
 @dataclass(frozen=True)
 class Storage:
-    """One storage of a body. `end` is one past the last statement that needs it; `inputs` start at 0.
-
-    kind: "allocated" (a line of the body makes it, so memo can place it), "held" (so too, but something that memo does
-    not know may keep it), "kernel" (a fallback kernel makes its own output), "workspace" (a kernel's scratch) or
-    "input" (the caller's).
-    """
+    """One storage of a body. `end` is one past the last statement that needs it; inputs start at 0."""
 
     name: str
-    kind: str
+    kind: Kind
     bytes: int
     start: int
     end: int
@@ -99,7 +105,7 @@ def read_body(
     source: str,
     outputs: Sequence[str],
     inputs: Sequence[str],
-    kernel_storage: Callable[[str], tuple[str, int] | None],
+    kernel_storage: Callable[[str], tuple[Kind, int] | None],
     aliased_by: Callable[[str], Sequence[str]] = lambda _: (),
     taken_by: Callable[[Sequence[str], str], int] = lambda _, __: 0,
     held: Collection[str] = (),
@@ -120,7 +126,7 @@ def read_body(
     lines = list(_lines(ast.parse(source).body))
     reading = _Reading(kernel_storage, aliased_by, len(lines))
     for name in inputs:
-        reading.add(name, "input", 0, 0)
+        reading.add(name, Kind.INPUT, 0, 0)
     for step, line in enumerate(lines):
         reading.read(step, line)
     returned = [reading.returned(expression) for expression in outputs]
@@ -152,11 +158,11 @@ def _lines(body: Sequence[ast.stmt], device: str | None = None, known: bool = Tr
 class _Reading:
     """What has been read of a body so far. `home` leads from a name to the storage that it lies in."""
 
-    kernel_storage: Callable[[str], tuple[str, int] | None]
+    kernel_storage: Callable[[str], tuple[Kind, int] | None]
     aliased_by: Callable[[str], Sequence[str]]
     steps: int
     home: dict[str, str] = field(default_factory=dict)
-    kind: dict[str, str] = field(default_factory=dict)
+    kind: dict[str, Kind] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
     start: dict[str, int] = field(default_factory=dict)
     end: dict[str, int] = field(default_factory=dict)
@@ -165,7 +171,7 @@ class _Reading:
     deleted: dict[str, int] = field(default_factory=dict)  # name -> one past the statement that deletes it
     held: set[str] = field(default_factory=set)
 
-    def add(self, name: str, kind: str, size: int, start: int) -> None:
+    def add(self, name: str, kind: Kind, size: int, start: int) -> None:
         """A storage of its own."""
         self.kind[name], self.size[name] = kind, size
         self.home[name], self.start[name], self.end[name] = name, start, start
@@ -191,7 +197,7 @@ class _Reading:
         source = alias_source(value)
         shared = [self.home[name] for name in self.aliased_by(target) if name in self.home]
         if (size := allocation_of(value)) is not None:
-            self.add(target, "allocated", size, step)
+            self.add(target, Kind.ALLOCATED, size, step)
             self.places[target] = _place_of(value, device)
         elif source is not None and source in self.home and not shared:
             self._name(target, self.home[source], isinstance(value, ast.Subscript))
@@ -204,7 +210,7 @@ class _Reading:
 
     def _name(self, target: str, whole: str, is_item: bool) -> None:
         """`buf6 = buf5[0]`, and `buf6 = buf5` where the kernel has one result: the storage is the result's."""
-        own = self.kernel_storage(target) if is_item or self.kind[whole] == "workspace" else None
+        own = self.kernel_storage(target) if is_item or self.kind[whole] == Kind.WORKSPACE else None
         if own is None:
             self.home[target] = whole
             return
@@ -219,7 +225,7 @@ class _Reading:
             return
         if own is None and not _is_number(value):
             self.held.update(given)
-        self.add(target, *(own or ("kernel", 0)), step)
+        self.add(target, *(own or (Kind.KERNEL, 0)), step)
 
     def returned(self, expression: str) -> str | None:
         """The storage of an output, which lives to the end."""
@@ -241,9 +247,9 @@ class _Reading:
         self.held.update(self.home[name] for name in held if name in self.home)
         self._hold_until_deleted()
         for name in _elsewhere(self.places, self.size, device):
-            self.kind[name], self.size[name] = "kernel", 0
+            self.kind[name], self.size[name] = Kind.KERNEL, 0
         for name in self.held:
-            self.kind[name] = "held" if self.kind[name] == "allocated" else self.kind[name]
+            self.kind[name] = Kind.HELD if self.kind[name] == Kind.ALLOCATED else self.kind[name]
         storages = {
             n: Storage(name=n, kind=self.kind[n], bytes=self.size[n], start=self.start[n], end=self.end[n])
             for n in self.kind
@@ -253,7 +259,7 @@ class _Reading:
 
     def _hold_until_deleted(self) -> None:
         for name, storage in self.home.items():
-            if self.kind[storage] != "workspace":  # scratch goes when the kernel returns
+            if self.kind[storage] != Kind.WORKSPACE:  # scratch goes when the kernel returns
                 self.end[storage] = max(self.end[storage], self.deleted.get(name, self.steps))
         for item, whole in self.results.items():
             self.end[item] = max(self.end[item], self.end[whole], self.deleted.get(whole, self.steps))
@@ -271,7 +277,7 @@ def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str
         size = taken_by(list(dict.fromkeys(targets)), label)
         if size:
             name = f"{label}:{step}"
-            found[name] = Storage(name=name, kind="workspace", bytes=size, start=step, end=step + 1)
+            found[name] = Storage(name=name, kind=Kind.WORKSPACE, bytes=size, start=step, end=step + 1)
     return found
 
 

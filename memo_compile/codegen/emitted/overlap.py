@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from memo_compile.codegen.emitted.body import DTYPE_BYTES, Body, alias_source, allocation_of
+from memo_compile.codegen.emitted.body import DTYPE_BYTES, Body, Kind, alias_source, allocation_of
 from memo_compile.codegen.emitted.text import memo_op, statements_of
 from memo_compile.placement.bounds import live_bytes
 
@@ -130,7 +130,7 @@ def live_at(lines: Sequence[Line], body: Body, owned: Mapping[str, int]) -> list
         body: what the same lines hold.
         owned: bytes of inputs that are free once the body has read them, by name.
     """
-    ranges = [(s.start, s.end, s.bytes) for s in body.storages.values() if s.kind != "input"]
+    ranges = [(s.start, s.end, s.bytes) for s in body.storages.values() if s.kind != Kind.INPUT]
     ranges += [(0, max(1, body.storages[n].end), size) for n, size in owned.items() if n in body.storages]
     live, out, step = [*live_bytes(ranges, body.steps), 0], [], 0
     for line in lines:

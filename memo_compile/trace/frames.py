@@ -1,7 +1,8 @@
 """The frame that Dynamo is compiling: is it a part of what the user compiled, and will Dynamo compile it once more?
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: the instruction translator that is current while a backend is
-called, a code object's cache entries, and the names of the wrapper that `torch.compile` puts around a function.
+called, a code object's cache entries, the names of the wrapper that `torch.compile` puts around a function, and (2.13
+alone) the reason for a compilation in Dynamo's metrics.
 """
 
 from __future__ import annotations
@@ -169,10 +170,19 @@ def _limit_in_words(translator: Any, varying: Sequence[str]) -> str:
     return (
         f"{what} is compiled {alike + 1} times, for {len(varying)} different shapes, and "
         f"torch._dynamo.config.recompile_limit is {config.recompile_limit}; beyond it Dynamo would silently run "
-        f"eagerly, without any budget. Sizes seen: {', '.join(varying)}. Write torch._dynamo.config.recompile_limit = "
-        f"{8 * config.recompile_limit} before the first step, or pad the inputs to few lengths; TORCH_LOGS=recompiles "
-        "tells what else has changed."
+        f"eagerly, without any budget. Sizes seen: {', '.join(varying)}.{_reason()} Write "
+        f"torch._dynamo.config.recompile_limit = {8 * config.recompile_limit} before the first step, or pad the inputs "
+        "to few lengths; TORCH_LOGS=recompiles tells what else has changed."
     )
+
+
+def _reason() -> str:
+    """What Dynamo says has changed since an earlier compilation: a size, or a number that a line made of one."""
+    from torch._dynamo import utils  # loads Dynamo
+
+    context: Any = utils.get_metrics_context() if hasattr(utils, "get_metrics_context") else None
+    reason = str(getattr(context, "_metrics", {}).get("recompile_reason") or "").strip()
+    return f" What has changed last: {reason.splitlines()[0]}." if reason else ""
 
 
 def _entries(code: Any, local: dict[str, Any]) -> tuple[int, int]:

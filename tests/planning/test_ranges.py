@@ -9,7 +9,7 @@ import memo_compile
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.passes.fx.ranges import row_at
 
-LENGTHS = (96, 127, 33)
+LENGTHS = (96, 127, 33, 34, 40, 47, 64, 65, 90, 111, 128)  # of one range, its ends included
 OPTIONS = {
     "min": {"memory_budget": "min"},
     "recompute": {"memory_budget": "min", "offload": False},
@@ -42,7 +42,7 @@ def test_emitted_code_is_right_at_every_length_of_one_range(way):
     model, reference = make(), make()
     fn = torch.compile(model, backend="memo", options=OPTIONS[way], dynamic=True)
     held = {}
-    for n in (128, 33, 96):
+    for n in (128, *LENGTHS):
         x = zoo.batch(1, n)
         checked(model, fn, reference, x)
         model.zero_grad(set_to_none=True)

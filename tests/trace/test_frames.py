@@ -8,6 +8,7 @@ from torch import nn
 
 import memo_compile
 from memo_compile.errors import BudgetTooSmall, RecompileLimit
+from memo_compile.trace import frames
 
 LENGTHS = (64, 80, 72, 96, 88)
 
@@ -84,6 +85,14 @@ def test_what_is_planned_is_refused_at_the_limit():
     assert isinstance(caught.value.inner_exception, RecompileLimit)
     assert "Rows.forward" in str(caught.value.inner_exception)
     assert "Write torch._dynamo.config.recompile_limit" in str(caught.value.inner_exception)
+    assert "size mismatch at index 0. expected 80, actual 72" in str(caught.value.inner_exception)
+
+
+def test_a_frame_of_torchs_own_goes_by_the_modules_forward():
+    """Hooks, and what libraries put around a call, make `Module._call_impl` the frame that is compiled."""
+    model = torch.nn.Sequential(Rows())
+    assert "Sequential.forward" in frames._in_words(nn.Module._call_impl.__code__, {"self": model})
+    assert "test_frames.py" in frames._in_words(nn.Module._call_impl.__code__, {"self": Rows()})
 
 
 @pytest.mark.parametrize("budget", [0.5, "min", 64 * 2**20])

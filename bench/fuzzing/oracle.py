@@ -347,9 +347,12 @@ def _peak(program: Program, where: torch.device, backend: str, options: dict[str
     made = make(program, where)
     fn = compiled(program, made, backend, options)
 
+    inputs = _given(program, made.batches[0])  # the caller's, and no part of what a step holds
+
     def step() -> None:
         made.model.zero_grad(set_to_none=True)
-        _backward(fn(*_given(program, made.batches[0]))[0])  # what is computed beside the model is no part of a plan
+        inputs[0].grad = None
+        _backward(fn(*inputs)[0])  # what is computed beside the model is no part of a plan
 
     step()
     made.model.zero_grad(set_to_none=True)

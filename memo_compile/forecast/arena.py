@@ -130,10 +130,10 @@ def row_buffers(problem: Problem, homes: Mapping[str, Residency], played: Simula
         lives[a.produced, end] += kept
         lives[a.produced, a.last_forward + 1] += gone
         lives[needed, end] += gone
-        away = a.bytes - kept - gone
-        for step, size in _whole(copied["d2h", a.name], away):
+        offloaded = a.bytes - kept - gone
+        for step, size in _whole(copied["d2h", a.name], offloaded):
             lives[a.produced, max(step, a.last_forward) + 1] += size
-        for step, size in _whole(copied["h2d", a.name], away):
+        for step, size in _whole(copied["h2d", a.name], offloaded):
             lives[min(step, needed), end] += size
         for k, ((start, stop), size) in enumerate(sorted(lives.items())):
             if size:

@@ -88,7 +88,8 @@ def full_recompute(stack: Stack) -> Outcome | None:
 def full_swap(stack: Stack) -> Outcome | None:
     """All goes to the host, but for the last layers, as many as fit."""
     return _best_of_last(
-        stack, lambda last: {a.name: _all_away(a.tokens, stack, a.name, last) for a in stack.problem.activations}
+        stack,
+        lambda last: {a.name: _offloaded_unless_last(a.tokens, stack, a.name, last) for a in stack.problem.activations},
     )
 
 
@@ -121,8 +122,8 @@ def one_alpha(stack: Stack) -> Outcome | None:
             return Residency(a.tokens, 0, 0)
         if a.name in stack.inputs or a.name in stack.attention or a.recompute_seconds is None:
             return Residency(0, a.tokens, 0)
-        away = int(alpha * a.tokens / stack.problem.slice_tokens) * stack.problem.slice_tokens
-        return Residency(0, away, a.tokens - away)
+        offloaded = int(alpha * a.tokens / stack.problem.slice_tokens) * stack.problem.slice_tokens
+        return Residency(0, offloaded, a.tokens - offloaded)
 
     outcome = _played(stack, {a.name: home(a) for a in stack.problem.activations})
     return None if outcome is None else replace(outcome, share=alpha)
@@ -177,7 +178,7 @@ def whole_tensors(stack: Stack, linear: Outcome | None) -> Outcome | None:
 
 
 def _dealt(problem: Problem, stack: Stack, residency: Mapping[str, Residency]) -> dict[str, Residency]:
-    """Each place's shares, summed over the layers, as whole tensors; what is kept or away never runs ahead."""
+    """Each place's shares, summed over the layers, as whole tensors; what is kept or offloaded never runs ahead."""
     place: dict[int, int] = {}
     owed: dict[int, list[float]] = {}
     homes = {}
@@ -276,7 +277,7 @@ def _recomputable(stack: Stack, anchors: Collection[str]) -> frozenset[str]:
     return frozenset(a.name for a in stack.problem.activations if a.recompute_seconds is not None) - set(anchors)
 
 
-def _all_away(tokens: int, stack: Stack, name: str, last: int) -> Residency:
+def _offloaded_unless_last(tokens: int, stack: Stack, name: str, last: int) -> Residency:
     stays = stack.layer[name] >= stack.layers - last
     return Residency(tokens, 0, 0) if stays else Residency(0, tokens, 0)
 
@@ -301,8 +302,8 @@ def _played(
     """How these homes play; None where they exceed device or host memory."""
     recomputed = {name for name, home in residency.items() if home.recomputed} if recomputed is None else recomputed
     problem = recomputing_only(stack, recomputed)
-    away = sum(a.bytes * residency[a.name].offloaded / a.tokens for a in problem.activations)
-    if away > problem.host_budget * (1 + 1e-9):
+    offloaded = sum(a.bytes * residency[a.name].offloaded / a.tokens for a in problem.activations)
+    if offloaded > problem.host_budget * (1 + 1e-9):
         return None
     played = simulate(problem, residency)
     return Outcome(problem, residency, played) if played.fits else None

@@ -85,11 +85,11 @@ def evaluate(problem: Problem, residency: Mapping[str, Residency], *, time_limit
 
 def all_offloaded(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     """Everything that can leave does, whatever it costs; the host arena says so where it does not fit."""
-    away = {
+    offloaded = {
         a.name: Residency(0, a.tokens, 0) if a.can_offload else Residency(a.tokens, 0, 0) for a in problem.activations
     }
     unlimited = replace(problem, budget=None, host_budget=sum(a.bytes for a in problem.activations))
-    decision = evaluate(unlimited, away, time_limit=time_limit)
+    decision = evaluate(unlimited, offloaded, time_limit=time_limit)
     assert decision is not None, "without budgets everything can be offloaded"
     return decision
 

@@ -108,10 +108,14 @@ class _Player:
         out = sorted((a for a in problem.activations if residency[a.name].offloaded), key=_due)
         back = sorted(out, key=lambda a: (_needed(a), a.produced))
         self.out = deque(
-            _Job(a.name, _away(a, residency), _away(a, residency), np.inf, a.last_forward + 1) for a in out
+            _Job(a.name, _offloaded_bytes(a, residency), _offloaded_bytes(a, residency), np.inf, a.last_forward + 1)
+            for a in out
         )
         self.out_by_name = {job.name: job for job in self.out}
-        self.back = deque(_Job(a.name, _away(a, residency), _away(a, residency), np.inf, _needed(a)) for a in back)
+        self.back = deque(
+            _Job(a.name, _offloaded_bytes(a, residency), _offloaded_bytes(a, residency), np.inf, _needed(a))
+            for a in back
+        )
         self.overdue: deque[_Job] = deque()
         self.pending = sorted(self.out_by_name.values(), key=lambda job: job.due)
         self.out_at = self.back_at = 0.0  # how far each engine's clock has come
@@ -279,7 +283,7 @@ class _Player:
             self._copy_out(np.inf)
 
     def _result(self) -> Simulation:
-        moved = sum(_away(a, self.homes) for a in self.p.activations)
+        moved = sum(_offloaded_bytes(a, self.homes) for a in self.p.activations)
         copies = [e for e in self.events if e.stream != "compute"]
         busy = sum(e.end - e.start for e in copies)
         peak = max((held for _, held in self.memory), default=0)
@@ -306,7 +310,7 @@ def _needed(a: Activation) -> int:
     return max(a.first_backward, a.last_forward + 1)
 
 
-def _away(a: Activation, residency: Mapping[str, Residency]) -> float:
+def _offloaded_bytes(a: Activation, residency: Mapping[str, Residency]) -> float:
     return a.bytes * residency[a.name].offloaded / a.tokens
 
 

@@ -63,7 +63,7 @@ def write(tree: Path, out: Path, only: str) -> None:
                 found = [{"refused": str(error)}]
             plans[key] = json.loads(json.dumps(found).replace(f"{tree}{os.sep}", ""))
             print(f"{key}: {len(found)} graphs", file=sys.stderr)
-    out.write_text(json.dumps(plans, indent=1), encoding="utf-8")
+            out.write_text(json.dumps(plans, indent=1), encoding="utf-8")
 
 
 def _made(zoo: Any, name: str) -> tuple[Any, tuple[Any], dict[str, Any]]:

@@ -69,6 +69,7 @@ class Options:
     mode: str | None = None
     lengths: str | tuple[int, ...] = "range"
     calls: int | str = "auto"
+    cache: bool = True
 
     @staticmethod
     def parse(
@@ -114,7 +115,7 @@ def _typed(key: str, text: str) -> Any:
     """An environment's text as the type that the option has."""
     if key in {"dump", "hardware", "mode"}:
         return text
-    if key in {"offload", "recompute", "verify"}:
+    if key in {"offload", "recompute", "verify", "cache"}:
         known = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
         return known.get(text.lower(), text)
     if re.fullmatch(r"\d{1,30}", text):
@@ -317,4 +318,5 @@ _CHECKS = {
     "mode": _mode,
     "lengths": _lengths,
     "calls": _calls,
+    "cache": _flag,
 }

@@ -9,6 +9,12 @@ def _no_profile_of_this_machine(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def _nothing_from_the_cache(monkeypatch):
+    """Every test plans and compiles what it looks at, unless it is the cache that it looks at."""
+    monkeypatch.setenv("MEMO_CACHE", "0")
+
+
+@pytest.fixture(autouse=True)
 def _fresh():
     """Each test compiles anew, and leaves nothing behind."""
     import memo_compile

@@ -4,8 +4,7 @@ Inductor hands the joint graph to `_Compilation.partition`, which plans and look
 then both graphs to `_Compilation.inner`, which compiles them with buffers at the offsets of one layout. What is known
 by then is the compilation's phase.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx`, and
-`torch._C._autograd._get_current_graph_task_keep_graph`.
+Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx`.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from memo_compile.codegen.arena.layout import ArenaLayout, handed_on, plan_arena
 from memo_compile.codegen.arena.sides import buffers_of
+from memo_compile.codegen.caching.key import key_for
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poisoned
@@ -60,14 +59,21 @@ from memo_compile.planning.decide import Decided, decide, lease_input, lease_out
 from memo_compile.planning.fit_budget import WORTHWHILE, Fitted, fit_budget
 from memo_compile.planning.prepared import Prepared, of_calls, prepare
 from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
-from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.cross_call import Schedule
-from memo_compile.runtime.outstanding import noted
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan, Side
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.observer import Observe, Observer, nobody
 from memo_compile.trace.ranks import together
-from memo_compile.trace.setting import Setting, check_one_plan, check_planned, limits_for, record, setting_for
+from memo_compile.trace.setting import (
+    Setting,
+    check_one_plan,
+    check_planned,
+    limits_for,
+    record,
+    setting_for,
+    settled_bytes,
+    told_of,
+)
 
 log = logger(__name__)
 
@@ -79,14 +85,20 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting)
 
 
 def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
-    run = _Compilation(setting, num_outputs(gm), gradients_inside=takes_gradients(gm))
+    from memo_compile.codegen.caching.calls import Found  # loads Inductor
+
+    setting = settled_bytes(setting)
+    key, found = key_for(setting, gm, inputs), Found(setting)
+    through = partial(through_inductor, key=key, loaded=found.loaded)
+    run = _Compilation(setting, num_outputs(gm), gradients_inside=takes_gradients(gm), key=key)
     try:
-        compiled: Any = through_inductor(run.partition, run.inner, gm, inputs, setting.options)
+        compiled: Any = through(run.partition, run.inner, gm, inputs, setting.options)
     except _Exceeded as exceeded:
         log.info("%s: what was emitted is not what dry runs showed; planned again from closer ones", setting.name)
         rounds = exceeded.planned.plan.rounds
-        run = _Compilation(setting, run.num_user_outputs, run.gradients_inside, scalar=False, rounds=rounds)
-        compiled = through_inductor(run.partition, run.inner, gm, inputs, setting.options)
+        run = replace(run, scalar=False, rounds=rounds, phase=Begun())
+        compiled = through(run.partition, run.inner, gm, inputs, setting.options)
+    found.tell()
     if isinstance(run.phase, Planned):
         compiled = run.phase.observer.measured("forward", compiled, setting.device)
     return setting.first_step.forward(compiled)
@@ -139,6 +151,7 @@ class _Compilation:
     gradients_inside: bool = False
     scalar: bool = True
     rounds: int = 0  # before
+    key: str | None = None
     phase: Begun | Planned = field(default_factory=Begun)
 
     def partition(
@@ -192,7 +205,8 @@ class _Compilation:
             make = partial(decide, p, name=setting.name, backend="memo", watch=observer.watch)
             fitted: Fitted[Evidence] = fit_budget(p, limits, make, rehearsal.looked_at)
             ranks.confirm(fitted.decided)
-        check_planned(setting, limits, fitted.decided, fitted.peak)
+        told = told_of(limits, fitted.decided, fitted.peak)
+        check_planned(setting, told)
         if limits.budget is not None and fitted.peak > limits.budget:
             rehearsal = replace(rehearsal, budget=None)  # the least that there is was taken
         decided = fitted.decided
@@ -212,6 +226,7 @@ class _Compilation:
             evidence=fitted.evidence,
             links=links,
             observer=observer,
+            told=told,
         )
 
     def _over_range(
@@ -247,6 +262,9 @@ class _Compilation:
         from torch._inductor import config  # loads Inductor
         from torch._inductor.compile_fx import compile_fx_inner
 
+        from memo_compile.codegen.caching.calls import around_backward, around_forward  # loads Inductor
+        from memo_compile.codegen.caching.code import BackwardFacts, ForwardFacts, PlannedCode  # loads Inductor
+
         planned = self.phase
         if not isinstance(planned, Planned):  # an inference graph: nothing lives beyond the call
             self.setting.not_planned(gm, gradients_inside=self.gradients_inside, fused=True)
@@ -264,15 +282,16 @@ class _Compilation:
         planned.observer.code("backward" if backward else "forward", compiled)
         device, lease_at = self.setting.device, lease_output(decided, num_forward_outputs)
         if not backward:
-            nothing_donated()  # `_guarded` provides for a second backward
+            nothing_donated()  # `around_backward` provides for a second backward
             kept = self.setting.keeps(decided.forward, num_forward_outputs)
-            run = compiled if lease_at is None else forward_call(compiled, device, lease_at, self._schedule)
-            return noted(run, kept)
-        record(placed_plan(self._now()))
-        called = compiled if lease_at is None else backward_call(compiled, device, lease_input(decided))
-        return self.setting.first_step.backward(
-            planned.observer.measured("backward", _guarded(called, donated), device)
-        )
+            front = ForwardFacts(self.key or "", kept, lease_at)
+            return PlannedCode(compiled, front, around_forward(compiled, front, self.setting, self._schedule))
+        plan = placed_plan(self._now())
+        record(plan)
+        leased = lease_input(decided) if lease_at is not None else None
+        back = BackwardFacts(self.key or "", leased, tuple(donated), self._schedule(), plan, planned.told)
+        run = planned.observer.measured("backward", around_backward(compiled, back, self.setting), device)
+        return PlannedCode(compiled, back, self.setting.first_step.backward(run))
 
     def _hooks(self, planned: Planned, backward: bool) -> Hooks:
         """What the wrapper calls while it emits a graph."""
@@ -358,15 +377,3 @@ class _Compilation:
         links = [(link.output, link.input) for link in planned.links]
         verify_emitted(planned.regions, read_regions(lines, outputs, inputs), links)
         self.phase = next_phase(planned, BackwardEmitted, schedule=schedule)
-
-
-def _guarded(compiled: Any, donated: list[int]) -> Callable[[list[Any]], Any]:
-    """The backward; where autograd keeps the graph for another one, it works on copies of what it overwrites."""
-
-    def run(args: list[Any]) -> Any:
-        if donated and torch._C._autograd._get_current_graph_task_keep_graph():
-            for i in donated:
-                args[i] = args[i].clone()
-        return compiled(args)
-
-    return boxed(run)

@@ -1,7 +1,7 @@
 """How Inductor is called: with whose partitioner, with which settings, and with which passes around its scheduler.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx(inner_compile, config_patches)` and
-`custom_partitioner_fn`.
+`custom_partitioner_fn`; with torch 2.13 also the settings of AOTAutograd's cache, and `cache_key_tag`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch._functorch import config as functorch_config
 
@@ -27,47 +28,64 @@ Partition = Callable[[fx.GraphModule, Any, int, "list[int] | None"], tuple[fx.Gr
 
 
 def through_inductor(
-    partition: Partition, inner: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], options: Options
+    partition: Partition,
+    inner: Callable[..., Any],
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    *,
+    key: str | None = None,
+    loaded: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph: Inductor calls `partition` with the joint graph, and `inner` with each of the two."""
+    """Compile a Dynamo graph: Inductor calls `partition` with the joint graph, and `inner` with each of the two.
+
+    Args:
+        key: what of the cache's key is not torch's; None to read and keep nothing.
+        loaded: called in place of both for what the cache has, as `codegen.caching.code.PlannedCode` says.
+    """
     from torch._inductor import list_mode_options  # loads Inductor
     from torch._inductor.compile_fx import compile_fx
+
+    from memo_compile.codegen.caching.code import Partitioner  # loads Inductor
 
     patches: dict[str, Any] = {
         **(list_mode_options(options.mode) if options.mode else {}),
         **options.inductor,
-        "custom_partitioner_fn": _partitioner(partition),
+        "custom_partitioner_fn": Partitioner(key or "", partition, loaded),
         # Reuse merges live ranges before memo sees them; partitions would cut the body in pieces.
         "allow_buffer_reuse": False,
         "graph_partition": False,
-        # Neither cache knows of plans: a hit would bring another plan's offsets, or none.
-        "fx_graph_cache": False,
+        # Inductor's own cache knows of no plans. AOTAutograd's asks whether it is on, and then goes without it.
+        "fx_graph_cache": key is not None,
     }
-    with functorch_config.patch(
-        enable_autograd_cache=False, donated_buffer=False, force_non_lazy_backward_lowering=True
-    ):
+    with functorch_config.patch(donated_buffer=False, force_non_lazy_backward_lowering=True), _cached(key):
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, config_patches=patches)
     return compiled
+
+
+@contextlib.contextmanager
+def _cached(key: str | None) -> Iterator[None]:
+    """Within, AOTAutograd keeps what is compiled under its own key and this one, and looks for it there."""
+    if key is None:
+        with functorch_config.patch(enable_autograd_cache=False):
+            yield
+        return
+    from memo_compile.codegen.caching.entries import only_whole_entries  # loads Inductor
+
+    compiler: Any = torch.compiler.config
+    tag = f"{compiler.cache_key_tag} memo {key}"
+    with (
+        functorch_config.patch(enable_autograd_cache=True, bundled_autograd_cache=True),
+        compiler.patch(cache_key_tag=tag),
+        only_whole_entries(),
+    ):
+        yield
 
 
 def num_outputs(gm: fx.GraphModule) -> int:
     """How many results a Dynamo graph has."""
     (output,) = gm.graph.find_nodes(op="output")
     return len(output.args[0]) if isinstance(output.args[0], (tuple, list)) else 1
-
-
-def _partitioner(partition: Partition) -> Any:
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn  # loads Inductor
-
-    class Partitioner(CustomPartitionerFn):
-        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-            static = kwargs.get("static_lifetime_input_indices")
-            return partition(gm, joint_inputs, kwargs["num_fwd_outputs"], static)
-
-        def uuid(self) -> None:
-            return None  # not to be cached
-
-    return Partitioner()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.ranks import groups_of, together
-from memo_compile.trace.setting import Setting, check_planned, limits_for, record
+from memo_compile.trace.setting import Setting, check_planned, limits_for, record, told_of
 
 
 def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
@@ -83,7 +83,7 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
             make = partial(decide, p, name=setting.name, backend="memo_eager", watch=dump.watch)
             fitted = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None))
             ranks.confirm(fitted.decided)
-        check_planned(setting, limits, fitted.decided, fitted.peak)
+        check_planned(setting, told_of(limits, fitted.decided, fitted.peak))
         plan = replace(fitted.decided.plan, budget=limits.given(fitted.peak), rounds=fitted.rounds)
         return p, replace(fitted.decided, plan=plan)
 

@@ -17,6 +17,7 @@ from memo_compile.planning.prepared import Prepared
 from memo_compile.runtime.cross_call import Schedule
 from memo_compile.schema import Plan, Side
 from memo_compile.trace.observer import Observer
+from memo_compile.trace.setting import Told
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Planned:
     evidence: Evidence
     links: tuple[Link, ...]
     observer: Observer
+    told: Told
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,33 @@ def groups_of(joint: fx.GraphModule) -> list[Group]:
     return [group for name in sorted(names) if (group := _group(name)) is not None]
 
 
+def may_plan_together(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether a Dynamo graph may have collectives with other processes, as far as can be told before it is traced.
+
+    Private: `torch.utils._python_dispatch.is_traceable_wrapper_subclass`, tried with torch 2.13.
+    """
+    import torch.distributed as dist  # not in every build of torch
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return False
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # private
+
+    nodes = (node for m in gm.modules() if isinstance(m, fx.GraphModule) for node in m.graph.nodes)
+    stays = all(_stays_here(node.target) for node in nodes if node.op == "call_function")
+    return not stays or any(is_traceable_wrapper_subclass(v) for v in inputs)
+
+
+_LOCAL = ("torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator", "math", "builtins", None)
+
+
+def _stays_here(target: Any) -> bool:
+    """Whether a function of a Dynamo graph is known to be no collective: torch's own and Python's."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = str(getattr(target, "_qualified_op_name", None) or target.name())
+        return name.partition("::")[0] in ("aten", "prims")
+    return getattr(target, "__module__", None) in _LOCAL
+
+
 def _group_names(node: fx.Node) -> list[str]:
     """The group that a collective names, whatever namespace it is of."""
     target = node.target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,34 @@ log = logger("memo_compile")
 HOST_SHARE = 0.5  # of the free host memory, for host_budget="auto": the rest is for data loaders and the system
 MARGIN = 0.05  # of the free device memory, which "auto" leaves alone: fragmentation, libraries' workspaces
 MATTERS = 2**20  # bytes: what a graph that holds less cannot give is not worth a warning, nor a refusal
+HOST_DIGITS, DEVICE_DIGITS = 3, 6  # binary ones, to which "auto" is rounded down so that a restart finds the same
 BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: what "auto" leaves room for
+
+
+@dataclass(frozen=True)
+class Given:
+    """The bytes that a budget is found to be: None for no limit, or for a ratio.
+
+    `beside` is what others hold of it, `away` what they hold of the host's.
+    """
+
+    budget: int | None
+    beside: int = 0
+    away: int = 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a user is told of a plan, whenever it is made or found: whether it `plans` anything, ops that are `unusual`.
+
+    `streams` is the line of an op on a stream of the user's. `over` is a budget that it exceeds, with the peak and what
+    is in the way; None where it keeps it.
+    """
+
+    plans: bool
+    unusual: tuple[str, ...] = ()
+    streams: str | None = None
+    over: tuple[int, int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Setting:
     """The surroundings of one graph's compilation. `frame` is the user's function, in words;
     `calls` of its graph wait for their backward at once.
 
+    `given` are the budget's bytes where they are settled already; else they are found when they are asked for.
     `first_step` is told what comes of it, and measures; `observe` makes the observer of the graph.
     """
 
@@ -60,6 +88,7 @@ class Setting:
     calls: int = 1
     first_step: FirstStep = field(default_factory=lambda: FirstStep(""))
     observe: Observe = nobody
+    given: Given | None = None
 
     @property
     def family(self) -> str:
@@ -106,7 +135,8 @@ def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobo
     """
     device = device_of(inputs)
     trainable = sum(elements(v.shape) for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
-    profile = resolve(options.hardware, device.type)
+    profile, host = resolve(options.hardware, device.type), _host_budget(options)
+    host = host if isinstance(options.host_budget, int) else rounded_down(host, HOST_DIGITS)
     name, promised = registry().next_name(), options.memory_budget not in ("auto", "min") or device.type == "cuda"
     step = FirstStep(name, device.type, asks=promised)
     frame = frame_name()
@@ -117,7 +147,7 @@ def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobo
         options=options,
         device=device,
         profile=profile,
-        host=_host_budget(options),
+        host=host,
         trainable=trainable,
         frame=frame,
         calls=calls,
@@ -129,8 +159,17 @@ def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobo
 def _host_budget(options: Options) -> int:
     if isinstance(options.host_budget, int):
         return options.host_budget
-
     return pool().held_bytes + int(free_host_memory() * HOST_SHARE) // local_ranks()
+
+
+def rounded_down(size: int, digits: int) -> int:
+    """The next size below that has so many binary digits before its zeros.
+
+    >>> rounded_down(1000, 3)
+    896
+    """
+    zeros = max(0, size.bit_length() - digits)
+    return size >> zeros << zeros
 
 
 def local_ranks() -> int:
@@ -145,42 +184,62 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     A number of bytes is for all that is held at once: what other graphs hold now, for a backward to come, is taken off.
     """
     o = setting.options
-    budget: int | None = None
-    beside, away = 0, ledger().on_host(beside=setting.name, family=setting.family)
-    if isinstance(o.memory_budget, float):
-        budget = int(o.memory_budget * unplanned_peak)
-    elif isinstance(o.memory_budget, int):
-        beside = min(ledger().held(setting.device, beside=setting.name, family=setting.family), o.memory_budget - 1)
-        budget = o.memory_budget - beside
-    elif o.memory_budget == "auto" and setting.device.type == "cuda":
-        budget = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
+    given = setting.given or _given(setting)
     return Limits(
-        budget=budget,
-        host=max(0, setting.host - away),
+        budget=int(o.memory_budget * unplanned_peak) if isinstance(o.memory_budget, float) else given.budget,
+        host=max(0, setting.host - given.away),
         offload=o.offload,
         recompute=o.recompute,
         slice_tokens=o.token_slice if isinstance(o.token_slice, int) else 0,
         time_limit=o.solver_time_limit,
         objective="memory" if o.memory_budget == "min" else "time",
-        beside=beside,
+        beside=given.beside,
         calls=setting.calls,
-        host_beside=min(away, setting.host),
+        host_beside=min(given.away, setting.host),
         promised=not isinstance(o.memory_budget, float),
     )
 
 
-def _say_over(setting: Setting, budget: int, peak: int, peak_tensors: Sequence[str]) -> None:
+def settled_bytes(setting: Setting) -> Setting:
+    """The setting with the bytes of its budget as they are now."""
+    return replace(setting, given=_given(setting))
+
+
+def _given(setting: Setting) -> Given:
+    o, away = setting.options, ledger().on_host(beside=setting.name, family=setting.family)
+    if isinstance(o.memory_budget, int):
+        held = ledger().held(setting.device, beside=setting.name, family=setting.family)
+        beside = min(held, o.memory_budget - 1)
+        return Given(o.memory_budget - beside, beside, away)
+    if o.memory_budget == "auto" and setting.device.type == "cuda":
+        found = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
+        return Given(rounded_down(found, DEVICE_DIGITS), away=away)
+    return Given(None, away=away)
+
+
+def _say_over(setting: Setting, budget: int, peak: int, obstacle: str) -> None:
     """Say that the plan that holds least was taken for a share that the graph cannot give."""
     log.log(
         logging.WARNING if peak >= MATTERS else logging.DEBUG,
         "%s: memory_budget=%s asks this graph for %.2f MiB, and the least that any plan holds is %.2f MiB, which is "
         "taken; in the way: %s. For a limit on the sum of all graphs, write it in bytes.",
-        *(setting.frame or setting.name, setting.options.memory_budget, budget / MIB, peak / MIB),
-        next(iter(peak_tensors), "nothing that can be named"),
+        *(setting.frame or setting.name, setting.options.memory_budget, budget / MIB, peak / MIB, obstacle),
     )
 
 
-def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int) -> None:
+def told_of(limits: Limits, decided: Decided, peak: int) -> Told:
+    """What the user is to be told of what was settled on."""
+    obstacle = next(iter(decided.peak_tensors), "nothing that can be named")
+    node = on_streams(decided.forward)
+    return Told(
+        plans=any(h.kept < h.tokens for h in decided.homes.values()),
+        unusual=tuple(unusual_ops(decided.forward)),
+        streams=source_line(node) if node is not None else None,
+        over=(limits.budget, peak, obstacle) if limits.budget is not None and peak > limits.budget else None,
+    )
+
+
+def check_planned(setting: Setting, told: Told) -> None:
     """Call this for what was settled on: may the frame be compiled once more, and does the plan give what is asked?
 
     Raises:
@@ -188,22 +247,22 @@ def check_planned(setting: Setting, limits: Limits, decided: Decided, peak: int)
         RecompileLimit: Dynamo would run the frame eagerly from now on.
         UserStreams: copies and reused bytes would be ordered for one stream.
     """
-    if any(h.kept < h.tokens for h in decided.homes.values()):
+    if told.plans:
         if under_compiled_autograd():
             raise CompiledAutograd
-        if (node := on_streams(decided.forward)) is not None:
-            raise UserStreams(source_line(node))
+        if told.streams is not None:
+            raise UserStreams(told.streams)
         check_limit()
     elif setting.asks:
         warn_at_limit()
-    found = unusual_ops(decided.forward)
+    found = told.unusual
     if found and setting.options.verify is not True:
         log.info(
             '%s: calls %s; options={"verify": True} compares its first step with the unplanned graph',
             *(setting.frame or setting.name, ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")),
         )
-    if limits.budget is not None and peak > limits.budget:
-        _say_over(setting, limits.budget, peak, decided.peak_tensors)
+    if told.over is not None:
+        _say_over(setting, *told.over)
 
 
 def check_one_plan(joint: fx.GraphModule, setting: Setting) -> None:

@@ -4,8 +4,8 @@
 
 Each commit is checked out beside, plans its own copy of the tests' models under the budgets of `BUDGETS`, offline and
 with arenas from dry runs, and writes the plans' JSON. AFTER is the working tree where it is left out. Left out of the
-comparison are the seconds that planning took and the folder of the checkout. Keys that one side does not write are told
-once. Ends with 1 where a value differs.
+comparison are the seconds that planning took and the folder of the checkout. A plan of an earlier version of the schema
+is read as what it says. Keys that one side does not write are told once. Ends with 1 where a value differs.
 """
 
 from __future__ import annotations
@@ -119,7 +119,18 @@ def plans_of(commit: str | None, only: str) -> dict[str, Any]:
             if commit:
                 subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=repository, check=True)
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return found
+        return {name: [upgraded(plan) for plan in plans] for name, plans in found.items()}
+
+
+def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A plan as this tree's schema has it, whatever version wrote it; as it is where it is no plan for this tree."""
+    from memo_compile.schema import Plan
+
+    try:
+        read: dict[str, Any] = json.loads(Plan.from_json(json.dumps(raw)).to_json())
+    except ValueError:
+        return raw
+    return read
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Of this checkout alone: in a shared cache, a compiler that was stopped half-way leaves broken files behind.
 export TORCHINDUCTOR_CACHE_DIR ?= $(abspath $(VENV))/inductor
 
-.PHONY: demo fuzz test test-all test-compat check check-update lint clean
+.PHONY: demo fuzz trainers test test-all test-compat check check-update lint clean
 
 # What the demo needs.
 $(RUNS): pyproject.toml
@@ -69,6 +69,10 @@ fuzz: $(STAMP)
 	-OMP_NUM_THREADS=1 $(BIN)/python -m bench.fuzz --cases 10000 --seed $(SEED) --jobs 2
 	-OMP_NUM_THREADS=1 $(BIN)/python -m bench.fuzz --cases 1000 --seed $(SEED) --jobs 2 --backend memo
 	$(BIN)/python -m bench.fuzz --report
+
+# Which trainers work in which settings: minutes. Those of peft, lightning and torchao run where these are installed.
+trainers: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.trainers --write
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

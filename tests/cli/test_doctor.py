@@ -18,7 +18,7 @@ def test_it_says_what_is_here(capsys):
 
 
 def test_no_compiler_stops_it(monkeypatch, capsys):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "find_compiler", lambda: None)
     assert main(["doctor", "--device", "cpu"]) == 1
     assert "install g++" in " ".join(capsys.readouterr().out.split())
 

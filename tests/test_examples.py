@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 import memo_compile
 
@@ -58,3 +59,15 @@ def test_trainers_of_the_ecosystem(name, monkeypatch):
     loss = run(name, *TINY, "--steps", "2")
     assert 0 < loss < 10
     assert sum(p.offloaded_bytes + p.recomputed_bytes for p in memo_compile.plans()) > 0
+
+
+def on_a_rank(rank, name, arguments):
+    return run(name, *arguments)
+
+
+def test_examples_for_several_devices(tmp_path):
+    both = Ranks(tmp_path)
+    for name in ("fsdp_blocks", "tensor_parallel"):
+        for losses in both.run(on_a_rank, name, [*TINY, "--steps", "3"]):
+            assert losses[-1] < losses[0]
+    both.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -90,3 +91,27 @@ def need_of(operand: fx.Node, out_rank: int, axis: TokenAxis) -> TokenAxis | Non
     if dim < 0 or shape[dim] == 1:
         return None
     return axis.at(dim)
+
+
+def of_first_operand(rule: Callable[[fx.Node, fx.Node, TokenAxis], Flow | None]) -> Rule:
+    """A rule for ops whose rows follow those of their first operand, given with its axis; no axis, no flow."""
+
+    @wraps(rule)
+    def asked(node: fx.Node, axes: Axes) -> Flow | None:
+        source = node.args[0]
+        return rule(node, source, axes[source]) if isinstance(source, fx.Node) and source in axes else None
+
+    return asked
+
+
+def only(node: fx.Node, source: fx.Node, need: TokenAxis) -> tuple[TokenAxis | None, ...]:
+    """Needs of a node that slices one operand, and takes the others whole."""
+    return tuple(need if n is source else None for n in node.all_input_nodes)
+
+
+def fresh(node: fx.Node, axis: TokenAxis) -> Flow | None:
+    """Rows were dropped or added: this op runs whole, and its result can be sliced along the new rows."""
+    tokens = shape_of(node)[axis.dim]
+    if axis.outer != 1 or axis.inner != 1 or tokens < 2:
+        return None
+    return Flow((TokenAxis(axis.dim, 1, tokens, 1),), (None,) * len(node.all_input_nodes), mixing=True)

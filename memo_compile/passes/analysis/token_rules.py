@@ -8,20 +8,23 @@ but not wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.analysis.collective_rules import COLLECTIVES
 from memo_compile.passes.analysis.token_axis import (
     Axes,
     Flow,
     Rule,
     TokenAxis,
+    fresh,
     is_tensor,
     need_of,
+    of_first_operand,
+    only,
     shape_of,
     through_view,
     wrapped,
@@ -87,28 +90,13 @@ def needs_of_pointwise(node: fx.Node, out: TokenAxis) -> tuple[TokenAxis | None,
     return tuple(need_of(o, rank, out) for o in node.all_input_nodes)
 
 
-def _of_first_operand(rule: Callable[[fx.Node, fx.Node, TokenAxis], Flow | None]) -> Rule:
-    """A rule for ops whose rows follow those of their first operand, given with its axis; no axis, no flow."""
-
-    @wraps(rule)
-    def asked(node: fx.Node, axes: Axes) -> Flow | None:
-        source = node.args[0]
-        return rule(node, source, axes[source]) if isinstance(source, fx.Node) and source in axes else None
-
-    return asked
-
-
-def _only(node: fx.Node, source: fx.Node, need: TokenAxis) -> tuple[TokenAxis | None, ...]:
-    return tuple(need if n is source else None for n in node.all_input_nodes)
-
-
-@_of_first_operand
+@of_first_operand
 def _view(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     out = through_view(shape_of(source), axis, shape_of(node))
-    return None if out is None else Flow((out,), _only(node, source, axis))
+    return None if out is None else Flow((out,), only(node, source, axis))
 
 
-@_of_first_operand
+@of_first_operand
 def _permutation(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     rank = len(shape_of(source))
     order = list(range(rank))
@@ -121,69 +109,61 @@ def _permutation(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None
         if name == "aten::t" and rank < 2:
             a = b = 0
         order[a], order[b] = order[b], order[a]
-    return Flow((axis.at(order.index(axis.dim)),), _only(node, source, axis))
+    return Flow((axis.at(order.index(axis.dim)),), only(node, source, axis))
 
 
-@_of_first_operand
+@of_first_operand
 def _expand(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
-    return Flow((axis.at(axis.dim + len(shape_of(node)) - len(shape_of(source))),), _only(node, source, axis))
+    return Flow((axis.at(axis.dim + len(shape_of(node)) - len(shape_of(source))),), only(node, source, axis))
 
 
-@_of_first_operand
+@of_first_operand
 def _unsqueeze(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     at = wrapped(args[1], len(shape_of(source)) + 1)
-    return Flow((axis.at(axis.dim + (at <= axis.dim)),), _only(node, source, axis))
+    return Flow((axis.at(axis.dim + (at <= axis.dim)),), only(node, source, axis))
 
 
 def _along(position: int, default: int = 0) -> Rule:
     """Ops that work along one dimension, given as argument `position`: another than the token's leaves rows alone."""
 
-    @_of_first_operand
+    @of_first_operand
     def rule(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
         args: Any = node.args
         dim = wrapped(args[position] if len(args) > position else default, len(shape_of(source)))
         if dim == axis.dim:
             return None
         count = len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else 1
-        return Flow((axis,) * count, _only(node, source, axis))
+        return Flow((axis,) * count, only(node, source, axis))
 
     return rule
 
 
-@_of_first_operand
+@of_first_operand
 def _slice(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     dim = wrapped(args[1] if len(args) > 1 else 0, len(shape_of(source)))
     if dim == axis.dim and shape_of(node) != shape_of(source):
-        return _fresh(node, axis)
-    return Flow((axis,), _only(node, source, axis))
+        return fresh(node, axis)
+    return Flow((axis,), only(node, source, axis))
 
 
-def _fresh(node: fx.Node, axis: TokenAxis) -> Flow | None:
-    """Rows were dropped or added: this op runs whole, and its result can be sliced along the new rows."""
-    tokens = shape_of(node)[axis.dim]
-    if axis.outer != 1 or axis.inner != 1 or tokens < 2:
-        return None
-    return Flow((TokenAxis(axis.dim, 1, tokens, 1),), (None,) * len(node.all_input_nodes), mixing=True)
-
-
-@_of_first_operand
+@of_first_operand
 def _select(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     dim = wrapped(args[1], len(shape_of(source)))
     if dim == axis.dim:
         return None
-    return Flow((axis.at(axis.dim - (dim < axis.dim)),), _only(node, source, axis))
+    return Flow((axis.at(axis.dim - (dim < axis.dim)),), only(node, source, axis))
 
 
-@_of_first_operand
+@of_first_operand
 def _unbind(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     dim = wrapped(args[1] if len(args) > 1 else 0, len(shape_of(source)))
     if dim == axis.dim:
         return None
-    return Flow((axis.at(axis.dim - (dim < axis.dim)),) * len(node.meta["val"]), _only(node, source, axis))
+    return Flow((axis.at(axis.dim - (dim < axis.dim)),) * len(node.meta["val"]), only(node, source, axis))
 
 
 def _cat(node: fx.Node, axes: Axes) -> Flow | None:
@@ -197,11 +177,11 @@ def _cat(node: fx.Node, axes: Axes) -> Flow | None:
             fits = all(len(shape_of(p)) == rank and shape_of(p)[axis.dim] == shape_of(node)[axis.dim] for p in parts)
             return Flow((axis,), (axis,) * len(node.all_input_nodes)) if fits else None
         if axis is not None:
-            return _fresh(node, axis)
+            return fresh(node, axis)
     return None
 
 
-@_of_first_operand
+@of_first_operand
 def _reduction(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     """sum, mean, amax, var_mean, …: rows survive where the token dimension is not reduced."""
     args: Any = node.args
@@ -217,7 +197,7 @@ def _reduction(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     for value in values:
         kept = value.dim() == rank
         outputs.append(axis if kept else axis.at(axis.dim - sum(1 for d in reduced if d < axis.dim)))
-    return Flow(tuple(outputs), _only(node, source, axis))
+    return Flow(tuple(outputs), only(node, source, axis))
 
 
 def _mm(node: fx.Node, axes: Axes) -> Flow | None:
@@ -250,12 +230,12 @@ def _mm(node: fx.Node, axes: Axes) -> Flow | None:
     return None
 
 
-@_of_first_operand
+@of_first_operand
 def _layer_norm(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     if axis.dim >= len(shape_of(source)) - len(args[1]):
         return None
-    return Flow((axis, axis, axis), _only(node, source, axis))
+    return Flow((axis, axis, axis), only(node, source, axis))
 
 
 def _embedding(node: fx.Node, axes: Axes) -> Flow | None:
@@ -263,7 +243,7 @@ def _embedding(node: fx.Node, axes: Axes) -> Flow | None:
     index = args[1]
     if index not in axes:
         return None
-    return Flow((axes[index],), _only(node, index, axes[index]))
+    return Flow((axes[index],), only(node, index, axes[index]))
 
 
 def _gather(node: fx.Node, axes: Axes) -> Flow | None:
@@ -278,13 +258,13 @@ def _gather(node: fx.Node, axes: Axes) -> Flow | None:
     return None
 
 
-@_of_first_operand
+@of_first_operand
 def _pad(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     args: Any = node.args
     from_end = 2 * (len(shape_of(source)) - 1 - axis.dim)
     if any(args[1][from_end : from_end + 2]):
-        return _fresh(node, axis)
-    return Flow((axis,), _only(node, source, axis))
+        return fresh(node, axis)
+    return Flow((axis,), only(node, source, axis))
 
 
 def _attention(node: fx.Node, axes: Axes) -> Flow | None:
@@ -312,25 +292,9 @@ def _attention(node: fx.Node, axes: Axes) -> Flow | None:
     return Flow(tuple(outputs), tuple(stored), mixing=True)
 
 
-@_of_first_operand
-def _collective(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
-    """All-gather, reduce-scatter and all-reduce along dimension `dim`, the flattening of (ranks, rows of one rank)."""
-    args: Any = node.args
-    before, after = shape_of(source), shape_of(node)
-    dim = wrapped(args[1], len(before)) if before != after else axis.dim
-    if dim != axis.dim or before == after:
-        return Flow((axis,), _only(node, source, axis))
-    outer, remainder = divmod(axis.outer * after[dim], before[dim])
-    return (
-        None
-        if remainder or not outer
-        else Flow((TokenAxis(dim, outer, axis.tokens, axis.inner),), _only(node, source, axis))
-    )
-
-
-@_of_first_operand
+@of_first_operand
 def _dropout(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
-    return Flow((axis, axis), _only(node, source, axis))
+    return Flow((axis, axis), only(node, source, axis))
 
 
 RULES: Mapping[str, Rule] = {
@@ -376,10 +340,7 @@ RULES: Mapping[str, Rule] = {
         _attention,
     ),
     "aten::native_dropout": _dropout,
-    **dict.fromkeys(
-        ("memo_collectives::all_gather", "memo_collectives::reduce_scatter", "memo_collectives::all_reduce"),
-        _collective,
-    ),
+    **COLLECTIVES,
     # Tagged as pointwise, but their operands do not broadcast.
     **dict.fromkeys(
         ("aten::index", "aten::index_put", "aten::slice_backward", "aten::select_backward"), lambda n, a: None

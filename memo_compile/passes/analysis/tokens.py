@@ -62,36 +62,42 @@ def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenRepor
     """
     for node in gm.graph.nodes:
         node.meta.pop(TOKENS, None)
-    best: tuple[float, int, int, dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
-    for dim, size in _candidates(inputs):
-        infos, stops = _follow(gm, _seed(inputs, dim, size))
+    best: tuple[float, dict[fx.Node, TokenAxis], dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
+    for size, seeds in _candidates(inputs):
+        infos, stops = _follow(gm, seeds)
         score = sum(nbytes(n) for n, info in infos.items() if info.sliceable) * (1 - 1 / size)
         if best is None or score > best[0]:
-            best = (score, dim, size, infos, stops)
+            best = (score, seeds, infos, stops)
     if best is None:
         return TokenReport("none: no data input has a dimension that counts tokens", 0, ())
-    _, dim, size, infos, stops = best
+    _, seeds, infos, stops = best
     for node, info in infos.items():
         node.meta[TOKENS] = info
-    return TokenReport(f"dimension {dim} of the data inputs ({size} tokens)", size, tuple(stops))
+    dims, size = sorted({axis.dim for axis in seeds.values()}), next(iter(seeds.values())).tokens
+    where = f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {' and '.join(map(str, dims))}"
+    return TokenReport(f"{where} of the data inputs ({size} tokens)", size, tuple(stops))
 
 
-def _candidates(inputs: Sequence[fx.Node]) -> list[tuple[int, int]]:
-    found: dict[tuple[int, int], None] = {}
-    for node in inputs:
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            for dim, size in enumerate(shape_of(node)[:2]):
-                if size > 1:
-                    found[dim, size] = None
-    return sorted(found, key=lambda c: (-c[0], -c[1]))
+def _candidates(inputs: Sequence[fx.Node]) -> list[tuple[int, dict[fx.Node, TokenAxis]]]:
+    """Tokens and seeds: all inputs along one dimension, or each along that of its first two which counts tokens.
+
+    A block is given (batch, tokens, width), and tables of positions (tokens, size).
+    """
+    sizes = [shape_of(n)[:2] for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+    alike = {(dim, size) for shape in sizes for dim, size in enumerate(shape) if size > 1}
+    ordered = sorted(alike, key=lambda c: (-c[0], -c[1]))
+    mixed = sorted({size for _, size in alike if len({dim for dim, s in alike if s == size}) > 1}, reverse=True)
+    found = [(size, _seed(inputs, (dim,), size)) for dim, size in ordered]
+    return found + [(size, _seed(inputs, (0, 1), size)) for size in mixed]
 
 
-def _seed(inputs: Sequence[fx.Node], dim: int, size: int) -> dict[fx.Node, TokenAxis]:
+def _seed(inputs: Sequence[fx.Node], dims: Sequence[int], size: int) -> dict[fx.Node, TokenAxis]:
     seeds = {}
     for node in inputs:
         if isinstance(node.meta.get("val"), torch.Tensor):
             shape = shape_of(node)
-            if len(shape) > dim and shape[dim] == size:
+            dim = next((d for d in dims if len(shape) > d and shape[d] == size), None)
+            if dim is not None:
                 seeds[node] = TokenAxis(dim, 1, size, 1)
     return seeds
 

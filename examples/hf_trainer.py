@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> float:
     )
     model = LlamaForCausalLM(config)
     model.loss_type = "ForCausalLM"  # else transformers looks it up in the forward, which breaks the graph
+    memo_compile.loss_only(model)  # else the logits are a result, held whole in every step
     # Padding to few lengths is not needed. Where it is done, ranges end at these lengths, which is a little faster.
     lengths = [a.tokens * 3 // 4, a.tokens]
     model.compile(backend=a.backend, options={"memory_budget": 0.6, "lengths": lengths})

@@ -19,6 +19,7 @@ _HOMES = {
     "Plan": "memo_compile.schema",
     "empty_cache": "memo_compile.runtime.memory_usage",
     "explain": "memo_compile.report.explain",
+    "loss_only": "memo_compile.api",
     "measure_peak": "memo_compile.runtime.memory_usage",
     "plan": "memo_compile.api",
     "plans": "memo_compile.api",
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from memo_compile import errors as errors
     from memo_compile import models as models
     from memo_compile import placement as placement
-    from memo_compile.api import plan, plans, reset
+    from memo_compile.api import loss_only, plan, plans, reset
     from memo_compile.errors import BudgetTooSmall, MemoError
     from memo_compile.options import Options
     from memo_compile.report.explain import explain
@@ -58,6 +59,7 @@ __all__ = [
     "Plan",
     "empty_cache",
     "explain",
+    "loss_only",
     "measure_peak",
     "plan",
     "plans",

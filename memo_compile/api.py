@@ -3,10 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
+from memo_compile.errors import NoLoss
 from memo_compile.registry import registry
 from memo_compile.schema import Plan
+
+M = TypeVar("M")
+
+
+def loss_only(model: M) -> M:
+    """Let a model return its loss alone in training: what else it returns has to be held whole until the step ends.
+
+    Logits, one number a token and word, are the largest of these; where nothing returns them, they can be made, used
+    and dropped by tiles (the option `tiles`). Evaluation, `model.eval()`, returns all as before. Call this before the
+    model is compiled.
+
+    Args:
+        model: a module whose `forward` returns a mapping with a "loss", such as Hugging Face's models do when they are
+            given labels, or a tuple that begins with the loss.
+
+    Returns:
+        The same model; its `forward` is changed.
+
+    Raises:
+        NoLoss: when the model is called in training and returns something else.
+    """
+    changed: Any = model
+    forward = changed.forward
+
+    @wraps(forward)
+    def loss_of(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        return _without_the_rest(result) if changed.training else result
+
+    changed.forward = loss_of
+    return model
+
+
+def _without_the_rest(result: Any) -> Any:
+    if isinstance(result, Mapping) and result.get("loss") is not None:
+        kind: Any = type(result)
+        return kind(loss=result["loss"])
+    if isinstance(result, tuple) and result and getattr(result[0], "ndim", None) == 0:
+        return result[:1]
+    raise NoLoss(type(result).__name__)
 
 
 def plans() -> list[Plan]:

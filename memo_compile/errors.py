@@ -304,6 +304,16 @@ class NotReplayable(MemoError):
     """A graph that cannot be written to a dump, or a dump that cannot be run again here."""
 
 
+class NoLoss(MemoError):
+    """A model that was to return its loss alone, and returned none."""
+
+    def __init__(self, returned: str) -> None:
+        super().__init__(
+            f"loss_only: in training the model returned a {returned} without a loss. Give it labels, and let it return "
+            'a mapping with a "loss", or a tuple that begins with a loss of no dimensions.'
+        )
+
+
 class NoReport(MemoError):
     """A folder that holds nothing to make a report of."""
 

@@ -41,6 +41,8 @@ class Options:
             is what blocks that are compiled alone want, since what each call keeps is held for all of them.
         recompute: whether activations may be recomputed beyond what Inductor itself would.
         token_slice: rows of a slice, or "auto": a 64th of the tokens.
+        tiles: in how many tiles regions around the widest values run, the loss behind a large vocabulary before all;
+            1: in none; "auto": in as few as the budget needs.
         solver_time_limit: seconds of processor time that one linear or integer program may take.
         hardware: "auto", the name of a built-in profile, or the path of a profile's JSON file.
         dump: a folder for graphs, plan and arena; None: no dump.
@@ -61,6 +63,7 @@ class Options:
     offload: bool | Literal["all"] = True
     recompute: bool = True
     token_slice: int | str = "auto"
+    tiles: int | Literal["auto"] = "auto"
     solver_time_limit: float = 10.0
     hardware: str = "auto"
     dump: str | None = None
@@ -213,6 +216,14 @@ def _calls(key: str, value: Any) -> int | str:
     raise InvalidOption(key, value, 'a positive number of calls, or "auto"')
 
 
+def _tiles(key: str, value: Any) -> int | Literal["auto"]:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST:
+        return value
+    raise InvalidOption(key, value, 'a positive number of tiles below 2**62, or "auto"')
+
+
 def _seconds(key: str, value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
@@ -310,6 +321,7 @@ _CHECKS = {
     "offload": _offload,
     "recompute": _flag,
     "token_slice": _rows,
+    "tiles": _tiles,
     "solver_time_limit": _seconds,
     "hardware": _hardware,
     "dump": _path,

@@ -47,6 +47,7 @@ from memo_compile.codegen.scheduler.order import (
     emitted_steps,
     planned_steps,
 )
+from memo_compile.codegen.tile_bodies import compile_bodies
 from memo_compile.codegen.wrapper import Hooks, arena_wrapper
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
@@ -58,7 +59,8 @@ from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide, lease_input, lease_output
 from memo_compile.planning.fit_budget import WORTHWHILE, Fitted, fit_budget
 from memo_compile.planning.prepared import Prepared, of_calls, prepare
-from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
+from memo_compile.planning.ranges import for_a_range, in_symbols, over_range
+from memo_compile.planning.tiling import with_tiles
 from memo_compile.runtime.cross_call import Schedule
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan, Side
 from memo_compile.trace.captured import takes_gradients
@@ -72,6 +74,7 @@ from memo_compile.trace.setting import (
     record,
     setting_for,
     settled_bytes,
+    tell_of_results,
     told_of,
 )
 
@@ -199,17 +202,18 @@ class _Compilation:
         with together(joint) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
             if least_rows:
-                rows = slice_rows(p.tokens.tokens, least_rows, limits.slice_tokens)
-                limits = replace(limits, slice_tokens=rows)
+                limits = for_a_range(limits, p.tokens.tokens, least_rows)
             rehearsal = replace(rehearsal, budget=limits.budget)
             make = partial(decide, p, name=setting.name, backend="memo", watch=observer.watch)
             fitted: Fitted[Evidence] = fit_budget(p, limits, make, rehearsal.looked_at)
             ranks.confirm(fitted.decided)
         told = told_of(limits, fitted.decided, fitted.peak)
         check_planned(setting, told)
+        tell_of_results(setting, fitted.decided.forward, num_forward_outputs, fitted.peak)
         if limits.budget is not None and fitted.peak > limits.budget:
             rehearsal = replace(rehearsal, budget=None)  # the least that there is was taken
         decided = fitted.decided
+        p = with_tiles(p, decided.limits or limits)
         plan = replace(
             decided.plan,
             budget=limits.given(fitted.peak),
@@ -277,6 +281,7 @@ class _Compilation:
             assert isinstance(planned, ForwardEmitted)
             donated = donatable(decided, planned.forward_body, num_forward_outputs)
         graph = decided.backward if backward else decided.forward
+        compile_bodies(graph)
         with settings_for(decided, graph), donating(donated), arena_wrapper(self._hooks(planned, backward)):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
         planned.observer.code("backward" if backward else "forward", compiled)

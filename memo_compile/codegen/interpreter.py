@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide
 from memo_compile.planning.fit_budget import fit_budget
 from memo_compile.planning.prepared import Prepared, of_calls, prepare
-from memo_compile.planning.ranges import in_symbols, over_range, slice_rows
+from memo_compile.planning.ranges import for_a_range, in_symbols, over_range
+from memo_compile.planning.tiling import with_tiles
 from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.ranks import groups_of, together
-from memo_compile.trace.setting import Setting, check_planned, limits_for, record, told_of
+from memo_compile.trace.setting import Setting, check_planned, limits_for, record, tell_of_results, told_of
 
 
 def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
@@ -62,7 +63,11 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
 
     with config.patch(donated_buffer=False):
         compiled: Any = aot_autograd(
-            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition
+            fw_compiler=forward,
+            bw_compiler=backward,
+            inference_compiler=inference,
+            partition_fn=partition,
+            decompositions=losses_by_rows() if setting.options.tiles != 1 else None,
         )(gm, inputs)
     return first_step.forward(compiled)
 
@@ -78,14 +83,14 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
         with together(graph) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
             if least_rows:
-                rows = slice_rows(p.tokens.tokens, least_rows, limits.slice_tokens)
-                limits = replace(limits, slice_tokens=rows)
+                limits = for_a_range(limits, p.tokens.tokens, least_rows)
             make = partial(decide, p, name=setting.name, backend="memo_eager", watch=dump.watch)
             fitted = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None))
             ranks.confirm(fitted.decided)
         check_planned(setting, told_of(limits, fitted.decided, fitted.peak))
+        tell_of_results(setting, fitted.decided.forward, num_outputs, fitted.peak)
         plan = replace(fitted.decided.plan, budget=limits.given(fitted.peak), rounds=fitted.rounds)
-        return p, replace(fitted.decided, plan=plan)
+        return with_tiles(p, fitted.decided.limits or limits), replace(fitted.decided, plan=plan)
 
     if has_symbols(joint):
         if groups_of(joint):
@@ -103,6 +108,16 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     dump.plan(emitted.plan)
     dump.report(p, decided, emitted.plan)
     return emitted
+
+
+@cache
+def losses_by_rows() -> dict[Any, Any]:
+    """Losses in ops that go row by row, as Inductor has them: torch's own add up over the tokens within."""
+    from torch._decomp import get_decompositions  # loads torch's references
+
+    aten: Any = torch.ops.aten
+    losses = [aten.nll_loss_forward, aten.nll_loss_backward]
+    return dict(get_decompositions(losses))
 
 
 class _Interpreter(fx.Interpreter):

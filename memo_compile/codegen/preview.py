@@ -53,7 +53,7 @@ def dry_emission(
     from torch._inductor.utils import BoxedBool
 
     with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written after every pass
-        twin = _twin(gm)
+        twin = twin_of(gm)
     graph = twin.graph
     (output,) = graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(user_visible)
@@ -94,12 +94,12 @@ def _has_templates(gm: fx.GraphModule) -> bool:
     return any("flex_attention" in str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function")
 
 
-def _twin(gm: fx.GraphModule) -> fx.GraphModule:
+def twin_of(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of the same, down to its regions and branches: Inductor's passes rewrite these, too."""
     twin: fx.GraphModule = _make_graph_module(gm, copy.deepcopy(gm.graph))
     for name, inner in twin.named_children():
         if isinstance(inner, fx.GraphModule):
-            setattr(twin, name, _twin(inner))
+            setattr(twin, name, twin_of(inner))
     return twin
 
 

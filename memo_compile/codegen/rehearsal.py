@@ -17,6 +17,7 @@ from memo_compile.codegen.emitted.body import Body, Kind
 from memo_compile.codegen.inductor import settings_for
 from memo_compile.codegen.lowerings import POISON
 from memo_compile.codegen.preview import dry_emission
+from memo_compile.codegen.tile_bodies import count_scratch
 from memo_compile.codegen.wrapper import Emission
 from memo_compile.passes.fx.facts import nbytes
 from memo_compile.passes.fx.mutations import num_mutated_outputs
@@ -80,6 +81,8 @@ class Rehearsal:
 
     def dry(self, decided: CarriedOut) -> Evidence:
         """Dry runs of both graphs, and the arena that they would have."""
+        for graph in (decided.forward, decided.backward):
+            count_scratch(graph)
         with settings_for(decided, decided.forward):
             forward = dry_emission(
                 decided.forward,

@@ -31,6 +31,7 @@ from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.saved_set import saved_set
 from memo_compile.passes.transforms.slices import Sliced, apply_homes
 from memo_compile.passes.transforms.sums import add_as_they_come
+from memo_compile.passes.transforms.tiles import tile_regions
 from memo_compile.passes.transforms.unplanned import unplanned
 
 Rewrite = Callable[[fx.GraphModule], fx.GraphModule]
@@ -91,6 +92,19 @@ ANNOTATING: tuple[tuple[str, Callable[[Joint, Found], Any]], ...] = (
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """Regions around values of at least `wide` bytes run in about `tiles` tiles."""
+
+    tiles: int
+    wide: int
+
+    def applied(self, forward: fx.GraphModule, backward: fx.GraphModule, *, fused: bool) -> None:
+        """Rewrite both graphs of a split, in place."""
+        tile_regions(forward, self.tiles, self.wide, fused=fused, prefix="memo_tiled_forward")
+        tile_regions(backward, self.tiles, self.wide, fused=fused, prefix="memo_tiled_backward")
+
+
+@dataclass(frozen=True)
 class Decision:
     """What acting passes carry out. With `overlap`, transfers run beside the computation; without, at once."""
 
@@ -103,6 +117,7 @@ class Decision:
     profile: DeviceProfile
     fused: bool
     workspaces: Rewrite
+    tiling: Tiling | None = None
 
     @property
     def recomputed_whole(self) -> frozenset[str]:
@@ -117,6 +132,7 @@ class Decision:
 ACTING: tuple[tuple[str, Callable[[Decision, Any], Split | Sliced]], ...] = (
     ("partition", lambda d, g: _partitioned(d, g)),
     ("slices", lambda d, g: _sliced(d, g)),
+    ("tiles", lambda d, g: _tiled(d, g)),
     ("offloads", lambda d, g: _with_offloads(d, g)),
     ("prefetches", lambda d, g: _with_prefetches(d, g)),
     ("matmuls", lambda d, g: replace(g, backward=keep_early_matmuls(g.backward))),
@@ -165,6 +181,12 @@ def _partitioned(d: Decision, unplanned: Split) -> Split:
 def _sliced(d: Decision, split: Split) -> Sliced:
     dropped = d.recomputed_whole
     return apply_homes(d.joint, split, {k: h for k, h in d.homes.items() if k not in dropped}, d.host_budget)
+
+
+def _tiled(d: Decision, g: Sliced) -> Sliced:
+    if d.tiling is not None:
+        d.tiling.applied(g.forward, g.backward, fused=d.fused)
+    return g
 
 
 def _with_offloads(d: Decision, g: Sliced) -> Sliced:

@@ -32,6 +32,7 @@ from memo_compile.planning.summary import (
     makers_of,
     recomputed_flops,
 )
+from memo_compile.planning.tiling import with_tiles
 from memo_compile.schema import Cause, Plan
 from memo_compile.workspaces.annotate import workspaces_in
 
@@ -135,11 +136,11 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
         HostBudgetTooSmall: everything is to be offloaded, and does not fit in host memory.
     """
     started = time.perf_counter()
-    everything = limits.offload == "all"
+    p, everything = with_tiles(p, limits), limits.offload == "all"
     if not p.plannable:
         return replace(_unplanned(p, limits, name, backend, started), peak_tensors=(DRAWN_AGAIN, *largest_at_peak(p)))
     roomy = limits.budget is None or limits.budget >= p.unplanned_peak
-    if not everything and limits.objective == "time" and roomy and not p.policies.offloaded:
+    if not everything and limits.objective == "time" and roomy and not p.policies.offloaded and p.tiling is None:
         return _unplanned(p, limits, name, backend, started)
     choice = _within_host(p, limits, watch)
     decision, homes, sliced = choice.decision, choice.homes, choice.sliced
@@ -190,6 +191,7 @@ def carry_out(
         profile=p.profile,
         fused=p.fused,
         workspaces=p.workspaces.annotate,
+        tiling=p.tiling,
     )
     return act(decision, p.unplanned, watch)
 

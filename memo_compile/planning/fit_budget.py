@@ -12,6 +12,7 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.search import least_peak
+from memo_compile.planning.tiling import TILES, tiled, widest_of, with_tiles
 
 log = logger(__name__)
 
@@ -22,6 +23,10 @@ WORTHWHILE = (
     0.7  # of the unplanned peak by the model, up to 1.22 times the emitted graph's: plans below need no comparison
 )
 TRIFLE = 1e-3  # of a step's budget: a graph after a graph break may be a few bytes
+CLEARLY = 0.97  # of a least peak: more tiles than that need are not worth it
+IN_THE_WAY = 0.45  # of a least peak: where the widest value is less, other things bind, and there are no tiles
+LEAST_ROWS = 16  # of a tile: matmuls of fewer rows are slow
+MATTERS = 2**20  # bytes
 T = TypeVar("T")
 Decide = Callable[[Limits], Decided]
 Evaluate = Callable[[Decided], tuple[int, T]]
@@ -49,10 +54,63 @@ def fit_budget(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T
     Raises:
         BudgetTooSmall: not even the smallest plan is within the budget.
     """
+    if limits.tiles == "auto":
+        return _with_few_tiles(p, limits, decide, evaluate)
+    p = with_tiles(p, limits)
     fitted = _fitted(p, limits, decide, evaluate)
     least = fitted.peak if limits.objective == "memory" else min(fitted.peak, least_peak(p, limits))
     plan = replace(fitted.decided.plan, least_peak=least)
     return replace(fitted, decided=replace(fitted.decided, plan=plan))
+
+
+def _with_few_tiles(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> Fitted[T]:
+    """No tiles where the budget is kept without; else the fewest with which it is."""
+
+    def fitted(tiles: int) -> Fitted[T]:
+        return fit_budget(p, replace(limits, tiles=tiles), decide, evaluate)
+
+    if limits.objective == "memory":
+        tiles = max(_worthwhile(p, limits), default=1)
+        least = fitted(tiles)
+        if tiles > 1 and least.peak > least_peak(p, replace(limits, tiles=1)):  # more than the model said
+            return min(least, fitted(1), key=lambda f: f.peak)
+        return least
+    refused: BudgetTooSmall | None = None
+    try:
+        found = fitted(1)
+        if limits.budget is None or found.peak <= limits.budget or trifling(found.peak, limits):
+            return found
+    except BudgetTooSmall as error:
+        refused = error
+    ladder = _worthwhile(p, limits)
+    if not ladder and refused is not None:
+        raise refused
+    for tiles in ladder:
+        try:
+            found = fitted(tiles)
+        except BudgetTooSmall:
+            if tiles == ladder[-1]:
+                raise
+            continue
+        if limits.budget is None or found.peak <= limits.budget:
+            break
+    return found
+
+
+def _worthwhile(p: Prepared, limits: Limits) -> list[int]:
+    """Numbers of tiles, each with a least peak, by the model, that is clearly below that of fewer."""
+    found: list[int] = []
+    widest = widest_of(p)
+    if widest < MATTERS or limits.offload == "all":
+        return []
+    least = least_peak(p, replace(limits, tiles=1))
+    for tiles in TILES if widest >= IN_THE_WAY * least else ():
+        cut = tiled(p, tiles) if tiles * LEAST_ROWS <= p.tokens.tokens else None
+        now = least_peak(cut, limits) if cut is not None else least
+        if now > CLEARLY * least or least - now < MATTERS:
+            break
+        found, least = [*found, tiles], now
+    return found
 
 
 def _fitted(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> Fitted[T]:

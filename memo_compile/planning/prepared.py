@@ -23,7 +23,7 @@ from memo_compile.passes.fx.facts import (
     nbytes,
     storage_of,
 )
-from memo_compile.passes.pipeline import Joint, Watch, annotate, unwatched
+from memo_compile.passes.pipeline import Joint, Tiling, Watch, annotate, unwatched
 from memo_compile.passes.transforms.partition import (
     Split,
     order_backward,
@@ -47,7 +47,7 @@ class Prepared:
     `forward` and `backward` are the split that saves `saved`, the canonical saved activations. `chains[name]` is what
     runs to recompute one from the others, None where it must not run twice. `plannable` is False where only torch's
     own split is right. `policies` are those of the user's own checkpoints; `workspaces` tells
-    what kernels take for themselves.
+    what kernels take for themselves. With `tiling`, both graphs have regions that run tile by tile (`planning.tiling`).
     """
 
     joint: fx.GraphModule
@@ -69,6 +69,7 @@ class Prepared:
     plannable: bool
     policies: Policies
     workspaces: Workspaces
+    tiling: Tiling | None = None
 
 
 def prepare(

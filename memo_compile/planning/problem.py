@@ -33,7 +33,7 @@ class Limits:
     Other graphs of the step hold `beside` bytes, which `budget` leaves out, and `host_beside` on the host, which `host`
     leaves out. Where it is not `promised`, the least that
     there is will do. At most `calls` of the graph are between their forward and their backward at once: budget and host
-    memory are for all of them.
+    memory are for all of them. `tiles` is in how many tiles the widest regions run, 1 for none; "auto": few.
     """
 
     budget: int | None
@@ -47,6 +47,7 @@ class Limits:
     promised: bool = True
     calls: int = 1
     host_beside: int = 0
+    tiles: int | Literal["auto"] = 1
 
     @property
     def host_in_all(self) -> int:
@@ -132,10 +133,12 @@ def _movable(p: Prepared, results: set[fx.Node]) -> dict[str, fx.Node]:
     """Saved values that can leave: memo's own storage, dense, no other's, and large enough to be worth it."""
     storages = [storage_of(n) for n in p.saved]
     result_names = {n.name for n in results}
+    made = {n.name for n in p.forward.graph.nodes}  # not by these names what a tiled region makes in another layout
     return {
         n.name: n
         for n in p.saved
         if n.op != "placeholder"
+        and n.name in made
         and (nbytes(n) >= SMALL or n.name in p.policies.offloaded)
         and n.name not in p.policies.saved
         and storage_of(n) is n

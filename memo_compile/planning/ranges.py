@@ -28,6 +28,7 @@ from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning.decide import Decided, carry_out
 from memo_compile.planning.prepared import Prepared
+from memo_compile.planning.problem import Limits
 from memo_compile.workspaces.annotate import Workspaces, workspaces_in
 
 T = TypeVar("T")
@@ -159,6 +160,13 @@ def _check_growing(joint: fx.GraphModule, box: Mapping[Any, tuple[int, int]]) ->
         checked.add(size)
         if not is_largest_at_the_end(size, box):
             raise NoRange(f"a value of shape {tuple(value.shape)} may be larger where a length is smaller")
+
+
+def for_a_range(limits: Limits, tokens: int, least: int) -> Limits:
+    """Limits of a plan for a range: slices have rows at every length, and tiles are of one."""
+    if limits.tiles not in (1, "auto"):
+        raise NoRange("tiles are of one length")
+    return replace(limits, tiles=1, slice_tokens=slice_rows(tokens, least, limits.slice_tokens))
 
 
 def slice_rows(tokens: int, least: int, asked: int) -> int:

@@ -36,6 +36,7 @@ from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.decide import Decided, carry_out, decide
 from memo_compile.planning.prepared import Prepared, prepare
 from memo_compile.planning.problem import Limits
+from memo_compile.planning.tiling import with_tiles
 from memo_compile.report.dumps import DUMP_VERSION
 from memo_compile.report.graph_io import graph_from_json
 from memo_compile.report.pass_log import FOUND, folder_of, readable
@@ -124,6 +125,7 @@ def _passes(
     if record["limits"] is None:
         return
     limits = Limits(**record["limits"])
+    p = with_tiles(p, limits)
     decided = decide(p, limits, name=dumped.name, backend=dumped.backend)
     yield timer.done("residency", f"{len(decided.homes)} activations", _decision(decided, record))
     if record["homes"]:

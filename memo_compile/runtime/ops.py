@@ -10,6 +10,7 @@
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: matmuls written to their rows of a larger value
 * `poison_(dst!)`: the end of a value's life, with `verify="poison"`; see `memo_compile.runtime.poison`
 * `attention_onto`, `attention_backward_onto`, and with a `_` after: see `memo_compile.runtime.attention`
+* `tiled_`, `addmm_onto_`: see `memo_compile.runtime.tiles`
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from memo_compile.runtime import attention
+from memo_compile.runtime import attention, tiles
 from memo_compile.runtime.cross_call import CrossCallPrefetch
 from memo_compile.runtime.engine import Engine, Recorder, TransferStats
 from memo_compile.runtime.host import HostPool
@@ -40,6 +41,7 @@ _SCHEMAS = (
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
     "poison_(Tensor(a!) dst) -> ()",
     *attention.SCHEMAS,
+    *tiles.SCHEMAS,
 )
 
 
@@ -202,6 +204,8 @@ def register() -> torch.library.Library:
         ("mm_into_", _mm_into),
         ("addmm_into_", _addmm_into),
         ("poison_", poison),
+        ("tiled_", tiles.tiled_),
+        ("addmm_onto_", tiles.addmm_onto_),
         ("attention_onto", attention.attention_onto),
         ("attention_onto_", attention.attention_onto_),
         ("attention_backward_onto", attention.attention_backward_onto),

@@ -17,7 +17,7 @@ from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.logs import MIB, announce, logger
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import lifetimes
-from memo_compile.passes.fx.facts import source_line
+from memo_compile.passes.fx.facts import nbytes, source_line, tensors
 from memo_compile.passes.fx.ranges import NoRange
 from memo_compile.passes.fx.sizes import elements
 from memo_compile.passes.fx.unusual import on_streams, unusual_ops
@@ -38,6 +38,7 @@ log = logger("memo_compile")
 
 HOST_SHARE = 0.5  # of the free host memory, for host_budget="auto": the rest is for data loaders and the system
 MARGIN = 0.05  # of the free device memory, which "auto" leaves alone: fragmentation, libraries' workspaces
+LARGE_RESULT = 0.2  # of a plan's peak: a result that is worth a word
 MATTERS = 2**20  # bytes: what a graph that holds less cannot give is not worth a warning, nor a refusal
 HOST_DIGITS, DEVICE_DIGITS = 3, 6  # binary ones, to which "auto" is rounded down so that a restart finds the same
 BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: what "auto" leaves room for
@@ -196,6 +197,7 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
         beside=given.beside,
         calls=setting.calls,
         host_beside=min(given.away, setting.host),
+        tiles=o.tiles,
         promised=not isinstance(o.memory_budget, float),
     )
 
@@ -263,6 +265,19 @@ def check_planned(setting: Setting, told: Told) -> None:
         )
     if told.over is not None:
         _say_over(setting, *told.over)
+
+
+def tell_of_results(setting: Setting, forward: fx.GraphModule, num_forward_outputs: int, peak: int) -> None:
+    """Warn of what is returned beside a loss, where it is a large part of the peak: no plan can make it smaller."""
+    (output,) = forward.graph.find_nodes(op="output")
+    results = [n for n in output.args[0][:num_forward_outputs] if isinstance(n, fx.Node) and n.op != "placeholder"]
+    large = [n for n in results if nbytes(n) >= max(MATTERS, LARGE_RESULT * peak)]
+    if setting.asks and large and any(v.dim() == 0 for n in results for v in tensors(n)):
+        log.warning(
+            "%s returns %s beside the loss: %.2f MiB of the %.2f MiB of its plan, held whole until nobody has it. "
+            "Where training does not need it, memo_compile.loss_only(model) leaves it out (%s)",
+            *(setting.frame or setting.name, large[0].name, nbytes(large[0]) / MIB, peak / MIB, source_line(large[0])),
+        )
 
 
 def check_one_plan(joint: fx.GraphModule, setting: Setting) -> None:

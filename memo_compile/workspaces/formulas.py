@@ -9,6 +9,7 @@ import torch.fx as fx
 
 from memo_compile.passes.fx.facts import schema_name
 from memo_compile.passes.fx.heads import heads_of_piece
+from memo_compile.passes.transforms.tiles import program_in
 
 
 def by_formula(node: fx.Node) -> int | None:
@@ -28,6 +29,9 @@ def by_formula(node: fx.Node) -> int | None:
         return _cudnn_backward(node.args[1])
     if name == "aten::_scaled_dot_product_efficient_attention_backward":
         return _efficient_backward_on_cuda(node.args[0], node.args[1], node.args[3])
+    if name == "memo::tiled_":
+        program = program_in(node)
+        return program.scratch if program is not None else None
     return 0 if name in _NONE else None
 
 

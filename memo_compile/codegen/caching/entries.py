@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memo_compile.logs import logger
+from memo_compile.passes.transforms.tiles import TILED
 from memo_compile.schema import Plan
 
 log = logger("memo_compile")
@@ -108,6 +109,8 @@ def only_whole_entries() -> Iterator[None]:
         return lookup.__func__(key, *args, **keywords)
 
     def kept(key: str, entry: Any, *args: Any, **keywords: Any) -> Any:
+        if _runs_tiles(entry):  # the bodies of its tiles are this process's: another one would not find them
+            return None
         _name(entry, key)
         return save.__func__(key, entry, *args, **keywords)
 
@@ -116,6 +119,11 @@ def only_whole_entries() -> Iterator[None]:
         yield
     finally:
         caches._lookup, caches.save = lookup, save
+
+
+def _runs_tiles(entry: Any) -> bool:
+    facts = getattr(getattr(entry.compiled_bw, "result", None), "facts", None)
+    return facts is not None and any(w.op == TILED for w in facts.plan.workspaces)
 
 
 def _name(entry: Any, key: str) -> None:

@@ -265,6 +265,7 @@ def _rewrite_backward(
                     parts.append(_kept_rows(graph, held, plan))
             whole = parts[0] if len(parts) == 1 else _joined(graph, parts, value, plan)
             whole = _logical(graph, whole, value)
+            whole.meta.update({TOKENS: held.meta[TOKENS]} if TOKENS in held.meta else {})
         held.replace_all_uses_with(whole, delete_user_cb=lambda user, w=whole: user is not w)
         graph.erase_node(held)
         present[name] = whole

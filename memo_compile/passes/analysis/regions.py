@@ -1,0 +1,219 @@
+"""Finds regions of token-wise ops whose inner values are large: what may run tile by tile.
+
+A region grows from *wide* values, such as logits, along ops that go row by row, and through thin values between them,
+such as the sums of a softmax. What reads a wide value and makes a narrow one of it belongs to the region too, and so do
+sums over tokens, such as the gradient of a weight.
+
+Regions are convex: no value leaves a region and comes back into it. Each node has a *stage*, which grows along every
+edge that leaves a region; so nodes of one stage that hang together are convex.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
+from memo_compile.passes.analysis.token_axis import is_tensor, shape_of
+from memo_compile.passes.fx.facts import is_view, nbytes, storage_of
+
+THIN = 4  # numbers a token, at most: what a reduction over a row leaves, or a label
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes of one graph that may run tile by tile, in graph order.
+
+    Attributes:
+        nodes: what is computed row by row.
+        sums: what reads `nodes` and adds up over all tokens.
+        results: those of `nodes` that others read.
+        rows: the axes of all of these.
+        tokens: rows of the longest; some values may lack the last few.
+        inside: bytes of the wide values that nobody else reads.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    sums: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+    rows: Mapping[fx.Node, Rows]
+    tokens: int
+    inside: int
+
+
+def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | None = None) -> list[Region]:
+    """The regions around values of at least `wide` bytes, in graph order.
+
+    Args:
+        returned: what the graph returns, where that is not all that it now does: without what it would save.
+    """
+    rows = tile_rows(gm)
+    large = {n for n, r in rows.items() if not r.summed and is_tensor(n) and nbytes(n) >= wide}
+    if not large:
+        return []
+    few = THIN * min(_count(n, rows[n]) for n in large)
+    thin = {n for n in _behind(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
+    candidates = {n for n in large | thin if _alone(n, rows)}
+    stages = _stages(gm, candidates, rows)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    found: list[Region] = []
+    for part in _parts(candidates, stages, rows):
+        taken = candidates | {n for r in found for n in (*r.nodes, *r.sums)}
+        region = _region(part, large, rows, order, taken, returned) if part & large else None
+        if region is not None:
+            found.append(region)
+    return _in_some_order(gm, sorted(found, key=lambda r: order[r.nodes[0]]))
+
+
+def _in_some_order(gm: fx.GraphModule, regions: list[Region]) -> list[Region]:
+    """Without regions that would have to run before others and behind them."""
+    chosen: list[Region] = []
+    for region in regions:
+        if _can_be_ordered(gm, [*chosen, region]):
+            chosen.append(region)
+    return chosen
+
+
+def _can_be_ordered(gm: fx.GraphModule, regions: Sequence[Region]) -> bool:
+    """Whether the graph with each region as one node has no cycle (Kahn 1962)."""
+    group = {n: r.nodes[0] for r in regions for n in (*r.nodes, *r.sums)}
+    readers: dict[fx.Node, set[fx.Node]] = {}
+    waiting: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        of = group.get(node, node)
+        waiting.setdefault(of, 0)
+        for source in {group.get(a, a) for a in node.all_input_nodes} - {of}:
+            if of not in readers.setdefault(source, set()):
+                readers[source].add(of)
+                waiting[of] += 1
+    ready = [n for n, count in waiting.items() if not count]
+    left = len(waiting)
+    while ready:
+        left -= 1
+        for reader in readers.get(ready.pop(), ()):
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                ready.append(reader)
+    return left == 0
+
+
+def _count(node: fx.Node, rows: Rows) -> int:
+    """Tokens of all sequences."""
+    return math.prod(shape_of(node)[: rows.axis.dim + 1])
+
+
+def _is_thin(node: fx.Node, few: int) -> bool:
+    values = node.meta["val"]
+    values = values if isinstance(values, (tuple, list)) else [values]
+    return all(isinstance(v, torch.Tensor) and v.numel() <= few for v in values)
+
+
+def _alone(node: fx.Node, rows: Mapping[fx.Node, Rows]) -> bool:
+    """Whether the node's value is a tensor, or a tuple all of whose items go row by row."""
+    return is_tensor(node) or all(u in rows and not rows[u].summed for u in node.users)
+
+
+def fusible(source: fx.Node, reader: fx.Node, rows: Mapping[fx.Node, Rows]) -> bool:
+    """Whether rows of `reader` are made of the rows of `source` that the same tile has."""
+    needs = dict(zip(reader.all_input_nodes, rows[reader].needs, strict=True)) if reader in rows else {}
+    return needs.get(source) is not None and needs[source] == rows[source].axis
+
+
+def _behind(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """All that is made of any of `nodes`."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        new = set(stack.pop().users) - found
+        found |= new
+        stack += new
+    return found
+
+
+def _stages(gm: fx.GraphModule, candidates: Collection[fx.Node], rows: Mapping[fx.Node, Rows]) -> dict[fx.Node, int]:
+    """For each node the number of borders before it; as large as its readers allow, so that it is one of theirs.
+
+    A candidate that no other one reads stays with what it is made of.
+    """
+
+    def border(source: fx.Node, reader: fx.Node) -> bool:
+        return source in candidates and not (reader in candidates and fusible(source, reader, rows))
+
+    stages: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        stages[node] = max((stages[a] + border(a, node) for a in node.all_input_nodes), default=0)
+    for node in reversed(gm.graph.nodes):
+        if node not in candidates or not all(border(node, u) for u in node.users):
+            stages[node] = min((stages[u] - border(node, u) for u in node.users), default=stages[node])
+    return stages
+
+
+def _parts(
+    candidates: Collection[fx.Node], stages: Mapping[fx.Node, int], rows: Mapping[fx.Node, Rows]
+) -> Iterator[set[fx.Node]]:
+    """Candidates of one stage that hang together."""
+    left = set(candidates)
+    while left:
+        stack, part = [left.pop()], set[fx.Node]()
+        while stack:
+            node = stack.pop()
+            part.add(node)
+            beside = [a for a in node.all_input_nodes if a in left and fusible(a, node, rows)]
+            beside += [u for u in node.users if u in left and fusible(node, u, rows)]
+            for other in beside:
+                if other in left and stages[other] == stages[node]:
+                    left.discard(other)
+                    stack.append(other)
+        yield part
+
+
+def _region(
+    part: set[fx.Node],
+    large: Collection[fx.Node],
+    rows: Mapping[fx.Node, Rows],
+    order: Mapping[fx.Node, int],
+    taken: Collection[fx.Node],
+    returned: Collection[fx.Node] | None,
+) -> Region | None:
+    """The region around a part, without nodes that another one has taken."""
+    behind = _behind(part) - part
+    readers = {
+        u for n in part & set(large) for u in n.users if u in rows and u not in part and u not in taken and is_tensor(u)
+    }
+    joining = {
+        u for u in readers if all(fusible(a, u, rows) if a in part else a not in behind for a in u.all_input_nodes)
+    }
+    sums = {u for u in joining if rows[u].summed}
+    nodes = part | (joining - sums)
+    within = nodes | sums
+
+    def is_read(node: fx.Node) -> bool:
+        outside = [u for u in node.users if u not in within]
+        return any(u.op != "output" or returned is None or node in returned for u in outside)
+
+    results = [n for n in nodes if is_read(n)]
+    inside = [n for n in nodes if n in large and n not in results and _lies_alone(n) and not _is_source_of(n, results)]
+    tokens = max(rows[n].axis.tokens for n in nodes)
+    if not inside or any(not is_tensor(n) for n in results):
+        return None
+    key = order.__getitem__
+    return Region(
+        tuple(sorted(nodes, key=key)),
+        tuple(sorted(sums, key=key)),
+        tuple(sorted(results, key=key)),
+        rows,
+        tokens,
+        sum(nbytes(n) for n in inside),
+    )
+
+
+def _lies_alone(node: fx.Node) -> bool:
+    return not is_view(node)
+
+
+def _is_source_of(node: fx.Node, results: Collection[fx.Node]) -> bool:
+    return any(storage_of(r) is node for r in results)

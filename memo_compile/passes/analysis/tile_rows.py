@@ -1,0 +1,243 @@
+"""Along which token rows each op of one graph, forward or backward, may run a tile at a time.
+
+It asks the rules of `token_rules`, on the graph as it is, and knows a few ops more: those of a shifted loss, where
+the last tokens have no label, and those of the gradients of a softmax. What leaves the last rows out, or adds zeros in
+their place, still has row i made from row i: in a tile, either value has the rows that it has there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.passes.analysis.token_axis import Axes, Flow, TokenAxis, is_tensor, shape_of, wrapped
+from memo_compile.passes.analysis.token_rules import flow, is_elementwise, needs_of_pointwise, sliceable
+from memo_compile.passes.fx.facts import is_pure, schema_name
+from memo_compile.passes.fx.meta import TOKENS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The token axis of a value, and of each of `node.all_input_nodes` the axis of which its rows are made.
+
+    None: that operand is needed whole. `summed`: the op adds up over all tokens, and its result has no axis.
+    """
+
+    axis: TokenAxis
+    needs: tuple[TokenAxis | None, ...]
+    summed: bool = False
+
+
+def tile_rows(gm: fx.GraphModule) -> dict[fx.Node, Rows]:
+    """The nodes that may run tile by tile, and those that add up over tokens.
+
+    The graph's inputs, and values that no rule reaches, have the axes that `annotate_tokens` has left on them.
+    """
+    axes: dict[fx.Node, TokenAxis] = {}
+    items: dict[fx.Node, tuple[TokenAxis | None, ...]] = {}
+    rows: dict[fx.Node, Rows] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            _visit(node, axes, items, rows)
+        if node not in axes and TOKENS in node.meta and is_tensor(node):
+            axes[node] = node.meta[TOKENS].axis
+    _constants(gm, axes, rows)
+    for node in gm.graph.nodes:
+        summed = _summed(node, axes) if node.op == "call_function" and node not in axes else None
+        if summed is not None:
+            rows[node] = summed
+    return rows
+
+
+def _visit(
+    node: fx.Node,
+    axes: dict[fx.Node, TokenAxis],
+    items: dict[fx.Node, tuple[TokenAxis | None, ...]],
+    rows: dict[fx.Node, Rows],
+) -> None:
+    if node.target is operator.getitem:
+        parent, index = node.args
+        if isinstance(parent, fx.Node) and parent in items and isinstance(index, int):
+            axis = items[parent][index] if index < len(items[parent]) else None
+            if axis is not None and parent in rows:
+                axes[node] = axis
+                rows[node] = Rows(axis, (rows[parent].axis,))
+        return
+    if not is_pure(node) or not any(a in axes for a in node.all_input_nodes):
+        return
+    found = _flow(node, axes)
+    axis = next((a for a in found.outputs if a is not None), None) if found is not None else None
+    if found is None or axis is None or not sliceable(node, found):
+        return
+    rows[node] = Rows(axis, found.needs)
+    if is_tensor(node):
+        axes[node] = axis
+    else:
+        items[node] = found.outputs
+
+
+def _flow(node: fx.Node, axes: Axes) -> Flow | None:
+    rule = _MORE.get(schema_name(node))
+    found: Flow | str | None = rule(node, axes) if rule is not None else None
+    if found is None:
+        found = flow(node, axes)
+    return found if isinstance(found, Flow) and not found.mixing else None
+
+
+def _constants(gm: fx.GraphModule, axes: dict[fx.Node, TokenAxis], rows: dict[fx.Node, Rows]) -> None:
+    """What no data reaches, and whose rows a reader wants: constants, and elementwise ops on such."""
+    for node in reversed(gm.graph.nodes):
+        if node not in rows:
+            continue
+        for operand, need in zip(node.all_input_nodes, rows[node].needs, strict=True):
+            if need is None or operand in axes or operand.op != "call_function" or not is_tensor(operand):
+                continue
+            if is_constant(operand):
+                rows[operand] = Rows(need, ())
+            elif is_elementwise(operand) and is_pure(operand):
+                rows[operand] = Rows(need, needs_of_pointwise(operand, need))
+            axes[operand] = need
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a value is one number everywhere, of a shape that is written down."""
+    return node.target is torch.ops.aten.full.default
+
+
+def _summed(node: fx.Node, axes: Axes) -> Rows | None:
+    """An op that adds up over tokens: of all rows it makes the sum of what it makes of the rows of each tile."""
+    name, operands = schema_name(node), node.all_input_nodes
+    if not is_tensor(node) or not node.meta["val"].is_floating_point():
+        return None
+    if name == "aten::mm" and len(operands) == 2:
+        left, right = operands
+        by_left, by_right = axes.get(left), axes.get(right)
+        axis = by_left if by_left is not None and by_left.dim == 1 else None
+        if axis is None and by_right is not None and by_right.dim == 0:
+            axis = by_right.at(1)
+        return None if axis is None else Rows(axis, (axis, axis.at(0)), summed=True)
+    if name == "aten::sum" and len(operands) == 1 and operands[0] in axes:
+        axis, rank = axes[operands[0]], len(shape_of(operands[0]))
+        dims: Any = node.args[1] if len(node.args) > 1 else None
+        listed = dims if isinstance(dims, (list, tuple)) else [dims] if isinstance(dims, int) else []
+        reduced = {wrapped(d, rank) for d in listed} or set(range(rank))
+        return Rows(axis, (axis,), summed=True) if axis.dim in reduced else None
+    return None
+
+
+# Rules for tiles alone.
+
+
+def _whole_rows(node: fx.Node, source: Any, axes: Axes, dim: Any) -> TokenAxis | None:
+    """The axis of `source`, where `dim` is that axis' dimension and tokens alone count along it."""
+    axis = axes.get(source) if isinstance(source, fx.Node) else None
+    if axis is None or not isinstance(dim, int) or wrapped(dim, len(shape_of(source))) != axis.dim:
+        return None
+    return axis if axis.outer == axis.inner == 1 else None
+
+
+def _needs_of(node: fx.Node, **needs: Any) -> tuple[TokenAxis | None, ...]:
+    """Needs by the operands' names, None for the others."""
+    return tuple(needs.get(n.name) for n in node.all_input_nodes)
+
+
+def _first_rows(node: fx.Node, axes: Axes) -> Flow | None:
+    """`x[:, :n]`: the first rows of x. Starting elsewhere, row i would be another one's."""
+    args: Any = node.args
+    source, dim = args[0], args[1] if len(args) > 1 else 0
+    start = args[2] if len(args) > 2 else None
+    step = args[4] if len(args) > 4 else 1
+    axis = _whole_rows(node, source, axes, dim)
+    left = shape_of(node)[axis.dim] if axis is not None else 0
+    if axis is None or start not in (None, 0) or step != 1 or left < 2:
+        return None
+    return Flow((replace(axis, tokens=left),), _needs_of(node, **{source.name: axis}))
+
+
+def _zeros_behind(node: fx.Node, axes: Axes) -> Flow | None:
+    """`constant_pad_nd` that adds rows behind the last."""
+    args: Any = node.args
+    source, pads = args[0], args[1]
+    rank = len(shape_of(source))
+    axis = axes.get(source)
+    if axis is None or axis.outer != 1 or axis.inner != 1:
+        return None
+    before = 2 * (rank - 1 - axis.dim)
+    if before + 1 >= len(pads) or pads[before] != 0 or any(p for i, p in enumerate(pads) if i != before + 1):
+        return None
+    grown = shape_of(node)[axis.dim]
+    return (
+        Flow((replace(axis, tokens=grown),), _needs_of(node, **{source.name: axis})) if pads[before + 1] > 0 else None
+    )
+
+
+def _rows_written_first(node: fx.Node, axes: Axes) -> Flow | None:
+    """`slice_scatter(base, x, dim, 0, n)`: rows of x, and behind them those of base."""
+    args: Any = node.args
+    base, source, dim = args[0], args[1], args[2] if len(args) > 2 else 0
+    start = args[3] if len(args) > 3 else None
+    step = args[5] if len(args) > 5 else 1
+    axis = _whole_rows(node, source, axes, dim)
+    if axis is None or start not in (None, 0) or step != 1 or base is source or not isinstance(base, fx.Node):
+        return None
+    grown = replace(axis, tokens=shape_of(node)[axis.dim])
+    return Flow((grown,), _needs_of(node, **{base.name: grown, source.name: axis}))
+
+
+def _gradient_of_first_rows(node: fx.Node, axes: Axes) -> Flow | None:
+    """`slice_backward(x, sizes, dim, 0, n, 1)`: rows of x, and behind them zeros."""
+    args: Any = node.args
+    source, _, dim, start, _, step = args
+    axis = _whole_rows(node, source, axes, dim)
+    if axis is None or start not in (None, 0) or step != 1:
+        return None
+    grown = replace(axis, tokens=shape_of(node)[axis.dim])
+    return Flow((grown,), _needs_of(node, **{source.name: axis}))
+
+
+def _softmax_gradient(node: fx.Node, axes: Axes) -> Flow | None:
+    args: Any = node.args
+    gradient, result, dim = args[0], args[1], args[2]
+    axis = axes.get(gradient) or axes.get(result)
+    if axis is None or wrapped(dim, len(shape_of(gradient))) == axis.dim:
+        return None
+    return Flow((axis,), tuple(axis for _ in node.all_input_nodes))
+
+
+def _written_places(node: fx.Node, axes: Axes) -> Flow | None:
+    """`scatter(x, dim, index, value)` along another dimension than that of the tokens."""
+    args: Any = node.args
+    base, dim, index = args[0], args[1], args[2]
+    axis = axes.get(index) or axes.get(base)
+    operands = node.all_input_nodes
+    shapes = [shape_of(n) for n in operands if is_tensor(n)]
+    if axis is None or len(shapes) != len(operands) or wrapped(dim, len(shape_of(base))) == axis.dim:
+        return None
+    alike = all(len(s) == len(shape_of(index)) and s[axis.dim] == shape_of(index)[axis.dim] for s in shapes)
+    return Flow((axis,), tuple(axis for _ in operands)) if alike else None
+
+
+def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
+    """A constant in the shape of another value, of which nothing else is read."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source not in axes:
+        return None
+    return Flow((axes[source],), _needs_of(node, **{source.name: axes[source]}))
+
+
+_MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
+    "aten::slice": _first_rows,
+    "aten::constant_pad_nd": _zeros_behind,
+    "aten::slice_scatter": _rows_written_first,
+    "aten::slice_backward": _gradient_of_first_rows,
+    "aten::_log_softmax_backward_data": _softmax_gradient,
+    "aten::_softmax_backward_data": _softmax_gradient,
+    "aten::scatter": _written_places,
+    "aten::zeros_like": _constant_like,
+    "aten::ones_like": _constant_like,
+}

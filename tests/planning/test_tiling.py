@@ -1,0 +1,54 @@
+"""Tiles are taken where a budget needs them, as few as it does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import memo_compile
+
+TOKENS, WORDS, WIDTH = 512, 4096, 16
+LOGITS = TOKENS * WORDS * 4
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, ids):
+        x = torch.tanh(self.words(ids).cumsum(1))
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+def plan(**options):
+    return memo_compile.plan(Model(), (torch.zeros(1, TOKENS, dtype=torch.int64),), options=options)
+
+
+def calls(found):
+    """The tiled calls among what kernels take for themselves."""
+    return [w for w in found.workspaces if w.op == "memo.tiled_.default"]
+
+
+def test_the_least_memory_needs_no_whole_logits():
+    whole, tiled = (plan(memory_budget="min", tiles=tiles) for tiles in (1, "auto"))
+    assert whole.predicted_peak >= LOGITS
+    assert tiled.predicted_peak <= LOGITS / 4
+    assert len(calls(tiled)) == 2
+    assert not calls(whole)
+
+
+def test_a_budget_that_is_kept_without_gets_no_tiles():
+    assert not calls(plan(memory_budget=1.0, tiles="auto"))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_a_budget_below_whole_logits_is_kept_by_tiles(share):
+    found = plan(memory_budget=int(share * LOGITS), tiles="auto")
+    assert calls(found)
+    assert found.predicted_peak <= share * LOGITS
+
+
+def test_fewer_tiles_where_more_room_is():
+    few, many = (calls(plan(memory_budget=int(share * LOGITS), tiles="auto")) for share in (0.9, 0.2))
+    assert max(w.bytes for w in few) > max(w.bytes for w in many)

@@ -1,0 +1,137 @@
+"""Tiles give the gradients of the whole, hold less, and are one call however many there are."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memo_compile.passes.transforms import tile_bodies
+
+WORDS, WIDTH = 53, 8
+
+
+class Head(nn.Module):
+    """A body that mixes tokens, one or two heads on it, and a loss."""
+
+    def __init__(self, loss, *, bias=False, tied=False, frozen=False, heads=1, words=WORDS):
+        super().__init__()
+        self.words, self.loss = nn.Embedding(words, WIDTH), loss
+        self.norm = nn.LayerNorm(WIDTH)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, words, bias=bias) for _ in range(heads))
+        if tied:
+            self.heads[0].weight = self.words.weight
+        if frozen:
+            self.heads[0].requires_grad_(False)
+
+    def forward(self, ids, labels):
+        x = self.words(ids)
+        x = self.norm(torch.tanh(x + x.cumsum(1)))
+        return sum(self.loss(head(x), labels) for head in self.heads)
+
+
+def rows(logits, labels):
+    return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+
+
+def mean(logits, labels):
+    return F.cross_entropy(*rows(logits, labels), ignore_index=3)
+
+
+def total(logits, labels):
+    return F.cross_entropy(*rows(logits.double(), labels), reduction="sum")
+
+
+def weighted_rows(logits, labels):
+    weights = torch.linspace(0, 2, labels.numel(), dtype=logits.dtype)
+    return (F.cross_entropy(*rows(logits, labels), reduction="none") * weights).sum()
+
+
+def shifted(logits, labels):
+    return F.cross_entropy(*rows(logits[:, :-1], labels[:, 1:]), label_smoothing=0.1)
+
+
+def shifted_labels(logits, labels):
+    labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    return F.cross_entropy(*rows(logits, labels), ignore_index=-100)
+
+
+def class_weights(logits, labels):
+    weights = torch.linspace(1, 2, logits.shape[-1], dtype=logits.dtype)
+    return F.cross_entropy(*rows(logits, labels), weight=weights)
+
+
+def capped_with_z(logits, labels):
+    logits = torch.tanh(logits / 5) * 5
+    z = torch.logsumexp(logits, -1)
+    return F.cross_entropy(*rows(logits, labels)) + 0.1 * z.square().mean()
+
+
+def by_hand(logits, labels):
+    probabilities = torch.softmax(logits * 0.5, -1)
+    return -(probabilities.gather(-1, labels[..., None]).log() * (labels != 3)[..., None]).mean()
+
+
+def across_tokens(logits, labels):
+    """What comes behind the sum over all tokens cannot be in the same region."""
+    scale = logits.square().sum(1, keepdim=True).sqrt()
+    return F.cross_entropy(*rows(logits / scale, labels))
+
+
+LOSSES = (
+    mean,
+    total,
+    weighted_rows,
+    shifted,
+    shifted_labels,
+    class_weights,
+    capped_with_z,
+    by_hand,
+    across_tokens,
+)
+
+
+def drawn(seed):
+    """A model, its batch and a number of tiles."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    kinds = {kind: draw.random() < 0.4 for kind in ("bias", "tied", "frozen")}
+    model = Head(LOSSES[seed % len(LOSSES)], heads=draw.choice((1, 1, 2)), **kinds)
+    batch, tokens = draw.choice(((1, 37), (3, 24), (2, 31), (1, 64)))
+    ids, labels = (torch.randint(0, WORDS, (batch, tokens)) for _ in range(2))
+    return model, (ids, labels), draw.choice((2, 3, 5, 8))
+
+
+def gradients(model, compiled, batch):
+    model.zero_grad(set_to_none=True)
+    loss = compiled(*batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def compile_tiled(model, tiles, backend, **options):
+    torch.compiler.reset()
+    tile_bodies.programs().clear()
+    return torch.compile(model, backend=backend, options={"memory_budget": "min", "tiles": tiles, **options})
+
+
+def compare(model, batch, tiles, backend, **options):
+    model.double()
+    compiled = compile_tiled(model, tiles, backend, **options)
+    for found, wanted in zip(gradients(model, compiled, batch), gradients(model, model, batch), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(2 * len(LOSSES)))
+def test_gradients_are_those_of_the_whole(seed):
+    model, batch, tiles = drawn(seed)
+    compare(model, batch, tiles, "memo_eager")
+    assert tile_bodies.programs() or model.loss is across_tokens
+
+
+def test_compiled_bodies_give_the_same():
+    torch.manual_seed(0)
+    batch = tuple(torch.randint(0, WORDS, (2, 31)) for _ in range(2))
+    compare(Head(shifted, bias=True, tied=True), batch, 4, "memo", verify="poison")
+    assert len(tile_bodies.programs()) == 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import json
+import logging
 import os
 import resource
 import shutil
@@ -31,6 +32,8 @@ import torch
 
 from bench.common import ROOT, VOCABULARY, reference_llama, save
 from memo_compile.models import hugging_face
+
+log = logging.getLogger(__name__)
 
 WIDTH, HEADS, FFN = 64, 4, 192
 HOST = 2**32  # bytes: the same in both processes, however much is free
@@ -142,6 +145,7 @@ def in_process(folder: Path, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.compile", "--one", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    log.info("%s: %s", arguments, row)
     return row
 
 
@@ -217,6 +221,7 @@ def main() -> None:
         else:
             print(json.dumps(step(model, int(layers), int(tokens), backend, budget)))
         return
+    logging.basicConfig(level=logging.INFO)
     rows = rows_of(arguments.models, arguments.layers, arguments.budgets, arguments.tokens)
     save("compile", "python -m bench.compile", rows, table(rows))
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def main() -> None:
         return
     logging.basicConfig(level=logging.INFO)
     rows = rows_of(arguments.models, arguments.layers, arguments.budgets, arguments.tokens)
-    save("compile", "python -m bench.compile", rows, table(rows))
+    save("compile", shlex.join(["python", "-m", "bench.compile", *sys.argv[1:]]), rows, table(rows))
 
 
 if __name__ == "__main__":

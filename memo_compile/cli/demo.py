@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import memo_compile
 from memo_compile.errors import BudgetTooSmall, InvalidOption, MemoError, memo_error
+from memo_compile.logs import MIB
 from memo_compile.options import Options
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from memo_compile.schema import Plan
 
 HELP = "train a small model on real text under a budget, beside eager and Inductor"
-MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,16 @@ DUMP_VERSION = 2
 log = logger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dump:
-    """A folder for one graph, or None for no dump: without a trace either, every method does nothing."""
+    """A folder for one graph, or None for no dump: without a trace either, every method does nothing.
+
+    `watched` are the passes over each joint graph that came in, of which the last counts: one with symbols may have
+    come before.
+    """
 
     folder: Path | None
-    passes: Watching | None = None
+    watched: list[Watching] = field(default_factory=list)
 
     @property
     def wanted(self) -> bool:
@@ -86,7 +90,7 @@ class Dump:
         """`joint.py` and `joint.json`: the joint graph as it came in, before a pass has touched it."""
         if not self.wanted:
             return
-        self.passes = Watching(Watched({"joint": snapshot(gm)}))
+        self.watched.append(Watching(Watched({"joint": snapshot(gm)})))
         self._show("joint.py", readable(gm))
         try:
             graph = graph_to_json(gm)
@@ -98,18 +102,17 @@ class Dump:
 
     def watch(self, name: str, graphs: Graphs, found: Any) -> None:
         """Note what a pass did to the graphs, and what it found."""
-        if self.passes is not None:
-            self.passes(name, graphs, found)
+        if self.watched:
+            self.watched[-1](name, graphs, found)
 
     def decided(self, p: Prepared, decided: Decided, options: Options) -> None:
         """What the passes found, decided and did."""
         if not self.wanted:
             return
-        assert self.passes is not None
         self._show("annotated.py", annotated(p, decided))
         self._show("forward.py", readable(decided.forward))
         self._show("backward.py", readable(decided.backward))
-        for name, text in as_files(pass_log(self.passes, p, decided)).items():
+        for name, text in as_files(pass_log(self.watched[-1], p, decided)).items():
             self._show(name, text)
         picture = layer_dot(p, decided)
         if picture is not None:

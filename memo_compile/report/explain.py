@@ -25,7 +25,7 @@ from memo_compile.codegen.compiler import look
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.options import Options
 from memo_compile.passes.analysis.liveness import reaches_memory
-from memo_compile.passes.fx.facts import is_view, nbytes, op_name, schema_name, source_line, storage_of
+from memo_compile.passes.fx.facts import MATMULS, is_view, nbytes, op_name, schema_name, source_line, storage_of
 from memo_compile.planning.prepared import Prepared
 from memo_compile.report.dumps import Dump
 from memo_compile.report.explanation import (
@@ -208,7 +208,7 @@ def _squares(p: Prepared) -> set[str]:
     for n in p.joint.graph.nodes:
         if n.op != "call_function" or not nbytes(n) or not any(_shape(n).count(s) >= 2 for s in sizes):
             continue
-        matmul = schema_name(n) in ("aten::mm", "aten::addmm", "aten::bmm")
+        matmul = schema_name(n) in MATMULS
         if (matmul and storage_of(n.all_input_nodes[-1]) in floating) or widths.intersection(n.all_input_nodes):
             widths.add(n)
         elif tuple(sorted(_shape(n))) not in theirs:

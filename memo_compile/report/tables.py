@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 
+from memo_compile.logs import MIB
 from memo_compile.schema import ActivationPlan, Plan
-
-MIB = 2**20
 
 
 def layer_table(plan: Plan, width: int = 160) -> str:

@@ -14,12 +14,11 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.build import call
-from memo_compile.passes.fx.facts import nbytes
+from memo_compile.passes.fx.facts import MATMULS, nbytes, schema_name
 from memo_compile.passes.fx.provenance import provenance
 
 ADDS = 3  # in one sum, at least: the three gradients of queries, keys and values may be added at once
 SMALL = 2**20  # bytes
-_MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 _CASTS = frozenset({torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default})
 
 
@@ -65,6 +64,6 @@ def _matmul_in(node: fx.Node, beside: fx.Node | None = None) -> fx.Node | None:
         made = term
         while made.target in _CASTS and len(made.users) == 1 and isinstance(made.args[0], fx.Node):
             made = made.args[0]
-        if made.target in _MATMULS and len(made.users) == 1 and term.meta["val"].shape == node.meta["val"].shape:
+        if schema_name(made) in MATMULS and len(made.users) == 1 and term.meta["val"].shape == node.meta["val"].shape:
             return made
     return None

@@ -67,7 +67,7 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
             bw_compiler=backward,
             inference_compiler=inference,
             partition_fn=partition,
-            decompositions=losses_by_rows() if setting.options.tiles != 1 else None,
+            decompositions=losses_by_rows() if asks_for_tiles(setting.options.tiles) else None,
         )(gm, inputs)
     return first_step.forward(compiled)
 
@@ -108,6 +108,11 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
     dump.plan(emitted.plan)
     dump.report(p, decided, emitted.plan)
     return emitted
+
+
+def asks_for_tiles(tiles: int | str) -> bool:
+    """Whether tiles are asked for by number. Else losses, and their bits, stay as torch has them."""
+    return isinstance(tiles, int) and tiles > 1
 
 
 @cache

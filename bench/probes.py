@@ -350,7 +350,7 @@ def lengths() -> Answer:
 KINDS_OF_KERNELS = {
     "copies": ("memcpy", "memset"),
     "attention": ("fmha", "flash", "attention", "cudnn_generated"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+    "matmuls": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
     "fused": ("triton",),
 }
 

@@ -1,3 +1,8 @@
+import os
+
+# Off as outside of CI: a test calls an op whose schema is wrong, of which torch warns.
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "0"
+
 import pytest
 import torch
 

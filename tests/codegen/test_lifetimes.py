@@ -101,9 +101,7 @@ def trained(fn, dtype=torch.float64):
 
 @pytest.mark.filterwarnings("ignore:.*this custom operator")  # torch warns of results that are operands, and goes on
 @pytest.mark.parametrize("model", [regions, mutating_regions, custom_ops, branches, loops])
-def test_gradients_are_those_of_eager(model, monkeypatch):
-    if hasattr(torch._functorch.config, "error_on_custom_op_aliasing"):  # on in CI, off elsewhere
-        monkeypatch.setattr(torch._functorch.config, "error_on_custom_op_aliasing", False)
+def test_gradients_are_those_of_eager(model):
     expected = trained(model)
     for options in (None, {"memory_budget": "min"}):
         torch._dynamo.reset()

@@ -56,8 +56,8 @@ def check_growing() -> None:
     for buffer in V.graph.name_to_buffer.values():
         layout = getattr(buffer, "layout", None)
         shape, stride = getattr(layout, "size", None), getattr(layout, "stride", None)
-        if shape is None or stride is None:
-            continue
+        if shape is None or stride is None or getattr(buffer, "name", None) is None:
+            continue  # what stands for a block within a template has no name, and no memory
         span = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True))
         span = getattr(span, "xreplace", lambda _, whole=span: whole)(sizes.inv_precomputed_replacements)
         if not getattr(span, "free_symbols", ()) or span in checked:

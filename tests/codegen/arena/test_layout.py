@@ -32,6 +32,7 @@ print(memo_compile.plans()[-1].predicted_peak, memo_compile.plans()[-1].unplanne
 """
 
 
+@pytest.mark.grid
 def test_two_budgets_against_one_warm_cache(tmp_path):
     """Inductor's caches know nothing of plans: a hit would bring the other plan's offsets."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(zoo.__file__)}

@@ -53,7 +53,8 @@ def digest_of(setting: Setting) -> str:
         "host": setting.host if setting.asks and setting.options.offload else 0,
         "profile": asdict(setting.profile),
         "device": str(setting.device),
-        "processor": (platform.machine(), torch.backends.cpu.get_cpu_capability()),
+        # What kernels take for themselves goes by threads.
+        "processor": (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
         "seen": sorted((repr(key), size) for key, size in seen().bytes.items()),
     }
     return sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -182,7 +182,7 @@ def test_torchs_own_switches_hold(monkeypatch):
         assert key.key_for(setting_, graph, []) is None
 
 
-def test_the_key_knows_what_a_plan_depends_on():
+def test_the_key_knows_what_a_plan_depends_on(monkeypatch):
     made = setting.settled_bytes(setting.setting_for(memo_compile.Options(memory_budget=2**20, host_budget=2**20), []))
     others = [
         replace(made, host=2**21),
@@ -196,6 +196,8 @@ def test_the_key_knows_what_a_plan_depends_on():
     digests = {key.digest_of(s) for s in [made, *others]}
     assert len(digests) == 1 + len(others)
     assert key.digest_of(replace(made, name="graph_77")) in digests
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert key.digest_of(made) not in digests
 
 
 def test_a_hit_is_refused_what_a_plan_is_refused(first, monkeypatch):

@@ -45,3 +45,16 @@ def test_single_lengths_between_are_looked_at():
     peak = Max(a, 1000 * Max(0, 1 - (a - 100) ** 2))
     assert not is_largest_at_the_end(peak, BOX)
     assert is_largest_at_the_end(peak, {a: (101, 128)})
+
+
+def test_combinations_within_are_looked_at():
+    """Only at 50 and 60 it is larger than at the end: on no edge."""
+    peak = Max(a * b, 10**6 * Max(0, 1 - (a - 50) ** 2) * Max(0, 1 - (b - 60) ** 2))
+    assert not is_largest_at_the_end(peak, BOX)
+    assert is_largest_at_the_end(peak, {**BOX, a: (51, 128)})
+
+
+def test_too_many_lengths_are_not_looked_at():
+    rest = a - FloorDiv(11 * a, 16)
+    assert is_largest_at_the_end(rest, {a: (2, 2**20)})
+    assert not is_largest_at_the_end(rest, {a: (2, 2**30)})

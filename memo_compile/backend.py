@@ -94,8 +94,9 @@ def _compiled(
     # Loaded when a backend is used, not when torch lists them.
     from memo_compile.passes.fx.ranges import NoRange, NothingPlanned
     from memo_compile.report.dumps import Dump
-    from memo_compile.runtime.kept_budgets import as_dynamo_would, kept, twin
+    from memo_compile.runtime.kept_budgets import kept
     from memo_compile.runtime.more_calls import for_all_calls
+    from memo_compile.runtime.planning_again import twin
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)
@@ -121,8 +122,7 @@ def _compiled(
 
     def for_more(calls: int, args: list[Any]) -> Compiled:
         more = replace(setting, calls=calls, first_step=setting.first_step.another())
-        with as_dynamo_would():
-            return measured(planned(twin(spare), args, more), more)
+        return measured(planned(twin(spare), args, more), more)
 
     if not any(is_symbolic(size) for size in sizes_of(inputs)):  # what one length held is no measure for another
         compiled = for_all_calls(measured(compiled, setting), setting.name, setting.calls, for_more)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import torch.fx as fx
 
 from memo_compile.errors import BudgetExceeded, BudgetTooSmall
 from memo_compile.logs import MIB, logger
 from memo_compile.registry import registry
 from memo_compile.runtime.first_step import FirstStep, Overrun
+from memo_compile.runtime.planning_again import as_dynamo_would
 from memo_compile.workspaces.seen import seen
 
 log = logger(__name__)
@@ -32,58 +29,38 @@ def kept(compiled: Compiled, step: FirstStep, recompile: Callable[[FirstStep, li
     """
     current, latest, planned_again = compiled, step, False
 
-    def run(*args: Any) -> Any:
+    def judge(overrun: Overrun, args: list[Any]) -> None:
         nonlocal current, latest, planned_again
-        overrun, latest.overrun = latest.overrun, None
-        if overrun is not None and not _is_news(latest.name, overrun):
+        if not _is_news(latest.name, overrun):
             # What else runs within the step (hooks, other graphs, other threads) counts too: no reason to end training.
             log.warning(
                 "%s: a step held %.1f MiB, over its budget of %.1f MiB, and no op is seen to have taken it",
                 *(latest.name, overrun.held / MIB, overrun.budget / MIB),
             )
-        elif overrun is not None:
-            if planned_again or _ranks() > 1:
-                raise _refusal(latest.name, overrun)
-            log.warning(
-                "%s: the first step held %.1f MiB, over its budget of %.1f MiB; it is planned again with what was seen",
-                *(latest.name, overrun.held / MIB, overrun.budget / MIB),
-            )
-            seen().add(overrun.taken)
-            planned_again = True
-            latest = latest.another()
-            try:
-                with as_dynamo_would():
-                    current = recompile(latest, list(args))
-            except BudgetTooSmall as error:
-                raise _refusal(latest.name, overrun) from error
+            return
+        if planned_again or _ranks() > 1:
+            raise _refusal(latest.name, overrun)
+        log.warning(
+            "%s: the first step held %.1f MiB, over its budget of %.1f MiB; it is planned again with what was seen",
+            *(latest.name, overrun.held / MIB, overrun.budget / MIB),
+        )
+        seen().add(overrun.taken)
+        planned_again = True
+        latest = latest.another()
+        try:
+            current = recompile(latest, args)
+        except BudgetTooSmall as error:
+            raise _refusal(latest.name, overrun) from error
+
+    def run(*args: Any) -> Any:
+        if latest.overrun is not None:
+            with as_dynamo_would():
+                overrun, latest.overrun = latest.overrun, None  # unless another thread was first
+                if overrun is not None:
+                    judge(overrun, list(args))
         return current(*args)
 
     return run
-
-
-def twin(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph to compile later, with the same modules and parameters: compiling rewrites a graph.
-
-    Private torch APIs, tried with torch 2.13: what Dynamo leaves on a graph and its inputs, by which AOTAutograd knows
-    parameters (`torch/_functorch/_aot_autograd/frontend_utils.py`).
-    """
-    made = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    made.meta.update(gm.meta)
-    for node, original in zip(made.graph.nodes, gm.graph.nodes, strict=True):
-        node.__dict__.update({k: v for k, v in original.__dict__.items() if k == "_dynamo_source"})
-    if hasattr(gm, "_param_name_to_source"):
-        made._param_name_to_source = gm._param_name_to_source
-    return made
-
-
-@contextlib.contextmanager
-def as_dynamo_would() -> Iterator[None]:
-    """What a compiler finds around it when Dynamo calls it; sizes are numbers by now."""
-    from torch._guards import TracingContext, tracing  # only where it is used: private parts of torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with tracing(TracingContext(FakeTensorMode())):
-        yield
 
 
 def _ranks() -> int:

@@ -9,6 +9,7 @@ import torch
 
 from memo_compile.logs import logger
 from memo_compile.runtime.outstanding import ledger
+from memo_compile.runtime.planning_again import as_dynamo_would
 
 log = logger(__name__)
 
@@ -26,17 +27,25 @@ def for_all_calls(compiled: Compiled, graph: str, calls: int, again: Callable[[i
     """
     current, known = compiled, calls
 
-    def run(*args: Any) -> Any:
+    def too_many() -> bool:
+        return torch.is_grad_enabled() and ledger().outstanding(graph) >= known
+
+    def plan_again(args: list[Any]) -> None:
         nonlocal current, known
-        waiting = ledger().outstanding(graph) if torch.is_grad_enabled() else 0
-        if waiting >= known:
-            known = 2 * waiting
-            log.warning(
-                "%s: %d calls wait for their backward, and it was planned for %d; it is planned again for %d. "
-                'options={"calls": ...} tells how many there will be, and spares that.',
-                *(graph, waiting + 1, known // 2, known),
-            )
-            current = again(known, list(args))
+        more = 2 * ledger().outstanding(graph)
+        log.warning(
+            "%s: %d calls wait for their backward, and it was planned for %d; it is planned again for %d. "
+            'options={"calls": ...} tells how many there will be, and spares that.',
+            *(graph, more // 2 + 1, known, more),
+        )
+        current = again(more, args)
+        known = more
+
+    def run(*args: Any) -> Any:
+        if too_many():
+            with as_dynamo_would():
+                if too_many():  # unless another thread was first
+                    plan_again(list(args))
         return current(*args)
 
     return run

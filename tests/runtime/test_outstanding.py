@@ -1,5 +1,7 @@
 """A budget is for all calls of a graph that wait for their backward at once, however they come about."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -155,3 +157,36 @@ def test_the_program_counts_what_the_calls_before_keep():
         assert max(memory_profile(problem, decision.residency)) <= decision.peak + 1
         assert simulate(problem, decision.residency).fits
     assert smallest_peak(stack(4)) == smallest_peak(stack(1))
+
+
+def test_threads_that_plan_again_take_turns():
+    """Tracing keeps state that all threads share: hooks, patched modules, flags."""
+    torch._dynamo.reset()
+    memo_compile.reset()
+    torch.manual_seed(0)
+    halves = [nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)]).double() for _ in range(2)]
+    x = torch.randn(64, 16, dtype=torch.float64)
+
+    def run(fn):
+        return fn(x).sin().sum()
+
+    step = torch.compile(run, backend="memo_eager", dynamic=False, options={"memory_budget": 1.0})
+    wanted = [torch.autograd.grad(run(half), list(half.parameters())) for half in halves]
+    for half in halves:
+        step(half).backward()
+    got: dict[int, list] = {}
+    together = threading.Barrier(len(halves))
+
+    def work(number):
+        together.wait()
+        losses = [step(halves[number]) for _ in range(3)]
+        got[number] = [torch.autograd.grad(loss, list(halves[number].parameters())) for loss in losses]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(halves))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, gradients in enumerate(wanted):
+        for each in got[number]:
+            torch.testing.assert_close(each, gradients, rtol=1e-10, atol=1e-12)

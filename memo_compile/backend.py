@@ -15,9 +15,10 @@ from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
 from memo_compile.runtime.verification import verified
-from memo_compile.trace.buckets import keep_whole
+from memo_compile.trace.buckets import keep_whole, unwrapped
 from memo_compile.trace.captured import holds_planned_backward
 from memo_compile.trace.frames import note_graph_break, note_shapes
+from memo_compile.trace.scales import keep_symbolic
 from memo_compile.versions import check_torch
 
 if TYPE_CHECKING:
@@ -144,4 +145,10 @@ def _asks(backend: Any, arguments: Mapping[str, Any], inputs: Sequence[Any]) -> 
     return asks(Options.parse(arguments.get("options"), mode=arguments.get("mode")), device_of(inputs))
 
 
-keep_whole(_asks)  # torch loads this module when it looks a backend up, before it cuts anything
+def _is_ours(backend: Any) -> bool:
+    return unwrapped(backend)[0] in (memo, memo_eager)
+
+
+# torch loads this module when it looks a backend up, before it traces or cuts anything.
+keep_whole(_asks)
+keep_symbolic(_is_ours)

@@ -259,7 +259,7 @@ def _carried_out(joint: fx.GraphModule, p: Prepared, decided: Decided, ends: End
     numbers_known = Workspaces(p.fused, given=known)
     saved = tuple(nodes[n.name] for n in p.saved)
     symbolic = replace(p, joint=joint, saved=saved, workspaces=numbers_known)
-    environment = _shape_env(joint)
+    environment = next(iter(ends.inputs.values())).node.shape_env
     before = len(environment.guards)
     sliced = carry_out(symbolic, homes, overlap=decided.overlap, host_budget=host)
     for guard in environment.guards[before:]:
@@ -274,10 +274,6 @@ def _holds(condition: Any, ends: Ends) -> bool:
         return True
     points = ({s: max(2, end - end * i // SAMPLES) for s, end in ends.values.items()} for i in range(SAMPLES))
     return all(bool(condition.xreplace({s: point[s] for s in condition.free_symbols})) for point in points)
-
-
-def _shape_env(joint: fx.GraphModule) -> Any:
-    return next(s.node.shape_env for s in _tensor_sizes(joint))
 
 
 def _symbolic(home: Residency, node: fx.Node) -> Residency:

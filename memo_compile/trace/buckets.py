@@ -35,7 +35,7 @@ def keep_whole(wants: Wants) -> None:
 def _whole(compile_fn: Any, wants: Wants) -> Any:
     @wraps(compile_fn)
     def run(optimizer: Any, gm: Any, inputs: Any, **rest: Any) -> Any:
-        backend, arguments = _unwrapped(optimizer.backend_compile_fn)
+        backend, arguments = unwrapped(optimizer.backend_compile_fn)
         if not wants(backend, arguments, inputs):
             return compile_fn(optimizer, gm, inputs, **rest)
         log.warning(
@@ -47,7 +47,7 @@ def _whole(compile_fn: Any, wants: Wants) -> Any:
     return run
 
 
-def _unwrapped(backend: Any) -> tuple[Any, Mapping[str, Any]]:
+def unwrapped(backend: Any) -> tuple[Any, Mapping[str, Any]]:
     """The function that is registered as a backend, and what `torch.compile` calls it with."""
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend

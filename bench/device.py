@@ -6,11 +6,12 @@ Runs from a checkout, installed or not, and needs no network. Packages: torch wi
 rich, pytest, pytest-xdist, hypothesis; where they are there also transformers, peft, liger-kernel (rows of their
 models), matplotlib (plots).
 
-1. `pytest tests/gpu`, shared out over workers. 2. `bench.fuzz` on the card. 3. Rows: those that are missing or older
-than the code first, then those that another card has. 4. Probes: questions with a figure for an answer. In what order
-these take turns is `bench/agenda.py`'s. What is not expected to end in time is not begun; what does not is ended, and
-begun again next time. Each row and each answer is stored at once, with card, versions, commit and the hash of the code
-that it depends on, and a second run goes on where the first stopped.
+1. `pytest tests/gpu`, shared out over workers, for two minutes; what has not passed by then goes on next time.
+2. `bench.fuzz` on the card. 3. Rows: those that are missing or older than the code first, then those that another card
+has. 4. Probes: questions with a figure for an answer. In what order these take turns is `bench/agenda.py`'s. What is
+not expected to end in time is not begun; what does not is ended, and begun again next time. Each row and each answer is
+stored at once, with card, versions, commit and the hash of the code that it depends on, and a second run goes on where
+the first stopped.
 
 DIR gets gpu.json (rows), device.json (the rest), gpu.md and gpu.png (the page), tests.log and fuzz.log; rows and
 answers that are committed but not in DIR are taken over. `--dry` says what would be run and how long it took last time.
@@ -32,17 +33,18 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from bench import pages, roster
-from bench.agenda import Item, agenda, expected, in_small, resolved, state
+from bench.agenda import TESTS_LAST, Item, agenda, expected, in_small, resolved, state
 from bench.common import RESULTS, ROOT, child_environment
 from bench.fuzzing.oracle import FAILURES
 from bench.provenance import card, made
@@ -55,6 +57,7 @@ FUZZED = ("memo_eager", "memo")  # backends
 FUZZ_MINUTES, FUZZ_JOBS, FUZZ_LAST = 0.6, 7, 20.0  # seconds for what has begun by then
 SPARE = 8.0  # seconds at the end, for the page
 HOW = "PASSED|FAILED|ERROR|SKIPPED"
+NOTHING_LEFT = 5  # pytest's exit status where it ran no test
 TAIL = 3000  # characters of a log that are stored with its part
 
 
@@ -73,11 +76,15 @@ class Ran:
     text: str
 
 
-def run_within(command: Sequence[str], seconds: float) -> Ran:
-    """Run a command of this checkout, and end it and all it started when its time is over."""
+def run_within(command: Sequence[str], seconds: float, more: Mapping[str, str] = MappingProxyType({})) -> Ran:
+    """Run a command of this checkout, and end it and all it started when its time is over.
+
+    `more` is for its environment.
+    """
+    environment = {**child_environment(), **more}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=child_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.1, seconds))
@@ -87,23 +94,31 @@ def run_within(command: Sequence[str], seconds: float) -> Ran:
         return Ran(code, log.read())
 
 
-def tests(seconds: float) -> tuple[bool, Row, str]:
-    """Whether `tests/gpu` ran to its end, how each test did, and the log."""
+def tests(seconds: float, before: Row | None) -> tuple[bool, Row, str]:
+    """Whether `tests/gpu` ran to its end, how each test did, and the log.
+
+    `before` is what a run of the same code said that was ended: what passed then is not run again.
+    """
     many = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
-    ran = run_within([sys.executable, "-m", "pytest", "tests/gpu", "-v", "-p", "no:cacheprovider", *many], seconds)
+    done = (before or {}).get("done", [])
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-v", "-p", "no:cacheprovider", *many]
+    ran = run_within(command, min(seconds, TESTS_LAST), {"MEMO_TESTS_DONE": "\n".join(done)})
     said = outcomes(ran.text)
+    said["passed"] += len(done)
+    said["done"] = sorted({*said["done"], *done})
     if ran.code != 0:
         said["log"] = ran.text[-TAIL:]
-    return ran.code in (0, 1), said, ran.text
+    return ran.code in (0, 1) or (ran.code == NOTHING_LEFT and bool(done)), said, ran.text
 
 
 def outcomes(log: str) -> Row:
-    """How many tests passed, failed and so on, and which went wrong: from pytest's lines, one a test, also cut off."""
+    """How many tests passed, failed and so on, and which did what: from pytest's lines, one a test, also cut off."""
     shared = re.findall(rf"^\[gw\d+\].*?({HOW}) (tests/\S+)", log, re.MULTILINE)
     alone = [(how, name) for name, how in re.findall(rf"^(tests/\S+) ({HOW})", log, re.MULTILINE)]
     found = shared + alone
     said: Row = {how.lower(): sum(h == how for h, _ in found) for how in HOW.split("|")}
     said["wrong"] = sorted({name for how, name in found if how in ("FAILED", "ERROR")})
+    said["done"] = sorted({name for how, name in found if how == "PASSED"} - set(said["wrong"]))
     return said
 
 
@@ -142,7 +157,8 @@ def verdicts(folder: Path, backend: str) -> Row:
 
 def probe(name: str, seconds: float, device: str) -> tuple[bool, Row, str]:
     """Whether a probe answered, and the answer."""
-    ran = run_within([sys.executable, "-m", "bench.probes", name, "--device", device], seconds)
+    tiny = ["--tiny"] if device == "cpu" else []
+    ran = run_within([sys.executable, "-m", "bench.probes", name, *tiny], seconds)
     answers = [line for line in ran.text.splitlines() if line.startswith("{")]
     if ran.code == 0 and answers:
         return True, json.loads(answers[-1]), ran.text
@@ -235,7 +251,7 @@ class Session:
     def _part(self, item: Item) -> bool:
         started = time.monotonic()
         if item.name == "tests":
-            finished, said, text = tests(self.left)
+            finished, said, text = tests(self.left, self._cut_off(item))
         elif item.name == "fuzz":
             finished, said, text = fuzz(self.left, self.device)
         else:
@@ -250,8 +266,14 @@ class Session:
             **part,
         }
         write_whole(self.out / "device.json", {"parts": self.parts})
-        self._say(item, json.dumps({key: value for key, value in said.items() if key not in ("log", "profile")}))
+        self._say(item, json.dumps({key: value for key, value in said.items() if key not in pages.UNSAID}))
         return finished
+
+    def _cut_off(self, item: Item) -> Row | None:
+        """What a run of a part said that was ended, if it was of this very code."""
+        part = self.parts.get(f"{self.card}/{item.name}", {})
+        known = part.get("code") == roster.part_code() and not part["finished"]
+        return part["said"] if known else None
 
     def _say(self, item: Item, what: str) -> None:
         print(f"{item.name}: {what} ({self.left:.0f} s left)", flush=True)

@@ -2,7 +2,7 @@
 
 `llama-8b` and `gpt-7b` are the package's own; `hf-llama-8b` is Hugging Face's at the same sizes, `-lora` the same with
 adapters of rank 16 on all products of a layer and everything else frozen, and `hf-qwen3-moe` a small mixture of
-experts whose shapes do not depend on how tokens are routed.
+experts whose shapes do not depend on how tokens are routed. memo is given these with their own loss, over whole logits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.peers import Trained, _ChunkedLoss
+from memo_compile import loss_only
 from memo_compile.models import GPT, GPTConfig, Llama, LlamaConfig
 
 RANK = 16  # of the adapters
@@ -55,6 +56,24 @@ class HFTrained(nn.Module):
         """tokens, labels: (1, tokens)."""
         loss: Tensor = _ChunkedLoss.apply(self.hidden(tokens).flatten(0, 1), self.base.lm_head.weight, shifted(labels))
         return loss
+
+
+class OwnLoss(nn.Module):
+    """A Hugging Face model that is asked for its loss alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = loss_only(model)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """tokens, labels: (1, tokens)."""
+        loss: Tensor = self.model(input_ids=tokens, labels=labels, use_cache=False).loss
+        return loss
+
+
+def given_to_memo(trained: nn.Module) -> nn.Module:
+    """Hugging Face's models with the loss that they compute themselves, over whole logits, which memo tiles."""
+    return OwnLoss(trained.model) if isinstance(trained, HFTrained) else trained
 
 
 def shifted(labels: Tensor) -> Tensor:

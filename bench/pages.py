@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import roster
+from bench import goals, questions, roster
 from bench.common import RESULTS
 from bench.rows import Row, Rows, is_current
 
 GIB = 2**30
 REMARKS = "gpu-remarks.md"  # beside the page, by hand; the program copies it below the tables
+UNSAID = ("log", "profile", "done")  # what is stored with a part and stands in no line
 PLOTTED = ("llama-8b", 4)  # model and layers
 
 HEAD = """# Measured on GPUs
@@ -28,7 +29,9 @@ def write(rows: Rows, parts: Mapping[str, Row]) -> None:
     page = rows.path.with_suffix(".md")
     picture = rows.path.with_suffix(".png")
     shown = f"![tokens/s against peak, and the longest length by peer]({picture.name})\n" if plotted(rows) else ""
-    chapters = [HEAD, shown, tables(rows), answers(parts), remarks(page.parent)]
+    goal = f"## What it is to show\n\n{goals.table(rows)}\n"
+    asked = f"## Open questions\n\n`python -m bench.probes NAME` asks.\n\n{questions.table(parts)}\n"
+    chapters = [HEAD, goal, shown, tables(rows), asked, answers(parts), remarks(page.parent)]
     page.write_text("\n".join(chapter for chapter in chapters if chapter))
     plot(rows, picture)
 
@@ -56,7 +59,7 @@ def answers(parts: Mapping[str, Row]) -> str:
     """The tests, the fuzzer and the probes: what each said, when it was run and with which commit."""
     lines = []
     for name, part in sorted(parts.items()):
-        said = {key: value for key, value in part.get("said", {}).items() if key not in ("log", "profile")}
+        said = {key: value for key, value in part.get("said", {}).items() if key not in UNSAID}
         what = ", ".join(f"{key} {_short(value)}" for key, value in said.items())
         commit = part["commit"] or part["code"]
         lines.append(f"- {name.removeprefix('NVIDIA ')} ({commit}, {part['seconds']:.0f} s): {what}")

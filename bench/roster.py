@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bench.models import given_to_memo
 from bench.peers import AT, PEERS, Run, memo
 from bench.provenance import code_of
 from bench.tiled import alst, liger
@@ -32,10 +33,14 @@ def is_known(peer: str) -> bool:
 
 def make(peer: str, budget: int) -> Callable[[Any], Run]:
     """What makes a step's forward of a model; `budget` in bytes, for memo within another's peak."""
-    if peer in ALL:
-        return ALL[peer]
+    return (lambda trained: _memo(peer, budget)(given_to_memo(trained))) if is_memo(peer) else ALL[peer]
+
+
+def _memo(peer: str, budget: int) -> Callable[[Any], Run]:
     if peer.startswith(AT):
         return memo(memory_budget=budget)
+    if peer in ALL:
+        return ALL[peer]
     asked = peer.removeprefix(MEMO)
     return memo(memory_budget=float(asked) if asked.replace(".", "", 1).isdigit() else asked)
 
@@ -55,4 +60,4 @@ def code(model: str, peer: str) -> str:
 
 def part_code() -> str:
     """The code of what is run beside rows: tests, fuzzer and probes."""
-    return code_of(("memo_compile", "tests/gpu", "bench/probes.py"))
+    return code_of(("memo_compile", "tests/gpu", "bench/probes"))

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("bench.device", reason="the benchmarks lie beside the package, not in it")
 
-from bench import agenda, device, pages, probes, provenance, roster, rows, worker
+from bench import agenda, device, pages, provenance, roster, rows, worker
 from bench.agenda import Item
 from bench.measurement import Case
 
@@ -63,6 +66,8 @@ def test_rows_are_measured_in_order_and_stored_with_where_they_come_from(ran):
         assert row["torch"]
         assert 0 < row["model_seconds"] < row["seconds"] < row["wall_seconds"]
         assert ("predicted_seconds" in row) == row["peer"].startswith("memo")
+    assert mine["memo@checkpoint"]["moved_out"] == mine["memo@checkpoint"]["planned_out"]
+    assert mine["memo@checkpoint"]["host_bytes"] == mine["memo@checkpoint"]["planned_host_bytes"]
 
 
 def test_a_second_run_measures_nothing_again(ran, monkeypatch):
@@ -257,23 +262,67 @@ def test_code_changes_with_what_a_row_depends_on(tmp_path):
     assert "memo_compile" not in roster.sources("llama-8b", "checkpoint")
 
 
-def test_a_probe_that_cannot_run_says_why(monkeypatch, tmp_path):
-    finished, said, _ = device.probe("link", 60.0, "cpu")
+def test_a_probe_that_cannot_run_says_why():
+    finished, said, _ = device.probe("nothing", 60.0, "cpu")
     assert not finished
-    assert "probes ask a CUDA device" in said["log"]
+    assert "invalid choice" in said["log"]
+
+
+def test_a_probes_answer_is_its_last_line():
+    finished, said, _ = device.probe("link", 60.0, "cpu")
+    assert (finished, said) == (True, {"skipped": "asks a CUDA device"})
+
+
+LOGS = [
+    device.Ran(None, "tests/gpu/a.py::b PASSED\ntests/gpu/a.py::c PASSED"),
+    device.Ran(0, "tests/gpu/a.py::d PASSED"),
+    device.Ran(device.NOTHING_LEFT, ""),
+]
+
+
+def test_tests_that_passed_before_their_time_was_over_are_not_run_again(monkeypatch):
+    asked = []
+
+    def run_within(command, seconds, more):
+        asked.append((seconds, more["MEMO_TESTS_DONE"].split()))
+        return LOGS[len(asked) - 1]
+
+    monkeypatch.setattr(device, "run_within", run_within)
+    finished, said, _ = device.tests(500.0, None)
+    assert (finished, said["passed"], said["done"]) == (False, 2, ["tests/gpu/a.py::b", "tests/gpu/a.py::c"])
+    finished, said, _ = device.tests(500.0, said)
+    assert (finished, said["passed"]) == (True, 3)
+    assert device.tests(500.0, said)[0]
+    assert asked[0] == (agenda.TESTS_LAST, [])
+    assert asked[1][1] == ["tests/gpu/a.py::b", "tests/gpu/a.py::c"]
+
+
+def test_what_passed_is_deselected(monkeypatch):
+    spec = spec_from_file_location("gpu_conftest", Path(__file__).parents[1] / "gpu" / "conftest.py")
+    conftest = module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    monkeypatch.setenv("MEMO_TESTS_DONE", "a.py::b\na.py::c")
+    items = [SimpleNamespace(nodeid=name, add_marker=lambda mark: None) for name in ("a.py::b", "a.py::bb", "a.py::c")]
+    gone = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
+    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    assert [item.nodeid for item in items] == ["a.py::bb"]
+    assert len(gone) == 2
+
+
+def test_a_run_of_other_code_is_begun_from_the_start(tmp_path):
+    session = device.Session(
+        SimpleNamespace(minutes=1, tiny=True, out=tmp_path, in_process=True, parts=["tests"], only=None)
+    )
+    said = {"passed": 1, "done": ["a"]}
+    part = {"finished": False, "said": said, "code": roster.part_code()}
+    session.parts[f"{session.card}/tests"] = part
+    assert session._cut_off(Item("tests")) == said
+    for other in ({**part, "code": "old"}, {**part, "finished": True}):
+        session.parts[f"{session.card}/tests"] = other
+        assert session._cut_off(Item("tests")) is None
 
 
 def test_rows_and_answers_that_are_committed_are_taken_over(tmp_path):
     device._take_over(tmp_path)
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads((device.RESULTS / "gpu.json").read_text())
-
-
-def test_gaps_are_when_no_kernel_ran():
-    assert probes._gaps([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (7.0, 7.5)]) == 2.0 + 1.0
-    assert [probes._kind(n) for n in ("Memcpy DtoH", "nvjet_tst_128", "triton_poi_0", "fmha_cutlassF", "x")] == [
-        "copies",
-        "matmuls",
-        "fused",
-        "attention",
-        "other",
-    ]

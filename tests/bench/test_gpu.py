@@ -8,7 +8,7 @@ import torch
 
 from bench import gpu, roster, worker
 
-PEERS = ["eager", "checkpoint", "checkpoint+save_on_cpu", "inductor", "memo@checkpoint"]
+PEERS = ["eager", "checkpoint", "checkpoint+save_on_cpu", "inductor"]
 TINY = ["--device", "cpu", "--tiny", "--in-process", "--peers", *PEERS]
 
 
@@ -35,23 +35,16 @@ def test_every_peer_trains_alike(results):
     by_peer = {r["peer"]: r for r in rows.values()}
     assert set(by_peer) == set(PEERS)
     for row in by_peer.values():
-        assert "failed" not in row or row["failed"] == "BudgetTooSmall", row
-        if "failed" not in row:
-            assert row["losses"] == pytest.approx(by_peer["eager"]["losses"], rel=1e-4)
-            assert row["tokens_per_second"] > 0 < row["peak"]
-    assert by_peer["memo@checkpoint"]["budget"] == by_peer["checkpoint"]["peak"]
-    if "failed" not in by_peer["memo@checkpoint"]:
-        assert by_peer["memo@checkpoint"]["moved_out"] == by_peer["memo@checkpoint"]["planned_out"]
-        assert by_peer["memo@checkpoint"]["host_bytes"] == by_peer["memo@checkpoint"]["planned_host_bytes"]
+        assert "failed" not in row, row
+        assert row["losses"] == pytest.approx(by_peer["eager"]["losses"], rel=1e-4)
+        assert row["tokens_per_second"] > 0 < row["peak"]
     assert by_peer["eager"]["host_bytes"] == 0
     assert by_peer["inductor"]["compile_seconds"] > 0
 
 
-def test_what_memo_predicts_stands_beside_what_was_measured(results):
+def test_the_model_takes_less_than_its_step(results):
     for row in json.loads(results.read_text())["rows"].values():
-        if "failed" not in row:
-            assert 0 < row["model_seconds"] < row["seconds"]
-            assert ("predicted_seconds" in row) == row["peer"].startswith("memo")
+        assert 0 < row["model_seconds"] < row["seconds"]
 
 
 def test_lengths_and_steps_can_be_chosen(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("bench.models", reason="the benchmarks lie beside the package, not in it")
 
+from bench import roster
 from bench.models import MODELS, HFTrained, blocks_of, head_of, make_model, model_flops
 
 K = 1024
@@ -75,3 +76,16 @@ def test_hugging_face_makes_no_mask():
     layer.register_forward_pre_hook(lambda m, a, k: seen.append(k.get("attention_mask")), with_kwargs=True)
     trained(torch.zeros(1, 64, dtype=torch.long), torch.zeros(1, 64, dtype=torch.long))
     assert seen == [None]
+
+
+def test_memo_is_given_hugging_faces_own_loss(monkeypatch):
+    """Over whole logits, which nothing returns; it is the chunked one that all others get."""
+    pytest.importorskip("transformers")
+    trained, given = make_model("hf-llama-8b", 1, 64, "cpu", tiny=True), []
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: given.append(kwargs) or model)
+    run = roster.make("memo-min", 0)(trained)
+    x = torch.randint(0, 64, (1, 64))
+    loss = run(x, x)
+    torch.testing.assert_close(loss, trained(x, x))
+    assert run.model(input_ids=x, labels=x).keys() == {"loss"}
+    assert given[0]["options"] == {"memory_budget": "min"}

@@ -1,0 +1,119 @@
+"""Probes of the link and of host memory: rates, page-locking, copies in pieces, what torch page-locks itself."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+from torch import Tensor
+
+from bench.probes.timing import GIB, Answer, Scene, issued, locked, on_cuda, pinned_by_torch, timed
+
+HUGE_PAGES, KEEP_FROM_CHILDREN, EMPTY_IN_CHILDREN = 14, 10, 18  # madvise's MADV_HUGEPAGE, _DONTFORK and _WIPEONFORK
+
+
+def link(scene: Scene) -> Answer:
+    """The link's GB/s each way, alone and both at once, and a series of products alone and beside both copies."""
+    on_cuda(scene)
+    size = 2 * GIB
+    (out, _), (back, _) = locked(size), locked(size)
+    here, there = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def both() -> None:
+        with torch.cuda.stream(streams[0]):
+            out.copy_(here, non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            there.copy_(back, non_blocking=True)
+
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    y = x @ x
+
+    def products() -> None:
+        for _ in range(50):
+            torch.mm(x, x, out=y)
+
+    def beside() -> None:
+        both()
+        products()
+
+    for warm in (both, products):
+        timed(warm)
+    return {
+        "to_host_GBs": size / timed(lambda: out.copy_(here, non_blocking=True)) / 1e9,
+        "from_host_GBs": size / timed(lambda: there.copy_(back, non_blocking=True)) / 1e9,
+        "each_at_once_GBs": size / timed(both) / 1e9,
+        "products_s": timed(products),
+        "products_beside_copies_s": timed(beside),
+    }
+
+
+def locking(scene: Scene) -> Answer:
+    """Seconds to page-lock 2 GiB of five kinds of memory, the last one memo's, and GB/s of a copy into each."""
+    on_cuda(scene)
+    source = torch.zeros(2 * GIB, dtype=torch.uint8, device="cuda")
+    kinds = {
+        "shared": (mmap.MAP_SHARED, ()),
+        "shared, huge pages advised": (mmap.MAP_SHARED, (HUGE_PAGES,)),
+        "private": (mmap.MAP_PRIVATE, ()),
+        "private, huge pages advised, kept from children": (mmap.MAP_PRIVATE, (HUGE_PAGES, KEEP_FROM_CHILDREN)),
+        "private, huge pages advised, empty in children": (mmap.MAP_PRIVATE, (HUGE_PAGES, EMPTY_IN_CHILDREN)),
+    }
+    answer: Answer = {}
+    for name, (flags, advice) in kinds.items():
+        host, seconds = locked(2 * GIB, flags, advice)
+        host.copy_(source)
+        rate = 2 * GIB / timed(lambda host=host: host.copy_(source, non_blocking=True)) / 1e9  # type: ignore[misc]
+        answer[name] = {"lock_s": seconds, "copy_GBs": rate}
+    return answer
+
+
+def pieces(scene: Scene) -> Answer:
+    """32 pieces of 8 MiB to the host: one by one, and as one two-dimensional copy."""
+    on_cuda(scene)
+    heads, tokens, size = 32, 65536, 128
+    source = torch.zeros(heads, tokens, size, dtype=torch.bfloat16, device="cuda")
+    half = tokens // 2
+    host, _ = locked(heads * half * size * 2)
+    there = host.view(torch.bfloat16).view(heads, half, size)
+    runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '0').split('.')[0]}")
+
+    def one_by_one() -> None:
+        for head in range(heads):
+            there[head].copy_(source[head, :half], non_blocking=True)
+
+    def at_once() -> None:
+        row, wide = ctypes.c_size_t(half * size * 2), ctypes.c_size_t(tokens * size * 2)
+        to_host, stream = 2, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        ends = ctypes.c_void_p(there.data_ptr()), row, ctypes.c_void_p(source.data_ptr()), wide
+        if runtime.cudaMemcpy2DAsync(*ends, row, ctypes.c_size_t(heads), to_host, stream):
+            raise OSError("cudaMemcpy2DAsync")
+
+    answer = {}
+    for name, copy in (("one_by_one", one_by_one), ("at_once", at_once)):
+        timed(copy)
+        answer[name] = {"device_s": timed(copy), "processor_s": issued(copy)}
+    return answer
+
+
+def pins(scene: Scene) -> Answer:
+    """Bytes that torch itself has page-locked after each kind of copy between memo's memory and the device."""
+    on_cuda(scene)
+    source = torch.zeros(8, 1024, 1024, 64, dtype=torch.uint8, device="cuda")
+    host, _ = locked(source.numel())
+    strided = source[:, :512]
+    half = host[: strided.numel()].view(strided.shape)
+    whole, pageable = host.view(source.shape), torch.empty(source.shape, dtype=torch.uint8)
+    copies: dict[str, tuple[Tensor, Tensor]] = {
+        "dense": (whole, source),
+        "strided": (half, strided),
+        "pageable": (pageable, source),
+    }
+    answer: Answer = {}
+    for name, (there, here) in copies.items():
+        there.copy_(here, non_blocking=True)
+        here.copy_(there, non_blocking=True)
+        torch.cuda.synchronize()
+        answer[name] = pinned_by_torch()
+    return answer

@@ -2,7 +2,7 @@
 
 Inductor hands the joint graph to `_Compilation.partition`, which plans and looks at dry runs of what it decided, and
 then both graphs to `_Compilation.inner`, which compiles them with buffers at the offsets of one layout. What is known
-by then is the compilation's phase.
+by then is the phase of the compilation's course.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `compile_fx`.
 """
@@ -30,9 +30,8 @@ from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.mutations import in_place_where_known, readers_before_writers
 from memo_compile.codegen.phases import (
     BackwardEmitted,
-    Begun,
+    Course,
     ForwardEmitted,
-    ForwardPlaced,
     Planned,
     early_schedule,
     next_phase,
@@ -99,11 +98,11 @@ def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Ca
     except _Exceeded as exceeded:
         log.info("%s: what was emitted is not what dry runs showed; planned again from closer ones", setting.name)
         rounds = exceeded.planned.plan.rounds
-        run = replace(run, scalar=False, rounds=rounds, phase=Begun())
+        run = replace(run, scalar=False, rounds=rounds, course=Course())
         compiled = through(run.partition, run.inner, gm, inputs, setting.options)
     found.tell()
-    if isinstance(run.phase, Planned):
-        compiled = run.phase.observer.measured("forward", compiled, setting.device)
+    if isinstance(run.course.phase, Planned):
+        compiled = run.course.phase.observer.measured("forward", compiled, setting.device)
     return setting.first_step.forward(compiled)
 
 
@@ -139,13 +138,13 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: O
 
     with contextlib.suppress(_Stopped), collection_paused(), readers_before_writers(), in_place_where_known():
         through_inductor(run.partition, stop, gm, inputs, options)
-    planned = run.phase
+    planned = run.course.phase
     if not isinstance(planned, Planned):
         return None
     return Looked(placed_plan(planned), planned.prepared, planned.decided, planned.evidence.layout)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Compilation:
     """One graph's way through Inductor. Inductor calls `partition`, then `inner` for the forward and the backward."""
 
@@ -155,7 +154,7 @@ class _Compilation:
     scalar: bool = True
     rounds: int = 0  # before
     key: str | None = None
-    phase: Begun | Planned = field(default_factory=Begun)
+    course: Course = field(default_factory=Course)
 
     def partition(
         self, joint: fx.GraphModule, inputs: Any, num_forward_outputs: int, static: list[int] | None
@@ -168,7 +167,7 @@ class _Compilation:
         else:
             write_numbers(joint)
             planned = self._planned(joint, inputs, num_forward_outputs, static, observer)
-        self.phase = planned
+        self.course.advance(planned)
         return planned.decided.forward, planned.decided.backward
 
     def _planned(
@@ -269,7 +268,7 @@ class _Compilation:
         from memo_compile.codegen.caching.calls import around_backward, around_forward  # loads Inductor
         from memo_compile.codegen.caching.code import BackwardFacts, ForwardFacts, PlannedCode  # loads Inductor
 
-        planned = self.phase
+        planned = self.course.phase
         if not isinstance(planned, Planned):  # an inference graph: nothing lives beyond the call
             self.setting.not_planned(gm, gradients_inside=self.gradients_inside, fused=True)
             with config.patch(allow_buffer_reuse=knows_all(gm)):
@@ -278,8 +277,7 @@ class _Compilation:
         decided, num_forward_outputs = planned.decided, planned.rehearsal.num_forward_outputs
         donated: list[int] = []
         if backward:
-            assert isinstance(planned, ForwardEmitted)
-            donated = donatable(decided, planned.forward_body, num_forward_outputs)
+            donated = donatable(decided, self.course.at(ForwardEmitted).evidence.forward, num_forward_outputs)
         graph = decided.backward if backward else decided.forward
         compile_bodies(graph)
         with settings_for(decided, graph), donating(donated), arena_wrapper(self._hooks(planned, backward)):
@@ -291,7 +289,7 @@ class _Compilation:
             kept = self.setting.keeps(decided.forward, num_forward_outputs)
             front = ForwardFacts(self.key or "", kept, lease_at)
             return PlannedCode(compiled, front, around_forward(compiled, front, self.setting, self._schedule))
-        plan = placed_plan(self._now())
+        plan = placed_plan(self.course.at(Planned))
         record(plan)
         leased = lease_input(decided) if lease_at is not None else None
         back = BackwardFacts(self.key or "", leased, tuple(donated), self._schedule(), plan, planned.told)
@@ -310,27 +308,24 @@ class _Compilation:
             planned.rehearsal.device_name(),
         )
 
-    def _now(self) -> Planned:
-        assert isinstance(self.phase, Planned)
-        return self.phase
-
     def _schedule(self) -> Schedule | None:
         """What may be started early, once the backward is there."""
-        return self.phase.schedule if isinstance(self.phase, BackwardEmitted) else None
+        phase = self.course.phase
+        return phase.schedule if isinstance(phase, BackwardEmitted) else None
 
     def _place_forward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
-        planned = self._now()
+        planned = self.course.at(Planned)
         evidence = planned.evidence
         layout = evidence.layout
         if evidence.forward != body:
             log.debug("%s: the forward differs from its dry run and is placed again", self.setting.name)
             layout = planned.rehearsal.layout(planned.decided, body, evidence.backward)
         evidence = self._within_budget(planned, replace(evidence, forward=body, layout=layout))
-        self.phase = next_phase(planned, ForwardPlaced, forward_body=body, evidence=evidence)
+        self.course.advance(replace(planned, evidence=evidence))
         return buffers_of(Side.FORWARD, layout.buffers), layout.segments
 
     def _place_backward(self, body: Body) -> tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]:
-        planned = self._now()
+        planned = self.course.at(ForwardEmitted)
         evidence, rehearsal = planned.evidence, planned.rehearsal
         layout, forward = evidence.layout, evidence.forward
         if body != evidence.backward:
@@ -340,7 +335,7 @@ class _Compilation:
                 raise _Exceeded(planned)  # the forward's code has put into the arena what the user is to keep
             layout = plan_arena(**rehearsal.arena_arguments(planned.decided, forward, body), emitted=layout)
         evidence = self._within_budget(planned, replace(evidence, backward=body, layout=layout))
-        self.phase = replace(planned, evidence=evidence)
+        self.course.advance(replace(planned, evidence=evidence))
         return buffers_of(Side.BACKWARD, layout.buffers), layout.segments
 
     def _within_budget(self, planned: Planned, evidence: Evidence) -> Evidence:
@@ -352,7 +347,7 @@ class _Compilation:
         raise BudgetTooSmall(budget, peak, planned.decided.peak_tensors)
 
     def _poisoned(self, lines: Sequence[str], backward: bool) -> tuple[Sequence[str], Sequence[str]]:
-        planned = self._now()
+        planned = self.course.at(Planned)
         layout, outputs = planned.evidence.layout, planned.evidence.forward.outputs
         if not backward:
             return [IMPORT], poisoned(lines, buffers_of(Side.FORWARD, layout.buffers), 0)
@@ -366,19 +361,18 @@ class _Compilation:
             log.info("%s: %d copies run by themselves; the first: %s", self.setting.name, len(lost), lost[0])
 
     def _inspect_forward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
-        planned = self._now()
+        planned = self.course.at(Planned)
         regions = read_regions(lines, outputs, inputs)
         verify_emitted(regions)
         self._report(check_order(planned_steps(planned.decided.forward), emitted_steps(lines)))
-        self.phase = next_phase(planned, ForwardEmitted, regions=regions)
+        self.course.advance(next_phase(planned, ForwardEmitted, regions=regions))
 
     def _inspect_backward(self, lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[str]) -> None:
-        planned = self._now()
-        assert isinstance(planned, ForwardEmitted)
+        planned = self.course.at(ForwardEmitted)
         self._report(check_order(planned_steps(planned.decided.backward), emitted_steps(lines)))
         check_prefetched_reads(lines)
         check_arrivals()
         schedule = early_schedule(planned.rehearsal, planned.evidence.layout, lines)
         links = [(link.output, link.input) for link in planned.links]
         verify_emitted(planned.regions, read_regions(lines, outputs, inputs), links)
-        self.phase = next_phase(planned, BackwardEmitted, schedule=schedule)
+        self.course.advance(next_phase(planned, BackwardEmitted, schedule=schedule))

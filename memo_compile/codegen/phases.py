@@ -1,14 +1,16 @@
-"""The phases of a compilation: each holds what the next one needs, and what all before it held."""
+"""The phases of a compilation: each is frozen, and holds what the next one needs and what all before it held.
+
+Inductor calls back, so that one phase cannot hand the next on as an argument: a `Course` holds the present one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from memo_compile.codegen.arena.layout import ArenaLayout, Link
 from memo_compile.codegen.arena.sides import buffers_of
-from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.prefetch_buffers import how_many_early, schedule_of
 from memo_compile.codegen.emitted.verifier import EmittedRegions
 from memo_compile.codegen.rehearsal import Evidence, Rehearsal
@@ -40,15 +42,8 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class ForwardPlaced(Planned):
-    """The forward's buffers have their offsets."""
-
-    forward_body: Body
-
-
-@dataclass(frozen=True)
-class ForwardEmitted(ForwardPlaced):
-    """The forward's text was read and verified."""
+class ForwardEmitted(Planned):
+    """The forward's text was read and verified; `evidence.forward` is of it."""
 
     regions: EmittedRegions
 
@@ -58,6 +53,31 @@ class BackwardEmitted(ForwardEmitted):
     """The backward's text, too; `schedule` is what a call before it may start for it."""
 
     schedule: Schedule
+
+
+Phase = Begun | Planned
+P = TypeVar("P", Begun, Planned, ForwardEmitted, BackwardEmitted)
+
+
+class Course:
+    """Where a compilation is: the one thing of it that changes, and by `advance` alone."""
+
+    def __init__(self) -> None:
+        self.phase: Phase = Begun()
+
+    def at(self, kind: type[P]) -> P:
+        """The present phase, of the kind that the order of Inductor's calls makes it.
+
+        Raises:
+            RuntimeError: Inductor called in another order.
+        """
+        if not isinstance(self.phase, kind):
+            raise RuntimeError(f"Inductor called at {type(self.phase).__name__} what is due at {kind.__name__}")
+        return self.phase
+
+    def advance(self, phase: Planned) -> None:
+        """Go on to the next phase, or to the same one with better evidence."""
+        self.phase = phase
 
 
 def next_phase(phase: Planned, to: type[Any], **more: Any) -> Any:

@@ -17,9 +17,11 @@ class Deadline:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.perf_counter() + min(seconds, threading.TIMEOUT_MAX / 2)
+        seconds = min(seconds, threading.TIMEOUT_MAX / 2)
+        self._end = time.perf_counter() + seconds
         self.stop = np.zeros(1, np.int32)
-        self._timer: threading.Timer | None = None
+        self._timer = threading.Timer(max(0.0, seconds), self._set)
+        self._timer.daemon = True
 
     def remaining(self) -> float:
         """Seconds until it passes, at least 0."""
@@ -30,13 +32,10 @@ class Deadline:
         return self.remaining() == 0
 
     def __enter__(self) -> Deadline:
-        self._timer = threading.Timer(min(self.remaining(), threading.TIMEOUT_MAX), self._set)
-        self._timer.daemon = True
         self._timer.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        assert self._timer is not None
         self._timer.cancel()
         self._timer.join()
 

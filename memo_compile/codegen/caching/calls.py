@@ -6,7 +6,7 @@ Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._C._autograd._g
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,18 +20,18 @@ from memo_compile.trace.setting import Setting, check_planned, record
 log = logger("memo_compile")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
-    """What the cache has for the graph that is compiled; nothing until torch has loaded it."""
+    """What the cache has for the graph that is compiled. `backwards` are those that torch loaded; the last counts."""
 
     setting: Setting
-    backward: BackwardFacts | None = None
+    backwards: list[BackwardFacts] = field(default_factory=list)
 
     def loaded(self, code: Boxed, facts: Facts) -> Boxed:
         """What to run: called by torch with the forward, then with the backward."""
         if isinstance(facts, ForwardFacts):
             return around_forward(code, self._as_ours(facts), self.setting, self._schedule)
-        self.backward = facts
+        self.backwards.append(facts)
         return self.setting.first_step.backward(around_backward(code, facts, self.setting))
 
     def _as_ours(self, facts: ForwardFacts) -> ForwardFacts:
@@ -43,7 +43,7 @@ class Found:
         return replace(facts, kept=kept)
 
     def _schedule(self) -> Schedule | None:
-        return self.backward.schedule if self.backward is not None else None
+        return self.backwards[-1].schedule if self.backwards else None
 
     def tell(self) -> None:
         """Say what was found, as if it had been planned now.
@@ -51,11 +51,10 @@ class Found:
         Raises:
             CompiledAutograd, RecompileLimit: as `check_planned` does.
         """
-        if self.backward is None:
-            return
-        check_planned(self.setting, self.backward.told)
-        log.info("%s: its plan and its code come from the cache", self.setting.name)
-        record(replace(self.backward.plan, name=self.setting.name, seconds=0.0))
+        for facts in self.backwards[-1:]:
+            check_planned(self.setting, facts.told)
+            log.info("%s: its plan and its code come from the cache", self.setting.name)
+            record(replace(facts.plan, name=self.setting.name, seconds=0.0))
 
 
 def around_forward(

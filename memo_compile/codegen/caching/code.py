@@ -78,26 +78,34 @@ class Partitioner(CustomPartitionerFn):
         return Partitioner, (self.digest,)
 
 
+def not_loaded(inputs: list[Any]) -> Any:
+    """What an entry that is not loaded runs.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("an entry of the cache was called before torch had loaded it")
+
+
 @dataclass
 class PlannedCode(OutputCode):
     """Inductor's code of one graph, with what stands around it in `run`. `key` is what torch keeps the entry under."""
 
     code: Any
     facts: Facts
-    run: Boxed | None = None
+    run: Boxed
     key: str = ""
     _boxed_call: bool = True
 
     def __call__(self, inputs: Any) -> Any:
         """Run it."""
-        assert self.run is not None
         return self.run(inputs)
 
     def prepare_for_serialization(self) -> None:
         """Called on a copy, which is then pickled."""
         self.code = copy.copy(self.code)
         self.code.prepare_for_serialization()
-        self.run = None
+        self.run = not_loaded
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         """Called when an entry is loaded, and then only.

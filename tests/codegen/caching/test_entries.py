@@ -154,7 +154,7 @@ def test_an_attempt_that_was_thrown_away_is_not_kept(monkeypatch):
 
     def exceeded(self, body):
         if self.scalar:
-            raise compiler._Exceeded(self.phase)
+            raise compiler._Exceeded(self.course.phase)
         return place(self, body)
 
     monkeypatch.setattr(compiler._Compilation, "_place_backward", exceeded)

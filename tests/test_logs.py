@@ -141,8 +141,8 @@ def test_every_module_takes_its_logger_from_there():
 def plan_of(binding, cause):
     """A plan that offloads one activation of 1 MiB, with another of 1 MiB for which `cause` is given."""
     activations = [
-        ActivationPlan(name, (1024, 256), "float32", 2**20, "model.py:1: y", 1024, *homes, cause)
-        for name, homes, cause in (("a", (0, 1024, 0), Cause.SLICED), ("b", (1024, 0, 0), cause))
+        ActivationPlan(name, (1024, 256), "float32", 2**20, "model.py:1: y", 1024, *residency, cause)
+        for name, residency, cause in (("a", (0, 1024, 0), Cause.SLICED), ("b", (1024, 0, 0), cause))
     ]
     numbers = {"predicted_peak": 1, "least_peak": 1, "unplanned_peak": 1, "predicted_seconds": 1.0, "host_bytes": 1}
     return Plan(

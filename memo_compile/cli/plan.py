@@ -128,10 +128,10 @@ def _timer(hardware: str) -> KernelTimer:
 
 def _report(f: Forecast) -> list[Any]:
     parts = [_summary(f), _memory(f)]
-    if f.homes:
-        parts.append(_homes("Saved activations, by layer class", f.homes, f, sources=False))
+    if f.residency:
+        parts.append(_residency_table("Saved activations, by layer class", f.residency, f, sources=False))
     if f.tensors:
-        parts.append(_homes(f"One of {f.tensors[0].layers} such layers", f.tensors, f, sources=True))
+        parts.append(_residency_table(f"One of {f.tensors[0].layers} such layers", f.tensors, f, sources=True))
     parts.append(_largest(f))
     if quadratic := next((t for t in f.largest if t.quadratic), None):
         parts.append(_advice(quadratic))
@@ -193,12 +193,12 @@ def _memory(f: Forecast) -> Any:
     return table
 
 
-def _homes(title: str, homes: tuple[ResidencyRow, ...], f: Forecast, *, sources: bool) -> Any:
+def _residency_table(title: str, classes: tuple[ResidencyRow, ...], f: Forecast, *, sources: bool) -> Any:
     columns = ["", "GiB", "kept", "offloaded", "recomputed", *(["line"] if sources else [])]
     table = _table(title, *columns)
     if sources:
         table.columns[-1].justify = "left"
-    for h in homes:
+    for h in classes:
         count = h.layers if sources else 1
         shares = [f"{part / h.bytes:.0%}" for part in (h.kept, h.offloaded, h.recomputed)]
         table.add_row(h.label, f"{h.bytes / count / 2**30:,.2f}", *shares, *([_short(h.source)] if sources else []))

@@ -250,7 +250,7 @@ class _Compilation:
         planned, ends = over_range(joint, self.setting.options.lengths, plan)
         emitted = in_symbols(joint, unplanned, planned.prepared, planned.decided, ends, self.setting.host)
         planned = replace(planned, plan=replace(planned.plan, range=emitted.plan.range))
-        if not planned.decided.homes:
+        if not planned.decided.residency:
             record(placed_plan(planned))
             raise NothingPlanned
         rehearsal = replace(planned.rehearsal, ranged=True)

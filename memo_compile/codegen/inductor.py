@@ -105,7 +105,7 @@ def settings_for(decided: CarriedOut, graph: fx.GraphModule) -> Iterator[None]:
     """Matmuls and transfers stay where the plan has them: Inductor's own order for memory knows of no overlap."""
     from torch._inductor import config  # loads Inductor
 
-    moves = any(h.offloaded for h in decided.homes.values())
+    moves = any(h.offloaded for h in decided.residency.values())
     place = place_transfers(planned_steps(graph)) if moves else None
     waits: Waits = {}
 
@@ -119,7 +119,7 @@ def settings_for(decided: CarriedOut, graph: fx.GraphModule) -> Iterator[None]:
         return place(nodes) if place is not None else nodes
 
     settings: dict[str, Any] = {}
-    if decided.homes:
+    if decided.residency:
         settings["_pre_fusion_custom_pass"] = before_fusion
         settings["_post_fusion_custom_pass"] = after_fusion
     if moves:

@@ -110,7 +110,7 @@ def placed_plan(planned: Planned) -> Plan:
         predicted_peak=layout.peak,
         predicted_seconds=planned.plan.predicted_seconds if seconds is None else seconds,
         least_peak=layout.peak if smallest else min(planned.plan.least_peak, layout.peak),
-        unplanned_peak=planned.plan.unplanned_peak if decided.homes else layout.peak,
+        unplanned_peak=planned.plan.unplanned_peak if decided.residency else layout.peak,
         arena_bytes=layout.arena_bytes,
         lower_bound=layout.lower_bound,
         coverage=layout.coverage,

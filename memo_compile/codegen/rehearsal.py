@@ -94,7 +94,7 @@ class Rehearsal:
             )
             backward = self._dry_backward(decided, forward.body)
         plain = Evidence(forward.body, backward.body, self.layout(decided, forward.body, backward.body))
-        if self.ranged or not any(h.offloaded for h in decided.homes.values()):
+        if self.ranged or not any(h.offloaded for h in decided.residency.values()):
             return plain
         plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
         return plain if decided.overlap else self._overlapping(decided, forward, backward, plain)

@@ -42,19 +42,19 @@ class OfflineArena:
 
 
 def offline_arena(
-    p: Prepared, long: Long, problem: Problem, homes: Mapping[str, Residency], *, time_limit: float = 10.0
+    p: Prepared, long: Long, problem: Problem, residency: Mapping[str, Residency], *, time_limit: float = 10.0
 ) -> OfflineArena:
-    """Place what is held under `homes`.
+    """Place what is held under a residency.
 
     Args:
         p: the trace.
         long: its view with all layers; `problem` is made from it.
-        homes: by the names of `problem.activations`.
+        residency: by the names of `problem.activations`.
         time_limit: seconds of placement.
     """
     started = time.perf_counter()
     transients, layer_of = transient_buffers(p, long)
-    buffers = transients + list(row_buffers(problem, homes, simulate(problem, homes)))
+    buffers = transients + list(row_buffers(problem, residency, simulate(problem, residency)))
     enough = int((1 + GOOD_ENOUGH) * lower_bound(buffers, ALIGNMENT))
     answer = place_layers(buffers, layer_of, alignment=ALIGNMENT, capacity=enough, time_limit=time_limit)
     seconds = time.perf_counter() - started
@@ -118,12 +118,12 @@ def _returned(gm: fx.GraphModule, count: int | None) -> set[fx.Node]:
     return {storage_of(n) for n in output.args[0][:count] if isinstance(n, fx.Node)}
 
 
-def row_buffers(problem: Problem, homes: Mapping[str, Residency], played: Simulation) -> Iterator[Buffer]:
+def row_buffers(problem: Problem, residency: Mapping[str, Residency], played: Simulation) -> Iterator[Buffer]:
     """The rows of every activation: together where they live alike, else apart."""
     copied = _copied(problem, played)
     for a in problem.activations:
         lives: Counter[tuple[int, int]] = Counter()
-        home, end = homes[a.name], a.last_backward + 1
+        home, end = residency[a.name], a.last_backward + 1
         needed = max(a.first_backward, a.last_forward + 1)
         kept = a.bytes * home.kept // a.tokens
         gone = a.bytes * home.recomputed // a.tokens if home.offloaded else a.bytes - kept

@@ -62,7 +62,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The answer, for one rank. Bytes and seconds; `homes` by layer class, `tensors` by tensor in the largest class.
+    """The answer, for one rank. Bytes and seconds; `residency` by layer class, `tensors` by tensor in the largest class.
 
     Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `peak` counts activations,
     transients and outputs, within `budget`; model state lies beside it. `arena` holds the same, placed. `mfu` is of the
@@ -93,7 +93,7 @@ class Forecast:
     tokens_per_second: float
     binding: Binding
     prices: Mapping[Binding, float]
-    homes: tuple[ResidencyRow, ...]
+    residency: tuple[ResidencyRow, ...]
     tensors: tuple[ResidencyRow, ...]
     largest: tuple[LargeTensor, ...]
     seconds_by_op: Mapping[str, float]
@@ -102,7 +102,8 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        values = asdict(self)
+        return {"homes" if name == "residency" else name: value for name, value in values.items()}
 
 
 def forecast_preset(
@@ -182,13 +183,13 @@ def _answer(
     say("repeating layers")
     long = lengthened(p, limits, layers)
     say(f"deciding on {len(long.view.order)} activations")
-    problem, decision, fits = _homes_for(asked, p, long, limits)
+    problem, decision, fits = _decision_for(asked, p, long, limits)
     say("placing")
     arena = offline_arena(p, long, problem, decision.residency)
     return _forecast(asked, p, long, problem, decision, fits, state, elements, arena, time.perf_counter() - started)
 
 
-def _homes_for(asked: Asked, p: Prepared, long: Long, limits: Limits) -> tuple[Problem, Decision, bool]:
+def _decision_for(asked: Asked, p: Prepared, long: Long, limits: Limits) -> tuple[Problem, Decision, bool]:
     """The linear program's answer, or how a named strategy plays."""
     if asked.strategy in STRATEGIES:
         return best_of(long.view, limits)
@@ -227,7 +228,7 @@ def _forecast(
     arena: OfflineArena,
     planning_seconds: float,
 ) -> Forecast:
-    homes, tensors_of_class = residency_rows(p, long, problem, decision)
+    residency, tensors_of_class = residency_rows(p, long, problem, decision)
     return Forecast(
         asked=asked,
         profile=p.profile.name,
@@ -239,10 +240,10 @@ def _forecast(
         host_budget=problem.host_budget,
         peak=max(decision.peak, max(memory_profile(problem, decision.residency))),
         transients=max(problem.base_bytes),
-        saved=sum(h.bytes for h in homes),
-        kept=sum(h.kept for h in homes),
-        offloaded=sum(h.offloaded for h in homes),
-        recomputed=sum(h.recomputed for h in homes),
+        saved=sum(h.bytes for h in residency),
+        kept=sum(h.kept for h in residency),
+        offloaded=sum(h.offloaded for h in residency),
+        recomputed=sum(h.recomputed for h in residency),
         step_seconds=decision.seconds,
         compute_seconds=sum(problem.seconds),
         recompute_seconds=decision.recompute_seconds,
@@ -252,7 +253,7 @@ def _forecast(
         tokens_per_second=asked.tokens * asked.layout.replicas / decision.seconds,
         binding=_binds(problem, decision),
         prices=dict(decision.prices),
-        homes=homes,
+        residency=residency,
         tensors=tensors_of_class,
         largest=largest_tensors(p),
         seconds_by_op={op: c.seconds for op, c in account(p.joint, p.costs).items() if c.seconds},

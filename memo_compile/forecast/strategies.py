@@ -166,9 +166,9 @@ def whole_tensors(stack: Stack, linear: Outcome | None) -> Outcome | None:
         decision = decide(replace(linear.problem, budget=budget), time_limit=SOLVER_SECONDS)
         if decision is None:
             break
-        homes = _dealt(linear.problem, stack, decision.residency)
+        residency = _dealt(linear.problem, stack, decision.residency)
         recomputed = frozenset(a.name for a in linear.problem.activations if a.recompute_seconds is not None)
-        best = _faster(best, _played(stack, homes, recomputed))
+        best = _faster(best, _played(stack, residency, recomputed))
         if best is not None:
             break
         spare += 2 * max(a.bytes for a in stack.problem.activations)
@@ -181,7 +181,7 @@ def _dealt(problem: Problem, stack: Stack, residency: Mapping[str, Residency]) -
     """Each place's shares, summed over the layers, as whole tensors; what is kept or offloaded never runs ahead."""
     place: dict[int, int] = {}
     owed: dict[int, list[float]] = {}
-    homes = {}
+    residency = {}
     for a in problem.activations:
         layer = stack.layer[a.name]
         position = place.setdefault(layer, 0)
@@ -196,8 +196,8 @@ def _dealt(problem: Problem, stack: Stack, residency: Mapping[str, Residency]) -
             chosen = int(share[1] > share[0])
         if chosen < 2:
             share[chosen] -= 1
-        homes[a.name] = Residency(*(whole if h == chosen else 0 for h in range(3)))
-    return homes
+        residency[a.name] = Residency(*(whole if h == chosen else 0 for h in range(3)))
+    return residency
 
 
 def planned(stack: Stack, *, close: float = 3e-4) -> Outcome | None:
@@ -282,11 +282,11 @@ def _offloaded_unless_last(tokens: int, stack: Stack, name: str, last: int) -> R
     return Residency(tokens, 0, 0) if stays else Residency(0, tokens, 0)
 
 
-def _best_of_last(stack: Stack, homes: Callable[[int], dict[str, Residency]]) -> Outcome | None:
+def _best_of_last(stack: Stack, residency: Callable[[int], dict[str, Residency]]) -> Outcome | None:
     """The number of last layers that stay in which the strategy is fastest."""
     best: Outcome | None = None
     for last in range(LAST + 1):
-        best = _faster(best, _played(stack, homes(last)))
+        best = _faster(best, _played(stack, residency(last)))
     return best
 
 

@@ -29,7 +29,7 @@ from memo_compile.passes.transforms.partition import Split, split_saving
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.saved_set import saved_set
-from memo_compile.passes.transforms.slices import Sliced, apply_homes
+from memo_compile.passes.transforms.slices import Sliced, apply_residency
 from memo_compile.passes.transforms.sums import add_as_they_come
 from memo_compile.passes.transforms.tiles import tile_regions
 from memo_compile.passes.transforms.unplanned import unplanned
@@ -110,7 +110,7 @@ class Decision:
 
     joint: fx.GraphModule
     saved: tuple[fx.Node, ...]
-    homes: Mapping[str, Residency]
+    residency: Mapping[str, Residency]
     host_budget: int
     overlap: bool
     seconds: Callable[[fx.Node], float]
@@ -122,7 +122,7 @@ class Decision:
     @property
     def recomputed_whole(self) -> frozenset[str]:
         """What is not saved at all."""
-        return frozenset(name for name, home in self.homes.items() if home.recomputed == home.tokens)
+        return frozenset(name for name, home in self.residency.items() if home.recomputed == home.tokens)
 
     def live(self, graph: fx.GraphModule, saved: tuple[str, ...]) -> list[int]:
         """Bytes live at each node."""
@@ -180,7 +180,7 @@ def _partitioned(d: Decision, unplanned: Split) -> Split:
 
 def _sliced(d: Decision, split: Split) -> Sliced:
     dropped = d.recomputed_whole
-    return apply_homes(d.joint, split, {k: h for k, h in d.homes.items() if k not in dropped}, d.host_budget)
+    return apply_residency(d.joint, split, {k: h for k, h in d.residency.items() if k not in dropped}, d.host_budget)
 
 
 def _tiled(d: Decision, g: Sliced) -> Sliced:

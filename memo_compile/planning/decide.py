@@ -11,18 +11,20 @@ from typing import Any
 import torch.fx as fx
 
 from memo_compile.errors import HostBudgetTooSmall
+from memo_compile.passes import pipeline
 from memo_compile.passes.analysis.peak_tensors import peak_tensors
 from memo_compile.passes.fx.facts import (
     HOST_LEASE,
     is_on_host,
     nbytes,
 )
-from memo_compile.passes.pipeline import Decision, Watch, act, unwatched
+from memo_compile.passes.pipeline import Watch, act, unwatched
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.slices import Sliced
-from memo_compile.planning import residency, rounding
+from memo_compile.planning import rounding
 from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, held_between, step_seconds
 from memo_compile.planning.problem import Limits, problems_of, view_of
+from memo_compile.planning.residency import Decision, Problem
 from memo_compile.planning.search import best_of
 from memo_compile.planning.summary import (
     activation_plan,
@@ -49,7 +51,7 @@ class CarriedOut:
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[str, ...]
-    homes: Mapping[str, Residency] = field(default_factory=dict)
+    residency: Mapping[str, Residency] = field(default_factory=dict)
     overlap: bool = True
 
 
@@ -63,7 +65,7 @@ class Decided(CarriedOut):
     plan: Plan
     limits: Limits
     peak_tensors: tuple[str, ...] = ()
-    problem: residency.Problem | None = None
+    problem: Problem | None = None
 
 
 def lease_output(decided: CarriedOut, num_forward_outputs: int) -> int | None:
@@ -87,9 +89,9 @@ def _is_lease(node: Any) -> bool:
 class _Choice:
     """Homes, and the graphs that they make."""
 
-    problem: residency.Problem
-    decision: residency.Decision
-    homes: dict[str, Residency]
+    problem: Problem
+    decision: Decision
+    residency: dict[str, Residency]
     overlap: bool
     sliced: Sliced
 
@@ -121,10 +123,10 @@ def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
         decision = rounding.all_offloaded(problem, time_limit=limits.time_limit)
     else:
         problem, decision, fits = best_of(view, limits)
-    homes = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
+    residency = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
     overlap = fits and (everything or limits.objective == "time")
-    sliced = carry_out(p, homes, overlap=overlap, host_budget=limits.host_in_all, watch=watch)
-    return _Choice(problem, decision, homes, overlap, sliced)
+    sliced = carry_out(p, residency, overlap=overlap, host_budget=limits.host_in_all, watch=watch)
+    return _Choice(problem, decision, residency, overlap, sliced)
 
 
 def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch = unwatched) -> Decided:
@@ -143,7 +145,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
     if not everything and limits.objective == "time" and roomy and not p.policies.offloaded and p.tiling is None:
         return _unplanned(p, limits, name, backend, started)
     choice = _within_host(p, limits, watch)
-    decision, homes, sliced = choice.decision, choice.homes, choice.sliced
+    decision, residency, sliced = choice.decision, choice.residency, choice.sliced
     peak = graph_peak(sliced.forward, sliced.backward, sliced.saved, p.num_forward_outputs, p.fused)
     peak += (limits.calls - 1) * held_between(sliced.forward)
     plan = replace(
@@ -151,12 +153,12 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
         predicted_peak=peak,
         predicted_seconds=decision.seconds,
         host_bytes=sliced.host_bytes,
-        recomputed_flops=recomputed_flops(p, homes),
+        recomputed_flops=recomputed_flops(p, residency),
         solver="none: everything is offloaded" if everything else "highs",
         seconds=time.perf_counter() - started,
         binding=decision.binding,
         prices=dict(decision.prices),
-        activations=activation_plans(p, homes, limits),
+        activations=activation_plans(p, residency, limits),
     )
     plan = replace(plan, workspaces=workspaces_in(sliced.forward, sliced.backward))
     in_the_way = peak_tensors(sliced.forward, sliced.backward, frozenset(sliced.saved), makers_of(p), p.fused)
@@ -164,7 +166,7 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
         forward=sliced.forward,
         backward=sliced.backward,
         saved=sliced.saved,
-        homes=homes,
+        residency=residency,
         overlap=choice.overlap,
         plan=plan,
         limits=limits,
@@ -174,17 +176,17 @@ def decide(p: Prepared, limits: Limits, *, name: str, backend: str, watch: Watch
 
 
 def carry_out(
-    p: Prepared, homes: Mapping[str, Residency], *, overlap: bool, host_budget: int, watch: Watch = unwatched
+    p: Prepared, residency: Mapping[str, Residency], *, overlap: bool, host_budget: int, watch: Watch = unwatched
 ) -> Sliced:
     """Build the graphs: what is recomputed whole is not saved, the rest gets its slices and transfers.
 
     With `overlap`, transfers run beside the computation; without, nothing waits in memory for a link. `watch` is shown
     both graphs after each pass, with the pass's name; the next pass rewrites them in place.
     """
-    decision = Decision(
+    decision = pipeline.Decision(
         joint=p.joint,
         saved=p.saved,
-        homes=homes,
+        residency=residency,
         host_budget=host_budget,
         overlap=overlap,
         seconds=partial(step_seconds, p),

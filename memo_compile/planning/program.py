@@ -94,8 +94,8 @@ def solve(
     if solution is None:
         return None
     values = np.array(solution.col_value)
-    homes = (slice(c.kept, c.offloaded), slice(c.offloaded, c.recomputed), slice(c.recomputed, c.live))
-    fractions = np.stack([values[home] for home in homes], axis=1)
+    columns_of = (slice(c.kept, c.offloaded), slice(c.offloaded, c.recomputed), slice(c.recomputed, c.live))
+    fractions = np.stack([values[home] for home in columns_of], axis=1)
     prices: dict[Binding, float] = {b: 0.0 for b in Binding if b is not Binding.NOTHING}
     if budget is not None and fixed is None:
         # An integer program has no duals: prices are those of the same program with all fractions free.

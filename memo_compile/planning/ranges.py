@@ -208,7 +208,7 @@ def in_symbols(
     Raises:
         NoRange: something cannot be said in symbols.
     """
-    if not decided.homes:
+    if not decided.residency:
         return _with_graphs(decided, _guarded(joint, ends, frozenset()), unplanned)
     lengths = _annotate(joint, p.joint)
     words = _guarded(joint, ends, frozenset(s for length in lengths.values() for s in symbols_of(length)))
@@ -253,7 +253,7 @@ def _carried_out(joint: fx.GraphModule, p: Prepared, decided: Decided, ends: End
     nodes = {n.name: n for n in joint.graph.nodes}
     if not {n.name for n in p.saved} <= nodes.keys():
         raise NoRange("a saved value that the symbolic graph has not")
-    homes = {name: _symbolic(home, nodes[name]) for name, home in decided.homes.items()}
+    residency = {name: _symbolic(home, nodes[name]) for name, home in decided.residency.items()}
     # What kernels take was found out on the twin, in numbers.
     known = {w.node: w for g in (decided.forward, decided.backward) for w in workspaces_in(g)}
     numbers_known = Workspaces(p.fused, given=known)
@@ -261,7 +261,7 @@ def _carried_out(joint: fx.GraphModule, p: Prepared, decided: Decided, ends: End
     symbolic = replace(p, joint=joint, saved=saved, workspaces=numbers_known)
     environment = next(iter(ends.inputs.values())).node.shape_env
     before = len(environment.guards)
-    sliced = carry_out(symbolic, homes, overlap=decided.overlap, host_budget=host)
+    sliced = carry_out(symbolic, residency, overlap=decided.overlap, host_budget=host)
     for guard in environment.guards[before:]:
         if not _holds(guard.expr, ends):
             raise NoRange(f"slices are right only where {guard.expr}")

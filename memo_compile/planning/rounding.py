@@ -46,11 +46,11 @@ def least(problem: Problem, *, time_limit: float = 10.0) -> Decision:
     started = time.perf_counter()
     grid = grid_of(problem)
     free = _least(problem, grid, time_limit)
-    homes = _round_all(problem, free, recompute_rest=False)
+    residency = _round_all(problem, free, recompute_rest=False)
     # Without a bound transfers would run ahead of time for nothing; but slices may be too coarse for this one.
-    within = solve(problem, grid, slightly_more(free.peak), time_limit, homes)
-    fixed = within or solve(problem, grid, math.inf, time_limit, homes) or free
-    return _decision(problem, homes, free, fixed, time.perf_counter() - started)
+    within = solve(problem, grid, slightly_more(free.peak), time_limit, residency)
+    fixed = within or solve(problem, grid, math.inf, time_limit, residency) or free
+    return _decision(problem, residency, free, fixed, time.perf_counter() - started)
 
 
 def _least(problem: Problem, grid: Grid, time_limit: float) -> Answer:
@@ -105,46 +105,46 @@ def _rounded_within(problem: Problem, grid: Grid, budget: float, time_limit: flo
             if free is None:
                 return best
             for recompute_rest in (False, True):
-                homes = _round_all(problem, free, recompute_rest=recompute_rest)
-                fixed = solve(problem, grid, budget, time_limit, homes)
-                if fixed and (best is None or _lost(problem, homes, fixed) < _lost(problem, best[0], best[2])):
-                    best = homes, free, fixed
+                residency = _round_all(problem, free, recompute_rest=recompute_rest)
+                fixed = solve(problem, grid, budget, time_limit, residency)
+                if fixed and (best is None or _lost(problem, residency, fixed) < _lost(problem, best[0], best[2])):
+                    best = residency, free, fixed
                 if best and _lost(problem, best[0], best[2]) <= free.lost + ROUNDING * sum(problem.seconds):
                     return best
             if best is None:
                 break
             # Once more, knowing what is offloaded, and so must be out before it is needed.
-            known = frozenset(name for name, home in homes.items() if home.offloaded)
+            known = frozenset(name for name, home in residency.items() if home.offloaded)
         if best is not None:
             return best
         slices = [a.bytes * min(problem.slice_tokens, a.tokens) / a.tokens for a in problem.activations]
         # A row holds a few roundings at once; the larger the room taken back, the fewer rounds.
-        target -= max(sorted(slices)[-8:], default=0.0) + max(0.0, max(memory_profile(problem, homes)) - budget)
-        offloaded = sum(a.bytes * homes[a.name].offloaded / a.tokens for a in problem.activations)
+        target -= max(sorted(slices)[-8:], default=0.0) + max(0.0, max(memory_profile(problem, residency)) - budget)
+        offloaded = sum(a.bytes * residency[a.name].offloaded / a.tokens for a in problem.activations)
         host -= max(0.0, offloaded - problem.host_budget)
     return None
 
 
-def _lost(problem: Problem, homes: Mapping[str, Residency], fixed: Answer) -> float:
+def _lost(problem: Problem, residency: Mapping[str, Residency], fixed: Answer) -> float:
     """Seconds beyond the step's own."""
-    return fixed.stall + _recompute_seconds(problem, homes)
+    return fixed.stall + _recompute_seconds(problem, residency)
 
 
-def _recompute_seconds(problem: Problem, homes: Mapping[str, Residency]) -> float:
-    return sum((a.recompute_seconds or 0.0) * homes[a.name].recomputed / a.tokens for a in problem.activations)
+def _recompute_seconds(problem: Problem, residency: Mapping[str, Residency]) -> float:
+    return sum((a.recompute_seconds or 0.0) * residency[a.name].recomputed / a.tokens for a in problem.activations)
 
 
 def _round_all(problem: Problem, answer: Answer, *, recompute_rest: bool) -> dict[str, Residency]:
     """Whole slices for all. Where a slice may only be kept or offloaded, the two take turns, so that neither the
     device's nor the host's sum strays by more than a slice.
     """
-    homes: dict[str, Residency] = {}
+    residency: dict[str, Residency] = {}
     over = 0.0  # bytes offloaded beyond the answer
     for i, a in enumerate(problem.activations):
         home = _rounded(a, answer, i, problem, recompute_rest=recompute_rest, up=over <= 0)
-        homes[a.name] = home
+        residency[a.name] = home
         over += a.bytes * (home.offloaded / a.tokens - float(answer.fractions[i, 1]))
-    return homes
+    return residency
 
 
 def _decision(
@@ -170,7 +170,7 @@ def _decision(
     )
 
 
-_Rounding = tuple[dict[str, Residency], Answer, Answer]  # homes, the answer that they round, the answer for them
+_Rounding = tuple[dict[str, Residency], Answer, Answer]  # residency, the answer that it rounds, the answer for it
 
 
 def _rounded(

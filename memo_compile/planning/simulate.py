@@ -93,7 +93,7 @@ class _Job:
 
 class _Player:
     def __init__(self, problem: Problem, residency: Mapping[str, Residency]) -> None:
-        self.p, self.homes = problem, residency
+        self.p, self.residency = problem, residency
         self.steps = len(problem.seconds)
         self.budget = np.inf if problem.budget is None else float(problem.budget)
         self.now = self.computed = 0.0
@@ -126,7 +126,7 @@ class _Player:
         """Bytes at each step with instantaneous transfers: what no schedule of copies can go below."""
         change = np.zeros(self.steps + 1)
         for a in self.p.activations:
-            gone = a.bytes * (1 - self.homes[a.name].kept / a.tokens)
+            gone = a.bytes * (1 - self.residency[a.name].kept / a.tokens)
             change[0] += (self.p.calls - 1) * (a.bytes - gone)
             change[a.produced] += a.bytes
             change[min(a.last_forward + 1, self.steps)] -= gone
@@ -139,7 +139,7 @@ class _Player:
         """Seconds of recomputation before each step."""
         extra = np.zeros(self.steps)
         for a in self.p.activations:
-            home = self.homes[a.name]
+            home = self.residency[a.name]
             if home.recomputed:
                 extra[min(_needed(a), self.steps - 1)] += (a.recompute_seconds or 0.0) * home.recomputed / a.tokens
         return extra
@@ -283,7 +283,7 @@ class _Player:
             self._copy_out(np.inf)
 
     def _result(self) -> Simulation:
-        moved = sum(_offloaded_bytes(a, self.homes) for a in self.p.activations)
+        moved = sum(_offloaded_bytes(a, self.residency) for a in self.p.activations)
         copies = [e for e in self.events if e.stream != "compute"]
         busy = sum(e.end - e.start for e in copies)
         peak = max((held for _, held in self.memory), default=0)

@@ -16,9 +16,9 @@ from memo_compile.planning.problem import SMALL, Limits
 from memo_compile.schema import ActivationPlan, Binding, Cause, Plan, Stop
 
 
-def recomputed_flops(p: Prepared, homes: Mapping[str, Residency]) -> int:
+def recomputed_flops(p: Prepared, residency: Mapping[str, Residency]) -> int:
     total = 0.0
-    for key, h in homes.items():
+    for key, h in residency.items():
         chain = p.chains[key]
         if h.recomputed and chain is not None:
             total += sum(p.flops.get(n.name, 0) for n in chain) * h.recomputed / h.tokens
@@ -57,12 +57,12 @@ def blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:
     )
 
 
-def activation_plans(p: Prepared, homes: Mapping[str, Residency], limits: Limits) -> tuple[ActivationPlan, ...]:
+def activation_plans(p: Prepared, residency: Mapping[str, Residency], limits: Limits) -> tuple[ActivationPlan, ...]:
     plans = []
     for node in p.saved:
         if node.op == "placeholder" or not nbytes(node):
             continue
-        home = homes.get(node.name)
+        home = residency.get(node.name)
         if home is not None:
             plans.append(activation_plan(node, home, *_cause(p, node, home, limits)))
             continue

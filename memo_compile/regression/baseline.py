@@ -173,7 +173,7 @@ def compare(target: str, before: Figures, now: Figures, allowed: Mapping[str, fl
 def _blame(metric: str, before: Figures, now: Figures) -> Iterator[str]:
     known = before.notes.get(metric, ())
     yield from (note for note in now.notes.get(metric, ()) if note not in known)
-    homes = {
+    fields_of = {
         "peak": ("kept",),
         "host": ("offloaded",),
         "out": ("offloaded",),
@@ -182,15 +182,15 @@ def _blame(metric: str, before: Figures, now: Figures) -> Iterator[str]:
         "step": ("recomputed", "offloaded"),
         "unsliceable": ("whole",),
     }.get(metric, ())
-    yield from _grown(before.tensors, now.tensors, homes)
+    yield from _grown(before.tensors, now.tensors, fields_of)
 
 
-def _grown(before: Iterable[SavedTensor], now: Iterable[SavedTensor], homes: tuple[str, ...]) -> Iterator[str]:
-    """Tensors of which more lies in one of `homes` than before, those with the most first."""
+def _grown(before: Iterable[SavedTensor], now: Iterable[SavedTensor], names: tuple[str, ...]) -> Iterator[str]:
+    """Tensors of which more lies in one of the fields `names` than before, those with the most first."""
     old = {t.name: t for t in before}
     grown = []
     for t in now:
-        for home in homes:
+        for home in names:
             was = getattr(old[t.name], home) if t.name in old else 0
             more = getattr(t, home) - was
             if more > 0:

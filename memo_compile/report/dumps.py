@@ -207,7 +207,7 @@ def compilation_record(p: Prepared, decided: Decided, options: Options) -> dict[
         "limits": asdict(decided.limits),
         "ahead": decided.overlap,
         "unplanned_peak": p.unplanned_peak,
-        "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.homes.items()},
+        "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.residency.items()},
         "decided": asdict(decided.plan),
     }
 
@@ -230,7 +230,7 @@ def annotated(p: Prepared, decided: Decided) -> str:
             facts.append(f"forward [{front[node.name].start}, {front[node.name].end})")
         if node.name in back:
             facts.append(f"backward [{back[node.name].start}, {back[node.name].end})")
-        home = decided.homes.get(node.name)
+        home = decided.residency.get(node.name)
         if home is not None:
             facts.append(f"kept {home.kept}, offloaded {home.offloaded}, recomputed {home.recomputed}")
         where = source_line(node)

@@ -38,6 +38,7 @@ from memo_compile.report.explanation import (
     TensorRow,
     Unsliced,
 )
+from memo_compile.report.groups import by_source, shares
 from memo_compile.report.picture import layers_by_value
 from memo_compile.runtime.ops import register
 from memo_compile.schema import ActivationPlan, Cause, Plan
@@ -227,13 +228,9 @@ def _dtype(node: fx.Node) -> str:
 def saved_rows(p: Prepared, plan: Plan) -> tuple[SavedRow, ...]:
     """What is saved and who reads it in the backward, most bytes first."""
     readers = {n.name: _readers(n) for n in p.backward.graph.find_nodes(op="placeholder")}
-    groups: dict[tuple[str, tuple[int, ...], str], list[ActivationPlan]] = defaultdict(list)
-    for a in plan.activations:
-        groups[a.source, a.shape, a.dtype].append(a)
     rows = []
-    for group in groups.values():
+    for group in by_source(plan):
         first = group[0]
-        homes = _shares(group)
         rows.append(
             SavedRow(
                 first.name,
@@ -241,7 +238,7 @@ def saved_rows(p: Prepared, plan: Plan) -> tuple[SavedRow, ...]:
                 first.dtype,
                 first.bytes,
                 len(group),
-                *homes,
+                *shares(group),
                 first.source,
                 readers.get(first.name, ()),
                 first.reason,
@@ -263,12 +260,6 @@ def _readers(node: fx.Node) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _shares(group: Sequence[ActivationPlan]) -> tuple[float, float, float]:
-    total = sum(a.bytes for a in group) or 1
-    kept, offloaded = (sum(a.share(getattr(a, home)) for a in group) / total for home in ("kept", "offloaded"))
-    return kept, offloaded, sum(a.share(a.recomputed) for a in group) / total
-
-
 def layer_rows(p: Prepared, plan: Plan) -> tuple[LayerRow, ...]:
     """Residency of each class of layers, in the forward's order; what lies outside of all layers comes last."""
     modules = layers_by_value(p)
@@ -282,7 +273,7 @@ def layer_rows(p: Prepared, plan: Plan) -> tuple[LayerRow, ...]:
         name = min(names, key=lambda n: (-names[n], n)).rpartition("].")[2] if names else f"class {cls}"
         count = p.layers.classes.count(cls) if cls < outside else 1
         title = "outside of layers" if cls == outside else name
-        rows.append(LayerRow(title, count, sum(a.bytes for a in group), *_shares(group)))
+        rows.append(LayerRow(title, count, sum(a.bytes for a in group), *shares(group)))
     return tuple(rows)
 
 

@@ -185,7 +185,7 @@ def _partition(p: Prepared, decided: Decided, split: Mapping[str, Snapshot]) -> 
         f"run in both: {len(twice)} nodes",
     ]
     for n in twice:
-        home = decided.homes.get(n.name)
+        home = decided.residency.get(n.name)
         whole = home is not None and home.recomputed == home.tokens
         why = "the plan recomputes it whole" if whole else "recomputed from what is saved"
         lines.append(f"  = {statement(n)}{_note(nbytes(n), source_line(n), why)}")

@@ -97,7 +97,7 @@ def layer_dot(p: Prepared, decided: Decided, layer: Layer | None = None) -> str 
         lines.append(f'  subgraph cluster_{side} {{ label="{side}"; color="#ced4da";')
         for n in gm.graph.nodes:
             if n in inside:
-                home = decided.homes.get(n.name) if side == "forward" else None
+                home = decided.residency.get(n.name) if side == "forward" else None
                 lines.append(f"    {_id(side, n)} [label=<{_label(n, ranges[side].get(n.name), home, saved, fused)}>];")
         lines.append("  }")
     lines += _edges(shown, saved)

@@ -127,7 +127,7 @@ def _passes(
     limits = Limits(**record["limits"])
     p = with_tiles(p, limits)
     decided = decide(p, limits, name=dumped.name, backend=dumped.backend)
-    yield timer.done("residency", f"{len(decided.homes)} activations", _decision(decided, record))
+    yield timer.done("residency", f"{len(decided.residency)} activations", _decision(decided, record))
     if record["homes"]:
         yield from _acting(p, record, limits, folder, timer)
     if (folder / "emitted.json").is_file():
@@ -201,11 +201,11 @@ def _short(value: Any) -> str:
 
 
 def _decision(decided: Decided, record: Mapping[str, Any]) -> list[str]:
-    homes = {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.homes.items()}
+    residency = {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.residency.items()}
     differences = [
-        f"{name}: {_in_words(record['homes'].get(name))} in the dump, {_in_words(homes.get(name))} here"
-        for name in dict.fromkeys([*record["homes"], *homes])
-        if record["homes"].get(name) != homes.get(name)
+        f"{name}: {_in_words(record['homes'].get(name))} in the dump, {_in_words(residency.get(name))} here"
+        for name in dict.fromkeys([*record["homes"], *residency])
+        if record["homes"].get(name) != residency.get(name)
     ]
     now = json.loads(json.dumps(asdict(decided.plan)))
     # Measured; compared above; and what is known once the plan fits.
@@ -223,11 +223,11 @@ def _in_words(home: Sequence[int] | None) -> str:
 
 def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path, timer: _Timer) -> Iterator[Replayed]:
     axes = {n.name: n.meta[TOKENS].axis for n in p.saved if TOKENS in n.meta}
-    homes = {
+    residency = {
         name: Residency(*rows, axis=axes.get(name) if tokens > 1 else None)
         for name, (tokens, *rows) in record["homes"].items()
     }
-    lost = [name for name, h in homes.items() if name not in p.chains or (h.tokens > 1 and h.axis is None)]
+    lost = [name for name, h in residency.items() if name not in p.chains or (h.tokens > 1 and h.axis is None)]
     if lost:
         yield timer.done(
             "partition", "not run", [f"{name} has a home in the dump and is no saved value here" for name in lost]
@@ -235,7 +235,7 @@ def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path
         return
     done: list[Replayed] = []
     watch = _watching(folder, timer, len(pipeline.ANNOTATING), done)
-    carry_out(p, homes, overlap=record["ahead"], host_budget=limits.host_in_all, watch=watch)
+    carry_out(p, residency, overlap=record["ahead"], host_budget=limits.host_in_all, watch=watch)
     yield from done
 
 

@@ -80,7 +80,7 @@ def report_data(p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str,
         emitted: the arguments of `codegen.arena.layout.plan_arena`, where Inductor emitted the graphs.
     """
     strings = _Strings()
-    facts = _Facts(p, decided.homes, strings)
+    facts = _Facts(p, decided.residency, strings)
     unplanned = p.unplanned
     before = _graph_timeline(unplanned.forward, unplanned.backward, unplanned.saved, p, _Facts(p, {}, strings))
     if emitted is not None:
@@ -105,15 +105,15 @@ def report_data(p: Prepared, decided: Decided, plan: Plan, emitted: Mapping[str,
 
 def _activation(a: Any, strings: _Strings) -> list[Any]:
     shape = f"{a.dtype}[{','.join(map(str, a.shape))}]"
-    homes = [a.tokens, a.kept, a.offloaded, a.recomputed]
-    return [strings(a.name), strings(shape), a.bytes, *homes, a.layer, strings(a.source), strings(a.reason)]
+    rows = [a.tokens, a.kept, a.offloaded, a.recomputed]
+    return [strings(a.name), strings(shape), a.bytes, *rows, a.layer, strings(a.source), strings(a.reason)]
 
 
 class _Facts:
     """What is known of a value of either graph by its node: name, op, shape, layer, source, homes, why it is there."""
 
-    def __init__(self, p: Prepared, homes: Mapping[str, Residency], strings: _Strings) -> None:
-        self.strings, self.homes = strings, homes
+    def __init__(self, p: Prepared, residency: Mapping[str, Residency], strings: _Strings) -> None:
+        self.strings, self.residency = strings, residency
         self.in_forward = {n.name for n in p.forward.graph.nodes if n.op == "call_function"}
         self.layers = {n.name: n.meta[LAYER].index for n in p.joint.graph.nodes if LAYER in n.meta}
         self.sources = {n.name: source_line(n) for n in p.joint.graph.nodes}
@@ -139,7 +139,7 @@ class _Facts:
         """The category of a value that the forward makes."""
         if for_user:
             return Category.OUTPUT
-        home = self.homes.get(node.name) if node is not None else None
+        home = self.residency.get(node.name) if node is not None else None
         if home is not None and home.offloaded:
             return Category.OFFLOADED
         return Category.KEPT if crosses else Category.FORWARD_TRANSIENT
@@ -235,9 +235,9 @@ def _segments(plan: Plan) -> list[list[Any]]:
 
 def simulated(p: Prepared, decided: Decided) -> Simulation | None:
     """The step as the simulator plays it, its steps named by their nodes; None where nothing was decided."""
-    if decided.problem is None or not decided.homes:
+    if decided.problem is None or not decided.residency:
         return None
-    played = simulate(decided.problem, decided.homes)
+    played = simulate(decided.problem, decided.residency)
     names = [n.name for n in (*p.forward.graph.nodes, *p.backward.graph.nodes)]
     steps = {f"step {i}": name for i, name in enumerate(names)}
     events = (replace(e, name=steps.get(e.name, e.name)) for e in played.events if e.end > e.start)

@@ -94,15 +94,15 @@ class Together:
         Raises:
             RanksDisagree: naming an activation whose home differs.
         """
-        homes = {
+        residency = {
             name: f"kept {h.kept}, offloaded {h.offloaded}, recomputed {h.recomputed} of {h.tokens}"
-            for name, h in sorted(decided.homes.items())
+            for name, h in sorted(decided.residency.items())
         }
-        mine = sha256(json.dumps(homes).encode()).hexdigest()
+        mine = sha256(json.dumps(residency).encode()).hexdigest()
         digests = self._exchange("digest", mine)
         if len(set(digests.values())) <= 1:
             return
-        said = {rank: json.loads(text) for rank, text in self._exchange("homes", json.dumps(homes)).items()}
+        said = {rank: json.loads(text) for rank, text in self._exchange("homes", json.dumps(residency)).items()}
         raise RanksDisagree(f"plans differ: {_first_difference(said)}")
 
     def fail(self, error: BaseException) -> None:
@@ -148,11 +148,11 @@ def _least(values: Sequence[int | None]) -> int | None:
     return min((v for v in values if v is not None), default=None)
 
 
-def _first_difference(homes: Mapping[int, Mapping[str, str]]) -> str:
-    first, *others = sorted(homes)
+def _first_difference(residency: Mapping[int, Mapping[str, str]]) -> str:
+    first, *others = sorted(residency)
     for other in others:
-        for name in sorted({*homes[first], *homes[other]}):
-            mine, theirs = homes[first].get(name, "nowhere"), homes[other].get(name, "nowhere")
+        for name in sorted({*residency[first], *residency[other]}):
+            mine, theirs = residency[first].get(name, "nowhere"), residency[other].get(name, "nowhere")
             if mine != theirs:
                 return f"{name} is {mine} on rank {first} and {theirs} on rank {other}"
     return "in what no activation shows"

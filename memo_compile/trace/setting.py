@@ -234,7 +234,7 @@ def told_of(limits: Limits, decided: Decided, peak: int) -> Told:
     obstacle = next(iter(decided.peak_tensors), "nothing that can be named")
     node = on_streams(decided.forward)
     return Told(
-        plans=any(h.kept < h.tokens for h in decided.homes.values()),
+        plans=any(h.kept < h.tokens for h in decided.residency.values()),
         unusual=tuple(unusual_ops(decided.forward)),
         streams=source_line(node) if node is not None else None,
         over=(limits.budget, peak, obstacle) if limits.budget is not None and peak > limits.budget else None,

@@ -31,9 +31,9 @@ def on_ranks(fn, count=2, groups=None):
         return list(pool.map(run, range(count)))
 
 
-def homes(**kept):
+def residency(**kept):
     return SimpleNamespace(
-        homes={n: SimpleNamespace(tokens=8, kept=k, offloaded=8 - k, recomputed=0) for n, k in kept.items()}
+        residency={n: SimpleNamespace(tokens=8, kept=k, offloaded=8 - k, recomputed=0) for n, k in kept.items()}
     )
 
 
@@ -62,19 +62,19 @@ def test_other_options_are_an_error_on_every_rank():
 
 
 def test_plans_that_differ_are_an_error_on_every_rank_and_name_the_first_difference():
-    errors = on_ranks(lambda rank, all_: all_.confirm(homes(a=8, b=4 * rank)))
+    errors = on_ranks(lambda rank, all_: all_.confirm(residency(a=8, b=4 * rank)))
     assert all("b is kept 0, offloaded 8" in str(e) and "kept 4" in str(e) for e in errors)
 
 
 def test_equal_plans_are_no_error():
-    assert on_ranks(lambda _, all_: all_.confirm(homes(a=8, b=4))) == [None, None]
+    assert on_ranks(lambda _, all_: all_.confirm(residency(a=8, b=4))) == [None, None]
 
 
 def test_a_rank_that_fails_keeps_nobody_waiting():
     def run(rank, all_):
         if rank:
             return all_.fail(ValueError("no room"))
-        return all_.confirm(homes(a=8))
+        return all_.confirm(residency(a=8))
 
     said, _ = on_ranks(run)
     assert "rank 1 has failed: ValueError: no room" in str(said)
@@ -82,7 +82,7 @@ def test_a_rank_that_fails_keeps_nobody_waiting():
 
 def test_a_rank_that_never_comes_is_named(monkeypatch):
     monkeypatch.setattr(ranks, "WAIT", timedelta(milliseconds=50))
-    said, _ = on_ranks(lambda rank, all_: None if rank else all_.confirm(homes(a=8)))
+    said, _ = on_ranks(lambda rank, all_: None if rank else all_.confirm(residency(a=8)))
     assert "rank 1 has not come" in str(said)
 
 

@@ -74,10 +74,10 @@ def test_repeated_layers_have_the_transients_of_traced_ones(short, limits):
 
 
 def test_rows_live_as_the_simulator_moves_them(short, decided):
-    _, problem, homes = decided
-    assert any(h.offloaded for h in homes.values())
-    played = simulate(problem, homes)
-    rows = list(row_buffers(problem, homes, played))
+    _, problem, residency = decided
+    assert any(h.offloaded for h in residency.values())
+    played = simulate(problem, residency)
+    rows = list(row_buffers(problem, residency, played))
     counted = [b + r for b, r in zip(problem.base_bytes, live(rows, len(problem.seconds)), strict=True)]
     assert counted == pytest.approx([held for _, held in played.memory], abs=len(problem.activations))
 

@@ -34,15 +34,15 @@ def fitted(p, limits, peak_of):
 def test_the_least_plan_is_taken_where_it_holds_less(traced):
     p, limits = traced
     found, asked = fitted(p, limits, lambda d: p.unplanned_peak // 2)
-    assert found.decided.homes
+    assert found.decided.residency
     assert len(asked) == 1
 
 
 def test_the_unplanned_graph_is_the_least_where_no_plan_holds_less(traced):
     """Offloading a small model gains less than what a compiler no longer fuses."""
     p, limits = traced
-    found, asked = fitted(p, limits, lambda d: p.unplanned_peak - bool(not d.homes))
-    assert not found.decided.homes
+    found, asked = fitted(p, limits, lambda d: p.unplanned_peak - bool(not d.residency))
+    assert not found.decided.residency
     assert found.peak == p.unplanned_peak - 1
     assert len(asked) == 2
 
@@ -67,7 +67,7 @@ def test_a_budget_that_no_plan_keeps_is_refused_with_what_was_found(traced):
         fitted(
             p,
             replace(limits, budget=p.unplanned_peak // 2, objective="time"),
-            lambda d: p.unplanned_peak + bool(d.homes),
+            lambda d: p.unplanned_peak + bool(d.residency),
         )
     assert caught.value.least == p.unplanned_peak  # of the unplanned graph, which has no homes
     assert any("llama.py" in line for line in caught.value.peak_tensors)

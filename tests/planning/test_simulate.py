@@ -32,13 +32,13 @@ def stack(sizes, *, step=1e-3, recompute=5e-4, budget=None, rate=1e12, host=1 <<
     return Problem((step,) * (2 * n), (base,) * (2 * n), n, activations, budget, host, rate, rate)
 
 
-def homes(problem, home):
+def residency(problem, home):
     return {a.name: home for a in problem.activations}
 
 
 def test_keeping_all_takes_the_steps_own_time_and_all_the_memory():
     problem = stack([MIB] * 4, base=MIB)
-    s = simulate(problem, homes(problem, KEPT))
+    s = simulate(problem, residency(problem, KEPT))
     assert s.seconds == pytest.approx(8e-3)
     assert s.peak == 5 * MIB
     assert s.offloaded_bytes == 0
@@ -46,7 +46,7 @@ def test_keeping_all_takes_the_steps_own_time_and_all_the_memory():
 
 def test_recomputing_all_adds_the_recomputation_and_holds_one():
     problem = stack([MIB] * 4)
-    s = simulate(problem, homes(problem, AGAIN))
+    s = simulate(problem, residency(problem, AGAIN))
     assert s.seconds == pytest.approx(8e-3 + 4 * 5e-4)
     assert s.peak == MIB
 
@@ -54,7 +54,7 @@ def test_recomputing_all_adds_the_recomputation_and_holds_one():
 def test_a_slow_link_makes_the_forward_wait_for_room_and_the_backward_for_prefetches():
     """1 MiB takes 2 steps to copy. Room for 2 MiB: each forward step from the third on waits one step more."""
     problem = stack([MIB] * 4, budget=2 * MIB, rate=MIB / 2e-3)
-    s = simulate(problem, homes(problem, AWAY))
+    s = simulate(problem, residency(problem, AWAY))
     assert s.fits
     assert s.stalls["room"] > 0
     assert s.stalls["prefetch"] > 0
@@ -65,7 +65,7 @@ def test_a_slow_link_makes_the_forward_wait_for_room_and_the_backward_for_prefet
 
 def test_a_fast_link_hides_behind_the_steps():
     problem = stack([MIB] * 8, budget=3 * MIB, rate=MIB / 0.5e-3)
-    plan = {**homes(problem, AWAY), "a7": KEPT}
+    plan = {**residency(problem, AWAY), "a7": KEPT}
     s = simulate(problem, plan)
     assert s.seconds == pytest.approx(16e-3)
     assert s.overlap == pytest.approx(1.0)
@@ -73,12 +73,12 @@ def test_a_fast_link_hides_behind_the_steps():
 
 def test_a_step_that_cannot_fit_is_told():
     problem = stack([MIB] * 3, budget=2 * MIB, base=2 * MIB)
-    assert not simulate(problem, homes(problem, AWAY)).fits
+    assert not simulate(problem, residency(problem, AWAY)).fits
 
 
 def test_the_trace_has_three_streams_and_no_stream_does_two_things_at_once():
     problem = stack([MIB] * 5, budget=3 * MIB, rate=MIB / 1e-3)
-    trace = json.loads(simulate(problem, homes(problem, AWAY)).to_trace())["traceEvents"]
+    trace = json.loads(simulate(problem, residency(problem, AWAY)).to_trace())["traceEvents"]
     spans = [e for e in trace if e["ph"] == "X"]
     for stream in (0, 1, 2):
         own = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == stream)
@@ -90,7 +90,7 @@ def test_the_trace_has_three_streams_and_no_stream_does_two_things_at_once():
 
 def test_a_slice_comes_back_after_it_has_left():
     problem = stack([MIB] * 3, budget=2 * MIB, rate=MIB / 4e-3)
-    events = simulate(problem, homes(problem, AWAY)).events
+    events = simulate(problem, residency(problem, AWAY)).events
     for name in ("a0", "a1", "a2"):
         left = max(e.end for e in events if e.stream == "d2h" and e.name == name)
         began = min(e.start for e in events if e.stream == "h2d" and e.name == name)
@@ -143,7 +143,7 @@ def test_the_program_predicts_what_the_simulator_plays(problem):
 def test_the_program_knows_that_nothing_comes_back_before_it_has_left(rate):
     """All that leaves last is needed first: the backward begins with a wait for both copies, one after the other."""
     problem = stack([MIB] * 6, rate=rate)
-    away = homes(problem, AWAY)
+    away = residency(problem, AWAY)
     assert evaluate(problem, away).seconds == pytest.approx(simulate(problem, away).seconds, rel=0.03)
 
 
@@ -186,7 +186,7 @@ def test_the_program_predicts_what_the_simulator_plays_for_real_models(target, h
     limits = limits_for(setting, p.unplanned_peak)
     make = partial(planning.decide, p, name="zoo", backend="memo")
     decided = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None)).decided
-    where = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.homes.items()}
+    where = {name: Residency(h.kept, h.offloaded, h.recomputed) for name, h in decided.residency.items()}
     assert any(r.offloaded or r.recomputed for r in where.values())
     predicted, played = evaluate(decided.problem, where), simulate(decided.problem, where)
     assert predicted.seconds == pytest.approx(played.seconds, rel=0.03)

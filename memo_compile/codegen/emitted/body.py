@@ -156,12 +156,12 @@ def _lines(body: Sequence[ast.stmt], device: str | None = None, known: bool = Tr
 
 @dataclass
 class _Reading:
-    """What has been read of a body so far. `home` leads from a name to the storage that it lies in."""
+    """What has been read of a body so far. `storage_of` leads from a name to the storage that it lies in."""
 
     kernel_storage: Callable[[str], tuple[Kind, int] | None]
     aliased_by: Callable[[str], Sequence[str]]
     steps: int
-    home: dict[str, str] = field(default_factory=dict)
+    storage_of: dict[str, str] = field(default_factory=dict)
     kind: dict[str, Kind] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
     start: dict[str, int] = field(default_factory=dict)
@@ -174,11 +174,11 @@ class _Reading:
     def add(self, name: str, kind: Kind, size: int, start: int) -> None:
         """A storage of its own."""
         self.kind[name], self.size[name] = kind, size
-        self.home[name], self.start[name], self.end[name] = name, start, start
+        self.storage_of[name], self.start[name], self.end[name] = name, start, start
 
-    def homes(self, tree: ast.AST) -> list[str]:
+    def storages_in(self, tree: ast.AST) -> list[str]:
         """The storages that an expression or a statement names."""
-        return [self.home[name] for name in _names(tree) if name in self.home]
+        return [self.storage_of[name] for name in _names(tree) if name in self.storage_of]
 
     def read(self, step: int, line: _Line) -> None:
         """Take in the next statement."""
@@ -187,23 +187,23 @@ class _Reading:
             self.deleted.update((name, step + 1) for name in _names(statement))
             return
         if not line.known:
-            self.held.update(self.homes(statement))
+            self.held.update(self.storages_in(statement))
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             self._assign(step, statement.targets[0].id, statement.value, line.device)
-        for name in self.homes(statement):
+        for name in self.storages_in(statement):
             self.end[name] = step + 1
 
     def _assign(self, step: int, target: str, value: ast.expr, device: str | None) -> None:
         source = alias_source(value)
-        shared = [self.home[name] for name in self.aliased_by(target) if name in self.home]
+        shared = [self.storage_of[name] for name in self.aliased_by(target) if name in self.storage_of]
         if (size := allocation_of(value)) is not None:
             self.add(target, Kind.ALLOCATED, size, step)
             self.places[target] = _place_of(value, device)
-        elif source is not None and source in self.home and not shared:
-            self._name(target, self.home[source], isinstance(value, ast.Subscript))
+        elif source is not None and source in self.storage_of and not shared:
+            self._name(target, self.storage_of[source], isinstance(value, ast.Subscript))
         elif shared:
             # `buf3 = torch.ops.aten.view_as_complex.default(buf2)`: a view, though a kernel's call makes it.
-            self.home[target] = shared[0]
+            self.storage_of[target] = shared[0]
             self.held.update(shared if len(set(shared)) > 1 else ())
         elif isinstance(value, (ast.Call, ast.List, ast.BinOp)):  # `[None] * 2`, which a branch fills
             self._made(step, target, value)
@@ -212,16 +212,16 @@ class _Reading:
         """`buf6 = buf5[0]`, and `buf6 = buf5` where the kernel has one result: the storage is the result's."""
         own = self.kernel_storage(target) if is_item or self.kind[whole] == Kind.WORKSPACE else None
         if own is None:
-            self.home[target] = whole
+            self.storage_of[target] = whole
             return
         self.add(target, *own, self.start[whole])  # an item of a kernel's results was made when the kernel ran
         self.results[target] = whole
 
     def _made(self, step: int, target: str, value: ast.expr) -> None:
         own = self.kernel_storage(target)
-        given = set(self.homes(value))
+        given = set(self.storages_in(value))
         if own is None and len(given) == 1:  # it owns no storage: that of the one tensor it is given
-            self.home[target] = next(iter(given))
+            self.storage_of[target] = next(iter(given))
             return
         if own is None and not _is_number(value):
             self.held.update(given)
@@ -229,11 +229,11 @@ class _Reading:
 
     def returned(self, expression: str) -> str | None:
         """The storage of an output, which lives to the end."""
-        homes = self.homes(ast.parse(expression))
-        if not homes:
+        named = self.storages_in(ast.parse(expression))
+        if not named:
             return None
-        self.end[homes[0]] = self.steps
-        return homes[0]
+        self.end[named[0]] = self.steps
+        return named[0]
 
     def body(
         self,
@@ -244,7 +244,7 @@ class _Reading:
         device: str | None,
     ) -> Body:
         """All of it."""
-        self.held.update(self.home[name] for name in held if name in self.home)
+        self.held.update(self.storage_of[name] for name in held if name in self.storage_of)
         self._hold_until_deleted()
         for name in _elsewhere(self.places, self.size, device):
             self.kind[name], self.size[name] = Kind.KERNEL, 0
@@ -258,7 +258,7 @@ class _Reading:
         return Body(self.steps, storages, tuple(outputs), tuple(inputs), held=tuple(sorted(self.held)), labels=labels)
 
     def _hold_until_deleted(self) -> None:
-        for name, storage in self.home.items():
+        for name, storage in self.storage_of.items():
             if self.kind[storage] != Kind.WORKSPACE:  # scratch goes when the kernel returns
                 self.end[storage] = max(self.end[storage], self.deleted.get(name, self.steps))
         for item, whole in self.results.items():

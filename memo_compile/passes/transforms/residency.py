@@ -49,7 +49,7 @@ class Transfer:
     bytes: int
 
 
-def host_layout(split: Split, homes: Mapping[str, Residency]) -> tuple[tuple[Transfer, ...], int]:
+def host_layout(split: Split, residency: Mapping[str, Residency]) -> tuple[tuple[Transfer, ...], int]:
     """Host offsets, and the bytes of the lease.
 
     A slice lies on the host from its offload in the forward to its prefetch in the backward. So all of them are there
@@ -58,7 +58,7 @@ def host_layout(split: Split, homes: Mapping[str, Residency]) -> tuple[tuple[Tra
     nodes = list(split.forward.graph.nodes)
     slices: list[Buffer] = []
     for step, node in enumerate(nodes):
-        plan = homes.get(node.name)
+        plan = residency.get(node.name)
         if plan is not None and plan.offloaded and node.name in split.saved:
             value: torch.Tensor = node.meta["val"]
             size = elements(value.shape) * value.element_size() * plan.offloaded // plan.tokens

@@ -46,7 +46,7 @@ from memo_compile.passes.transforms.token_slices import (
 
 @dataclass(frozen=True)
 class Sliced:
-    """The two graphs with homes in place, transfers in the order in which they start."""
+    """The two graphs that carry a residency out, transfers in the order in which they start."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
@@ -64,17 +64,19 @@ def fetch(lease: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.d
     raise AssertionError("a fetch mark was run: the backward was not scheduled")
 
 
-def apply_homes(joint: fx.GraphModule, split: Split, homes: Mapping[str, Residency], host_budget: int = -1) -> Sliced:
-    """Rewrite both graphs of `split` so that each saved value in `homes` has its homes.
+def apply_residency(
+    joint: fx.GraphModule, split: Split, residency: Mapping[str, Residency], host_budget: int = -1
+) -> Sliced:
+    """Rewrite both graphs of `split` so that each saved value in `residency` has its own.
 
     `split.backward` must be unordered, as `split_saving` leaves it; the result's backward is ordered, its fetches still
-    marks. Values not in `homes` are kept whole.
+    marks. Values not in `residency` are kept whole.
     """
-    split = _with_sources(joint, split, homes)
-    transfers, host_bytes = host_layout(split, homes)
+    split = _with_sources(joint, split, residency)
+    transfers, host_bytes = host_layout(split, residency)
     offsets = {t.value: t.offset for t in transfers}
-    saved = _rewrite_forward(split, homes, offsets, host_bytes, host_budget)
-    _rewrite_backward(joint, split, homes, offsets, host_bytes)
+    saved = _rewrite_forward(split, residency, offsets, host_bytes, host_budget)
+    _rewrite_backward(joint, split, residency, offsets, host_bytes)
     saved = _in_torchs_order(split, saved)
     backward = order_backward(split.backward)
     split.forward.recompile()
@@ -97,13 +99,13 @@ def _in_torchs_order(split: Split, saved: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(saved[i] for i in order)
 
 
-def _with_sources(joint: fx.GraphModule, split: Split, homes: Mapping[str, Residency]) -> Split:
+def _with_sources(joint: fx.GraphModule, split: Split, residency: Mapping[str, Residency]) -> Split:
     """Hand on the inputs that only recomputed slices read; they are the user's, and cost nothing to save."""
     present = {n.name for n in split.backward.graph.nodes}
     originals = {n.name: n for n in joint.graph.nodes}
     inputs = readable_inputs(joint)
     wanted: dict[str, None] = {}
-    for name, plan in homes.items():
+    for name, plan in residency.items():
         if plan.recomputed and name in split.saved:
             chain = _chain(joint, originals[name], present)
             wanted.update((a.name, None) for n in chain for a in n.all_input_nodes if a in inputs)
@@ -135,7 +137,7 @@ def _chain(joint: fx.GraphModule, value: fx.Node, present: Collection[str]) -> l
 
 
 def _rewrite_forward(
-    split: Split, homes: Mapping[str, Residency], offsets: Mapping[str, int], host_bytes: int, host_budget: int
+    split: Split, residency: Mapping[str, Residency], offsets: Mapping[str, int], host_bytes: int, host_budget: int
 ) -> tuple[str, ...]:
     graph = split.forward.graph
     (output,) = graph.find_nodes(op="output")
@@ -148,7 +150,7 @@ def _rewrite_forward(
             size = (host_bytes, host_budget, _device_of(graph, offsets))
             lease = call(graph, torch.ops.memo.host_lease.default, size)
     for value in outputs[split.num_forward_outputs :]:
-        plan = homes.get(value.name)
+        plan = residency.get(value.name)
         if plan is None or plan.kept == plan.tokens:
             kept.append(value)
             continue
@@ -220,7 +222,7 @@ def _last_use(value: fx.Node, start: fx.Node) -> fx.Node:
 
 
 def _rewrite_backward(
-    joint: fx.GraphModule, split: Split, homes: Mapping[str, Residency], offsets: Mapping[str, int], host_bytes: int
+    joint: fx.GraphModule, split: Split, residency: Mapping[str, Residency], offsets: Mapping[str, int], host_bytes: int
 ) -> None:
     graph = split.backward.graph
     originals = {n.name: n for n in joint.graph.nodes}
@@ -235,7 +237,7 @@ def _rewrite_backward(
             with fake_mode(graph):
                 lease.meta["val"] = torch.empty(host_bytes, dtype=torch.uint8, device="cpu")
     for name in split.saved:  # in the forward's order: a value's operands are put together before it
-        plan = homes.get(name)
+        plan = residency.get(name)
         if plan is None or plan.kept == plan.tokens:
             continue
         held = present[name]

@@ -72,13 +72,13 @@ def test_what_a_policy_says_must_be_is_kept(policy):
     got = trained(of_matmuls(CheckpointPolicy[policy]), "memo_eager", memory_budget="min")
     assert_equal(got, trained(lambda block, x: block(x), "aot_eager"))
     wide = [a for a in memo_compile.plans()[-1].activations if a.name.startswith("addmm") and a.shape[-1] == 4 * WIDTH]
-    homes = {(a.kept, a.offloaded, a.recomputed) for a in wide}
+    residency = {(a.kept, a.offloaded, a.recomputed) for a in wide}
     if policy == "MUST_RECOMPUTE":
         assert not wide
     elif policy == "MUST_SAVE":
-        assert homes == {(1, 0, 0)}
+        assert residency == {(1, 0, 0)}
     else:
-        assert homes == {(0, ROWS, 0)}
+        assert residency == {(0, ROWS, 0)}
 
 
 def test_what_must_be_offloaded_is_also_where_everything_fits():

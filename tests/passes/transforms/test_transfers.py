@@ -207,11 +207,11 @@ def test_a_model_waits_for_no_copy_where_its_plan_predicts_no_stall():
         x = torch.randint(0, 512, (1, 512))
     p, setting = trace(model, (x,), {"labels": x}, {"memory_budget": 0.6, "recompute": False})
     decided = decide(p, limits_for(setting, p.unplanned_peak), name="gpt", backend="memo")
-    homes = decided.homes
-    assert sum(simulate(decided.problem, homes).stalls.values()) == 0
+    residency = decided.residency
+    assert sum(simulate(decided.problem, residency).stalls.values()) == 0
     for graph, rate in ((decided.forward, p.profile.d2h), (decided.backward, p.profile.h2d)):
         waited, copied = played(graph, p.seconds, rate)
         assert waited <= 0.05 * copied
-    tight = carry_out(p, decided.homes, overlap=False, host_budget=-1)
+    tight = carry_out(p, decided.residency, overlap=False, host_budget=-1)
     waited, copied = played(tight.backward, p.seconds, p.profile.h2d)
     assert waited > 0.5 * copied > 0

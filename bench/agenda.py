@@ -132,7 +132,7 @@ PARTS = {"tests": TESTS_LAST, "fuzz": 60.0, "probe profile": 45.0, "probe step":
 PARTS |= {"probe pinned": 70.0}
 PART = 30.0  # seconds of a probe that is not named
 START, COLD_EAGER, COLD, COLD_BUDGET = 6.0, 2.0, (16.0, 1.5), (20.0, 10.0)  # seconds, and seconds a layer
-REACHED = 0.42e15  # FLOP/s of a step; attention and products, as in rows of an H200
+REACHED = 0.42e15  # FLOP/s of a step; attention and matmuls, as in rows of an H200
 
 
 def expected(item: Item, rows: Rows, parts: dict[str, Row], card: str) -> float:
@@ -159,8 +159,8 @@ def _compiling(case: Case) -> float:
 
 
 def _step(case: Case) -> float:
-    again = 4 / 3 if case.peer.startswith("checkpoint") else 1.0
-    return again * _flops(case.model, case.layers, case.tokens, case.tiny) / REACHED
+    recomputed = 4 / 3 if case.peer.startswith("checkpoint") else 1.0
+    return recomputed * _flops(case.model, case.layers, case.tokens, case.tiny) / REACHED
 
 
 @cache

@@ -2,7 +2,7 @@
 
     python -m bench.arenas [--only PART] [--models NAME …]
 
-Compilations stop behind the dry runs, before any kernel is compiled: of a whole one placement is a smaller share still.
+Compilations stop after the dry runs, before any kernel is compiled: of a whole one placement is a smaller share still.
 Processor seconds of one thread, which a busy machine does not change much; whatever the interpreter does meanwhile,
 such as collecting garbage, counts. For `memo plan` placement is `place_layers` alone: simulating the plan to find
 out when slices leave and land is counted with the rest.

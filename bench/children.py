@@ -3,7 +3,7 @@
     python -m bench.children [--mib 1024]
 
 Each block is written once, then again while a child lives that was forked in between: seconds of both, of the fork, and
-the memory that the system has less of behind the second.
+the memory that the system has less of after the second.
 """
 
 from __future__ import annotations

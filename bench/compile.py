@@ -160,7 +160,7 @@ def with_header() -> Path:
 
 
 def pair(model: str, layers: int, tokens: int, backend: str, budget: str) -> dict[str, Any]:
-    """A cold process and a warm one behind it."""
+    """A cold process and a warm one after it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(with_header(), folder, dirs_exist_ok=True)

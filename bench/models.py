@@ -1,7 +1,7 @@
 """The models of the GPU benchmarks at their published widths, with few layers, each with a loss made in chunks.
 
 `llama-8b` and `gpt-7b` are the package's own; `hf-llama-8b` is Hugging Face's at the same sizes, `-lora` the same with
-adapters of rank 16 on all products of a layer and everything else frozen, and `hf-qwen3-moe` a small mixture of
+adapters of rank 16 on all linear layers of a block and everything else frozen, and `hf-qwen3-moe` a small mixture of
 experts whose shapes do not depend on how tokens are routed. memo is given these with their own loss, over whole logits.
 """
 
@@ -82,7 +82,7 @@ def shifted(labels: Tensor) -> Tensor:
 
 
 def head_of(trained: nn.Module) -> nn.Linear:
-    """The product that makes logits."""
+    """The matmul that makes logits."""
     model: Any = trained
     head: nn.Linear = model.base.lm_head if isinstance(trained, HFTrained) else model.model.head
     return head
@@ -156,7 +156,7 @@ def _causal_attention() -> str:
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
-    """Causal attention over (1, heads, tokens, size) with grouped keys; the result has heads behind tokens."""
+    """Causal attention over (1, heads, tokens, size) with grouped keys; the result has heads after tokens."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=module.scaling)
@@ -189,9 +189,9 @@ def make_model(name: str, layers: int, tokens: int, device: str, tiny: bool = Fa
 
 
 def model_flops(trained: nn.Module, tokens: int) -> float:
-    """FLOPs of a step without recomputation: 6 a token and weight of a product, 4 if it is frozen, and attention's.
+    """FLOPs of a step without recomputation: 6 a token and weight of a matmul, 4 if it is frozen, and attention's.
 
-    That is 6·S²·(heads · size) a layer: two products forward and four backward, half of each masked away.
+    That is 6·S²·(heads · size) a layer: two matmuls forward and four backward, half of each masked away.
     """
     weights = sum(_per_token(name, p, trained) for name, p in trained.named_parameters() if p.dim() > 1)
     return weights * tokens + 6.0 * len(blocks_of(trained)) * tokens**2 * _attended(trained)

@@ -33,7 +33,7 @@ BACKWARD_OF_ATTENTION = 2.5  # FLOPs, of the forward's: flash attention makes th
 PAPER_MFU_7B_1M = 0.523
 
 ASSUMPTIONS = (
-    "A800 as in the built-in profile: 312 TFLOP/s, efficiencies of products 0.859, of attention 0.70 forward and 0.60 "
+    "A800 as in the built-in profile: 312 TFLOP/s, efficiencies of matmuls 0.859, of attention 0.70 forward and 0.60 "
     "backward, 12.5 GB/s to and from the host for each GPU, 200 GB/s from the peers of a machine at 0.8",
     "tensor parallelism 8 with sequence parallelism; machines divide the sequence (context parallelism), and their "
     "exchange of keys and values hides behind attention",
@@ -114,13 +114,13 @@ def case(
 def flops_of(c: Case) -> dict[str, float]:
     """FLOPs of each forward step of a layer on one rank."""
     h, rows = c.preset.width, c.rows
-    product = 2.0 * rows * h * h / TP
+    matmul = 2.0 * rows * h * h / TP
     return {
-        "qkv": 3 * product,
-        "attention": 2.0 * rows * c.tokens * h / TP,  # two products of 2·s·S·h, halved: causal
-        "out": product,
-        "wide": 4 * product,
-        "narrow": 4 * product,
+        "qkv": 3 * matmul,
+        "attention": 2.0 * rows * c.tokens * h / TP,  # two matmuls of 2·s·S·h, halved: causal
+        "out": matmul,
+        "wide": 4 * matmul,
+        "narrow": 4 * matmul,
     }
 
 
@@ -141,10 +141,10 @@ def seconds_of(c: Case) -> tuple[dict[str, float], dict[str, float]]:
             forward[step] = flops[step] / (peak * share_at(p.attention_efficiency, flops[step]))
             backward[step] = back / (peak * share_at(p.attention_backward_efficiency, back))
         else:
-            product = flops[step] / (peak * share_at(p.matmul_efficiency, flops[step]))
-            # Each product gathers or scatters once forward; backward it also gathers its saved operand again.
+            matmul = flops[step] / (peak * share_at(p.matmul_efficiency, flops[step]))
+            # Each matmul gathers or scatters once forward; backward it also gathers its saved operand again.
             twice = 2 if step in ("qkv", "wide") else 1
-            forward[step], backward[step] = product + gather, 2 * product + twice * gather
+            forward[step], backward[step] = matmul + gather, 2 * matmul + twice * gather
     return forward, backward
 
 
@@ -180,9 +180,9 @@ def stack_of(c: Case) -> Stack:
         first = layer * per
         name = f"{layer}.input"
         made = max(first - 1, 0)  # by the last step of the layer before; the first by the embedding
-        again = forward["narrow"] if layer else None
+        recompute = forward["narrow"] if layer else None
         read = back(layer, "norm1")
-        activations.append(Activation(name, c.unit, SLICES, made, first + place["out"], read, read, again))
+        activations.append(Activation(name, c.unit, SLICES, made, first + place["out"], read, read, recompute))
         needs[name] = (f"{layer - 1}.gelu", f"{layer - 1}.residual") if layer else ()
         layer_of[name] = layer
         for saved, (units, by, last, grad, sources, share) in SAVED.items():

@@ -187,7 +187,7 @@ def hf(compile_: Compile, make: Callable[[], Any] = llama, **more: Any) -> list[
 
 
 def hf_trained(compile_: Compile, make: Callable[[], Any] = llama, **more: Any) -> Any:
-    """The Trainer, behind its last step."""
+    """The Trainer, after its last step."""
     from transformers import Trainer, TrainingArguments
 
     model = make()
@@ -211,7 +211,7 @@ def generating(compile_: Compile) -> list[float]:
 
 
 def resuming(compile_: Compile) -> list[float]:
-    """Saved behind the second step, and gone on from there."""
+    """Saved after the second step, and gone on from there."""
     from transformers import Trainer, TrainingArguments
 
     losses: list[float] = []
@@ -231,7 +231,7 @@ def sft(compile_: Compile, **more: Any) -> list[float]:
 
 
 def sft_trained(compile_: Compile, **more: Any) -> Any:
-    """The SFTTrainer, behind its last step."""
+    """The SFTTrainer, after its last step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -19,7 +19,7 @@ import memo_compile
 
 
 class MLP(nn.Module):
-    """A gated MLP behind a norm, added to the residual stream."""
+    """A gated MLP after a norm, added to the residual stream."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

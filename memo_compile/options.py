@@ -41,7 +41,7 @@ class Options:
             is what blocks that are compiled alone want, since what each call keeps is held for all of them.
         recompute: whether activations may be recomputed beyond what Inductor itself would.
         token_slice: rows of a slice, or "auto": a 64th of the tokens.
-        tiles: in how many tiles regions around the widest values run, the loss behind a large vocabulary before all;
+        tiles: in how many tiles regions around the widest values run, the loss over a large vocabulary above all;
             1: in none; "auto": in as few as the budget needs.
         solver_time_limit: seconds of processor time that one linear or integer program may take.
         hardware: "auto", the name of a built-in profile, or the path of a profile's JSON file.

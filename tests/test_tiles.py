@@ -75,7 +75,7 @@ def by_hand(logits, labels):
 
 
 def across_tokens(logits, labels):
-    """What comes behind the sum over all tokens cannot be in the same region."""
+    """What comes after the sum over all tokens cannot be in the same region."""
     scale = logits.square().sum(1, keepdim=True).sqrt()
     return F.cross_entropy(*rows(logits / scale, labels))
 

@@ -175,7 +175,7 @@ def _profile(p: DeviceProfile) -> Any:
         "to the host, and back", f"{p.d2h / 1e9:.3g} and {p.h2d / 1e9:.3g} GB/s; at once {p.both_ways:.0%} of each"
     )
     for name, shares, by, classes in (
-        ("matmuls", p.matmul_efficiency, "rows", p.products_by_rows),
+        ("matmuls", p.matmul_efficiency, "rows", p.matmuls_by_rows),
         ("attention", p.attention_efficiency, "heads", p.attention_by_heads),
         ("its backward", p.attention_backward_efficiency, "heads", p.attention_backward_by_heads),
     ):

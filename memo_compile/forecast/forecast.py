@@ -62,7 +62,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The answer, for one rank. Bytes and seconds; `residency` by layer class, `tensors` by tensor in the largest class.
+    """The answer, for one rank. Bytes and seconds; `residency` by layer class, `tensors` by tensor in the largest one.
 
     Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `peak` counts activations,
     transients and outputs, within `budget`; model state lies beside it. `arena` holds the same, placed. `mfu` is of the

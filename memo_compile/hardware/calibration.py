@@ -67,7 +67,7 @@ def measure(device: str, say: Say = lambda _: None) -> DeviceProfile:
         matmul_efficiency=matmul,
         attention_efficiency=_shares(forward[HEADS], peak),
         attention_backward_efficiency=_shares(backward[HEADS], peak),
-        products_by_rows=(*_classes(thin, peak), (float(WIDTHS[device][-1]), matmul)),
+        matmuls_by_rows=(*_classes(thin, peak), (float(WIDTHS[device][-1]), matmul)),
         attention_by_heads=_classes(forward, peak),
         attention_backward_by_heads=_classes(backward, peak),
         source=f"measured by memo doctor with torch {torch.__version__}, {torch.get_num_threads()} threads",
@@ -110,8 +110,8 @@ def _attentions(device: str, dtype: torch.dtype, say: Say) -> tuple[dict[int, Ra
         forward[heads], backward[heads] = [], []
         for tokens in lengths:
             one = 2.0 * heads * tokens * tokens * HEAD / 2
-            ahead, back = _attention(device, heads, tokens, dtype)
-            forward[heads].append(Rate(2 * one, 2 * one / ahead))
+            front, back = _attention(device, heads, tokens, dtype)
+            forward[heads].append(Rate(2 * one, 2 * one / front))
             backward[heads].append(Rate(5 * one, 5 * one / back))
     return forward, backward
 
@@ -216,10 +216,10 @@ def _attention(device: str, heads: int, tokens: int, dtype: torch.dtype) -> tupl
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     gradient = torch.ones_like(run())
-    ahead = _seconds(device, run, 3)
+    forward = _seconds(device, run, 3)
     out = run()
     back = _seconds(device, lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), 3)
-    return ahead, back
+    return forward, back
 
 
 def _launch(device: str) -> float:

@@ -39,7 +39,7 @@ class DeviceProfile:
     before what leaves ahead of it is out, so that the two copy at once for moments only. `link` is the rate at which a
     device receives from its peers in one machine. Efficiencies of matmuls and of fused attention are tables of (FLOPs
     of one op, share of the peak), between whose entries `share_at` interpolates; the others are shares for large
-    transfers. Where shapes were measured, `products_by_rows` has a table for each smallest dimension of a matmul, and
+    transfers. Where shapes were measured, `matmuls_by_rows` has a table for each smallest dimension of a matmul, and
     `attention_by_heads` and its backward one for each number of sequences times heads; they are then what counts.
     """
 
@@ -61,7 +61,7 @@ class DeviceProfile:
     link_efficiency: float = 0.8
     source: str = ""
     notes: tuple[str, ...] = field(default=())
-    products_by_rows: Classes = ()
+    matmuls_by_rows: Classes = ()
     attention_by_heads: Classes = ()
     attention_backward_by_heads: Classes = ()
 
@@ -71,9 +71,9 @@ class DeviceProfile:
 
     def matmul_share(self, flops: float, rows: float) -> float:
         """The share of the peak that a matmul reaches whose smallest dimension is `rows`."""
-        if not self.products_by_rows:
+        if not self.matmuls_by_rows:
             return share_at(self.matmul_efficiency, flops)
-        return share_in(self.products_by_rows, rows, flops)
+        return share_in(self.matmuls_by_rows, rows, flops)
 
     def attention_share(self, flops: float, heads: int, *, backward: bool) -> float:
         """The share of the peak that fused attention reaches over `heads` heads of all sequences together."""
@@ -320,7 +320,10 @@ def stored_profile(device: str) -> Path:
 _TABLES = ("matmul_efficiency", "attention_efficiency", "attention_backward_efficiency")
 
 
-_CLASSES = ("products_by_rows", "attention_by_heads", "attention_backward_by_heads")
+_RENAMED = {"products_by_rows": "matmuls_by_rows"}  # fields, as profiles of before have them
+
+
+_CLASSES = ("matmuls_by_rows", "attention_by_heads", "attention_backward_by_heads")
 
 
 _ABOVE_ZERO = (
@@ -342,7 +345,7 @@ def from_fields(raw: Mapping[str, Any]) -> DeviceProfile:
     Raises:
         TypeError, ValueError: they are not those of a profile.
     """
-    values = dict(raw)
+    values = {_RENAMED.get(name, name): value for name, value in dict(raw).items()}
     for name in _TABLES:
         values[name] = read_table(name, values.get(name, ()))
     for name in _CLASSES:

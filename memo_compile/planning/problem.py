@@ -82,7 +82,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
     back = lifetimes(p.backward, fused=p.fused, owned_inputs=names)
     base = front.live_bytes(skip=frozenset(movable))
     base += [b + held for b in back.live_bytes(skip=names - fixed)]
-    left = (limits.calls - 1) * (held + sum(nbytes(n) for n in p.saved if n.name in fixed and storage_of(n) is n))
+    of_others = (limits.calls - 1) * (held + sum(nbytes(n) for n in p.saved if n.name in fixed and storage_of(n) is n))
     seconds = [step_seconds(p, n) for n in (*front_nodes, *back_nodes)]
     reads = last_reads(p.forward, fused=p.fused, ignore_output=True)
     born = {n.name: i for i, n in enumerate(front_nodes)}
@@ -110,7 +110,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
         )
     problem = residency.Problem(
         seconds=tuple(seconds),
-        base_bytes=tuple(b + left for b in base),
+        base_bytes=tuple(b + of_others for b in base),
         forward_steps=steps,
         activations=(),
         budget=limits.budget,

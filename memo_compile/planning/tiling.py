@@ -85,8 +85,8 @@ def _saved(p: Prepared, wide: int) -> list[fx.Node]:
         dropped |= {n.name for n in region.nodes if nbytes(n) >= wide and n.name not in results}
         wanted += [joint[n.name] for n, axis in operands_of(region) if axis is not None and n.name in joint]
     kept = [n for n in p.saved if n.name not in dropped]
-    again = [n for n in wanted if n.op == "call_function" and n not in kept]
-    return canonical_saved(p.joint, [*kept, *again], p.policies)
+    recomputable = [n for n in wanted if n.op == "call_function" and n not in kept]
+    return canonical_saved(p.joint, [*kept, *recomputable], p.policies)
 
 
 def _regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | None = None) -> list[Region]:

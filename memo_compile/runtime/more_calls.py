@@ -16,13 +16,13 @@ log = logger(__name__)
 Compiled = Callable[..., Any]
 
 
-def for_all_calls(compiled: Compiled, graph: str, calls: int, again: Callable[[int, list[Any]], Compiled]) -> Compiled:
+def for_all_calls(compiled: Compiled, graph: str, calls: int, replan: Callable[[int, list[Any]], Compiled]) -> Compiled:
     """`compiled`, which was planned for `calls` at once, until there are more.
 
     What the calls of before hold stays theirs until their backward: the step that is under way may exceed a budget.
 
     Args:
-        again: plans and compiles for so many calls, for the arguments of one. Ranks that run one program come to it at
+        replan: plans and compiles for so many calls, for the arguments of one. Ranks that run one program come to it at
             the same call.
     """
     current, known = compiled, calls
@@ -38,7 +38,7 @@ def for_all_calls(compiled: Compiled, graph: str, calls: int, again: Callable[[i
             'options={"calls": ...} tells how many there will be, and spares that.',
             *(graph, more // 2 + 1, known, more),
         )
-        current = again(more, args)
+        current = replan(more, args)
         known = more
 
     def run(*args: Any) -> Any:

@@ -56,5 +56,5 @@ def _body_of(program: Program, hi: int) -> Callable[[list[torch.Tensor]], Any]:
 
 
 def addmm_onto_(dst: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a product to `dst`, in place."""
+    """Add a matmul to `dst`, in place."""
     torch.addmm(dst, a, b, out=dst)

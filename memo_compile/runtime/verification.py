@@ -101,9 +101,9 @@ def _observe(fn: Callable[..., Any], args: Sequence[Any], state: Sequence[torch.
         # Not all ones, which a sum over the wrong rows would not be seen by.
         tangents = [torch.linspace(0.5, 1.5, o.numel(), device=o.device).to(o.dtype).view_as(o) for o in roots]
         gradients = list(torch.autograd.grad(roots, wanted, tangents, allow_unused=True))
-    left = [c.detach() for c in copies if isinstance(c, torch.Tensor)]
+    after = [c.detach() for c in copies if isinstance(c, torch.Tensor)]
     results = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
-    return _Observed(results, gradients, left, [s.detach().clone() for s in state])
+    return _Observed(results, gradients, after, [s.detach().clone() for s in state])
 
 
 def _copy(value: Any) -> Any:

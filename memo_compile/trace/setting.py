@@ -48,12 +48,12 @@ BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: wh
 class Given:
     """The bytes that a budget is found to be: None for no limit, or for a ratio.
 
-    `beside` is what others hold of it, `away` what they hold of the host's.
+    `beside` is what others hold of it, `on_host` what they hold of the host's.
     """
 
     budget: int | None
     beside: int = 0
-    away: int = 0
+    on_host: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     given = setting.given or _given(setting)
     return Limits(
         budget=int(o.memory_budget * unplanned_peak) if isinstance(o.memory_budget, float) else given.budget,
-        host=max(0, setting.host - given.away),
+        host=max(0, setting.host - given.on_host),
         offload=o.offload,
         recompute=o.recompute,
         slice_tokens=o.token_slice if isinstance(o.token_slice, int) else 0,
@@ -196,7 +196,7 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
         objective="memory" if o.memory_budget == "min" else "time",
         beside=given.beside,
         calls=setting.calls,
-        host_beside=min(given.away, setting.host),
+        host_beside=min(given.on_host, setting.host),
         tiles=o.tiles,
         promised=not isinstance(o.memory_budget, float),
     )
@@ -208,36 +208,36 @@ def settled_bytes(setting: Setting) -> Setting:
 
 
 def _given(setting: Setting) -> Given:
-    o, away = setting.options, ledger().on_host(beside=setting.name, family=setting.family)
+    o, on_host = setting.options, ledger().on_host(beside=setting.name, family=setting.family)
     if isinstance(o.memory_budget, int):
         held = ledger().held(setting.device, beside=setting.name, family=setting.family)
         beside = min(held, o.memory_budget - 1)
-        return Given(o.memory_budget - beside, beside, away)
+        return Given(o.memory_budget - beside, beside, on_host)
     if o.memory_budget == "auto" and setting.device.type == "cuda":
         found = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
-        return Given(rounded_down(found, DEVICE_DIGITS), away=away)
-    return Given(None, away=away)
+        return Given(rounded_down(found, DEVICE_DIGITS), on_host=on_host)
+    return Given(None, on_host=on_host)
 
 
-def _say_over(setting: Setting, budget: int, peak: int, obstacle: str) -> None:
+def _say_over(setting: Setting, budget: int, peak: int, largest: str) -> None:
     """Say that the plan that holds least was taken for a share that the graph cannot give."""
     log.log(
         logging.WARNING if peak >= MATTERS else logging.DEBUG,
         "%s: memory_budget=%s asks this graph for %.2f MiB, and the least that any plan holds is %.2f MiB, which is "
         "taken; in the way: %s. For a limit on the sum of all graphs, write it in bytes.",
-        *(setting.frame or setting.name, setting.options.memory_budget, budget / MIB, peak / MIB, obstacle),
+        *(setting.frame or setting.name, setting.options.memory_budget, budget / MIB, peak / MIB, largest),
     )
 
 
 def told_of(limits: Limits, decided: Decided, peak: int) -> Told:
     """What the user is to be told of what was settled on."""
-    obstacle = next(iter(decided.peak_tensors), "nothing that can be named")
+    largest = next(iter(decided.peak_tensors), "nothing that can be named")
     node = on_streams(decided.forward)
     return Told(
         plans=any(h.kept < h.tokens for h in decided.residency.values()),
         unusual=tuple(unusual_ops(decided.forward)),
         streams=source_line(node) if node is not None else None,
-        over=(limits.budget, peak, obstacle) if limits.budget is not None and peak > limits.budget else None,
+        over=(limits.budget, peak, largest) if limits.budget is not None and peak > limits.budget else None,
     )
 
 

@@ -91,7 +91,7 @@ def _flash_backward_on_cuda(gradient: Any, query: Any, key: Any) -> int:
 def _efficient_backward_on_cuda(gradient: Any, query: Any, value: Any) -> int:
     """aten/src/ATen/native/transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h.
 
-    One sum a row, which float32 makes from a product of the whole, and the gradient of the queries, summed in float32
+    One sum a row, which float32 makes from a matmul of the whole, and the gradient of the queries, summed in float32
     in blocks of rows by 64 features.
     """
     q: torch.Tensor = query.meta["val"]
@@ -99,10 +99,10 @@ def _efficient_backward_on_cuda(gradient: Any, query: Any, value: Any) -> int:
     wide = int(value.meta["val"].shape[3])
     sums = 4 * batch * heads * rows
     half = q.element_size() == 2
-    product = 0 if half else 4 * batch * heads * rows * wide + sums
+    whole = 0 if half else 4 * batch * heads * rows * wide + sums
     block = 64 if max(head, wide) <= 64 else 128
     summed = batch * heads * -(-rows // block) * -(-head // 64) * (4 * block * 64 + 16)
-    return _copied(gradient) + max(product, sums + summed)
+    return _copied(gradient) + max(whole, sums + summed)
 
 
 def _flash_on_cpu(query: Any, key: Any, *, backward: bool) -> int:

@@ -53,8 +53,8 @@ def test_a_measured_profile_is_stored_and_used(monkeypatch, tmp_path, capsys):
     assert min(found.d2h, found.h2d, found.memory_bandwidth, found.peak_flops["float32"]) > 1e6
     assert 0 < found.both_ways <= 1
     assert found.matmul_efficiency[-1][1] <= 1
-    assert [rows for rows, _ in found.products_by_rows] == [16, 64, 128]
-    assert found.products_by_rows[-1][1] == found.matmul_efficiency
+    assert [rows for rows, _ in found.matmuls_by_rows] == [16, 64, 128]
+    assert found.matmuls_by_rows[-1][1] == found.matmul_efficiency
     assert [heads for heads, _ in found.attention_by_heads] == [1, measuring.HEADS]
     assert all(size < more for _, table in found.attention_by_heads for (size, _), (more, _) in pairwise(table))
     assert "measured by memo doctor" in " ".join(capsys.readouterr().out.split())

@@ -1,14 +1,23 @@
 """Device profiles: built in, from a file, of this machine."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from memo_compile.errors import InvalidOption
 from memo_compile.hardware.efficiency import share_at, share_in
 from memo_compile.hardware.host_memory import CgroupLimit, cgroup_limits, free_host_memory, memory_limit
-from memo_compile.hardware.profiles import PROFILES, is_calibrated, load, machine_name, resolve, save, stored_profile
+from memo_compile.hardware.profiles import (
+    PROFILES,
+    from_fields,
+    is_calibrated,
+    load,
+    machine_name,
+    resolve,
+    save,
+    stored_profile,
+)
 
 
 @pytest.mark.parametrize("name", sorted(PROFILES))
@@ -54,9 +63,15 @@ def test_a_share_lies_between_those_of_the_classes_around_it():
     assert share_in(classes, float("inf"), 1e15) == 0.8
 
 
+def test_a_profile_with_a_field_of_an_earlier_name_is_read():
+    mine = replace(PROFILES["h200"], matmuls_by_rows=((16.0, FEW),))
+    raw = asdict(mine)
+    assert from_fields({"products_by_rows": raw.pop("matmuls_by_rows"), **raw}) == mine
+
+
 def test_classes_are_what_counts_where_there_are_any():
     plain = PROFILES["h200"]
-    mine = replace(plain, products_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
+    mine = replace(plain, matmuls_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
     assert plain.matmul_share(1e11, 16) == plain.matmul_share(1e11, 1 << 20)
     assert mine.matmul_share(1e11, 16) == 0.3
     assert mine.matmul_share(1e11, 256) == 0.8
@@ -65,11 +80,11 @@ def test_classes_are_what_counts_where_there_are_any():
 
 
 def test_a_profile_with_classes_survives_its_file_and_one_from_before_them_is_read(tmp_path):
-    mine = replace(PROFILES["h200"], products_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
+    mine = replace(PROFILES["h200"], matmuls_by_rows=((16.0, FEW), (256.0, MANY)), attention_by_heads=((4.0, FEW),))
     save(mine, tmp_path / "mine.json")
     assert load(tmp_path / "mine.json") == mine
     raw = json.loads((tmp_path / "mine.json").read_text())
-    for name in ("products_by_rows", "attention_by_heads", "attention_backward_by_heads"):
+    for name in ("matmuls_by_rows", "attention_by_heads", "attention_backward_by_heads"):
         del raw[name]
     (tmp_path / "old.json").write_text(json.dumps(raw))
     assert load(tmp_path / "old.json") == PROFILES["h200"]
@@ -126,8 +141,8 @@ def test_a_profile_that_cannot_be_is_refused(tmp_path, change):
         {"matmul_efficiency": [[1e9, float("nan")]]},
         {"attention_efficiency": [[1e9]]},
         {"attention_backward_efficiency": 0.5},
-        {"products_by_rows": [[64, [[1e9, 0.5]]], [16, [[1e9, 0.5]]]]},
-        {"products_by_rows": [[64, []]]},
+        {"matmuls_by_rows": [[64, [[1e9, 0.5]]], [16, [[1e9, 0.5]]]]},
+        {"matmuls_by_rows": [[64, []]]},
         {"attention_by_heads": [[0, [[1e9, 0.5]]]]},
         {"attention_backward_by_heads": 8},
     ],

@@ -21,7 +21,7 @@ LOSS = 64  # bytes: a scalar, and what it starts from
 
 
 class Chain(nn.Module):
-    """Blocks of a Llama behind one another."""
+    """Blocks of a Llama one after another."""
 
     def __init__(self):
         super().__init__()

@@ -56,7 +56,7 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
     if not large:
         return []
     few = THIN * min(_count(n, rows[n]) for n in large)
-    thin = {n for n in _behind(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
+    thin = {n for n in _made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
     candidates = {n for n in large | thin if _alone(n, rows)}
     stages = _stages(gm, candidates, rows)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
@@ -70,7 +70,7 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
 
 
 def _in_some_order(gm: fx.GraphModule, regions: list[Region]) -> list[Region]:
-    """Without regions that would have to run before others and behind them."""
+    """Without regions that would have to run before others and after them."""
     chosen: list[Region] = []
     for region in regions:
         if _can_be_ordered(gm, [*chosen, region]):
@@ -91,14 +91,14 @@ def _can_be_ordered(gm: fx.GraphModule, regions: Sequence[Region]) -> bool:
                 readers[source].add(of)
                 waiting[of] += 1
     ready = [n for n, count in waiting.items() if not count]
-    left = len(waiting)
+    remaining = len(waiting)
     while ready:
-        left -= 1
+        remaining -= 1
         for reader in readers.get(ready.pop(), ()):
             waiting[reader] -= 1
             if not waiting[reader]:
                 ready.append(reader)
-    return left == 0
+    return remaining == 0
 
 
 def _count(node: fx.Node, rows: Rows) -> int:
@@ -123,7 +123,7 @@ def fusible(source: fx.Node, reader: fx.Node, rows: Mapping[fx.Node, Rows]) -> b
     return needs.get(source) is not None and needs[source] == rows[source].axis
 
 
-def _behind(nodes: Collection[fx.Node]) -> set[fx.Node]:
+def _made_of(nodes: Collection[fx.Node]) -> set[fx.Node]:
     """All that is made of any of `nodes`."""
     found: set[fx.Node] = set()
     stack = list(nodes)
@@ -156,17 +156,17 @@ def _parts(
     candidates: Collection[fx.Node], stages: Mapping[fx.Node, int], rows: Mapping[fx.Node, Rows]
 ) -> Iterator[set[fx.Node]]:
     """Candidates of one stage that hang together."""
-    left = set(candidates)
-    while left:
-        stack, part = [left.pop()], set[fx.Node]()
+    remaining = set(candidates)
+    while remaining:
+        stack, part = [remaining.pop()], set[fx.Node]()
         while stack:
             node = stack.pop()
             part.add(node)
-            beside = [a for a in node.all_input_nodes if a in left and fusible(a, node, rows)]
-            beside += [u for u in node.users if u in left and fusible(node, u, rows)]
+            beside = [a for a in node.all_input_nodes if a in remaining and fusible(a, node, rows)]
+            beside += [u for u in node.users if u in remaining and fusible(node, u, rows)]
             for other in beside:
-                if other in left and stages[other] == stages[node]:
-                    left.discard(other)
+                if other in remaining and stages[other] == stages[node]:
+                    remaining.discard(other)
                     stack.append(other)
         yield part
 
@@ -180,12 +180,12 @@ def _region(
     returned: Collection[fx.Node] | None,
 ) -> Region | None:
     """The region around a part, without nodes that another one has taken."""
-    behind = _behind(part) - part
+    after = _made_of(part) - part
     readers = {
         u for n in part & set(large) for u in n.users if u in rows and u not in part and u not in taken and is_tensor(u)
     }
     joining = {
-        u for u in readers if all(fusible(a, u, rows) if a in part else a not in behind for a in u.all_input_nodes)
+        u for u in readers if all(fusible(a, u, rows) if a in part else a not in after for a in u.all_input_nodes)
     }
     sums = {u for u in joining if rows[u].summed}
     nodes = part | (joining - sums)

@@ -153,14 +153,14 @@ def _first_rows(node: fx.Node, axes: Axes) -> Flow | None:
     start = args[2] if len(args) > 2 else None
     step = args[4] if len(args) > 4 else 1
     axis = _whole_rows(node, source, axes, dim)
-    left = shape_of(node)[axis.dim] if axis is not None else 0
-    if axis is None or start not in (None, 0) or step != 1 or left < 2:
+    count = shape_of(node)[axis.dim] if axis is not None else 0
+    if axis is None or start not in (None, 0) or step != 1 or count < 2:
         return None
-    return Flow((replace(axis, tokens=left),), _needs_of(node, **{source.name: axis}))
+    return Flow((replace(axis, tokens=count),), _needs_of(node, **{source.name: axis}))
 
 
-def _zeros_behind(node: fx.Node, axes: Axes) -> Flow | None:
-    """`constant_pad_nd` that adds rows behind the last."""
+def _zeros_after(node: fx.Node, axes: Axes) -> Flow | None:
+    """`constant_pad_nd` that adds rows after the last."""
     args: Any = node.args
     source, pads = args[0], args[1]
     rank = len(shape_of(source))
@@ -177,7 +177,7 @@ def _zeros_behind(node: fx.Node, axes: Axes) -> Flow | None:
 
 
 def _rows_written_first(node: fx.Node, axes: Axes) -> Flow | None:
-    """`slice_scatter(base, x, dim, 0, n)`: rows of x, and behind them those of base."""
+    """`slice_scatter(base, x, dim, 0, n)`: rows of x, and after them those of base."""
     args: Any = node.args
     base, source, dim = args[0], args[1], args[2] if len(args) > 2 else 0
     start = args[3] if len(args) > 3 else None
@@ -190,7 +190,7 @@ def _rows_written_first(node: fx.Node, axes: Axes) -> Flow | None:
 
 
 def _gradient_of_first_rows(node: fx.Node, axes: Axes) -> Flow | None:
-    """`slice_backward(x, sizes, dim, 0, n, 1)`: rows of x, and behind them zeros."""
+    """`slice_backward(x, sizes, dim, 0, n, 1)`: rows of x, and after them zeros."""
     args: Any = node.args
     source, _, dim, start, _, step = args
     axis = _whole_rows(node, source, axes, dim)
@@ -232,7 +232,7 @@ def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
 
 _MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
     "aten::slice": _first_rows,
-    "aten::constant_pad_nd": _zeros_behind,
+    "aten::constant_pad_nd": _zeros_after,
     "aten::slice_scatter": _rows_written_first,
     "aten::slice_backward": _gradient_of_first_rows,
     "aten::_log_softmax_backward_data": _softmax_gradient,

@@ -86,7 +86,7 @@ def scratch_of(body: fx.GraphModule, *, fused: bool) -> int:
 def _first_place(region: Region) -> fx.Node:
     """The node before which all that the region reads is there.
 
-    What reads a result may stand before it, and is moved behind the call.
+    What reads a result may stand before it, and is moved after the call.
     """
     inside = {*region.nodes, *region.sums}
     order = {n: i for i, n in enumerate(region.nodes[0].graph.nodes)}
@@ -128,11 +128,11 @@ def _replace(gm: fx.GraphModule, region: Region, places: dict[fx.Node, fx.Node],
     for node, place in places.items():
         if place.target is torch.ops.aten.empty.memory_format:
             place.name = node.name  # by which plans know it
-    _readers_behind(gm.graph, set(places.values()), called)
+    _readers_after(gm.graph, set(places.values()), called)
 
 
-def _readers_behind(graph: fx.Graph, places: set[fx.Node], called: fx.Node) -> None:
-    """Put what reads a result behind the call that makes it, keeping the order of all else."""
+def _readers_after(graph: fx.Graph, places: set[fx.Node], called: fx.Node) -> None:
+    """Put what reads a result after the call that makes it, keeping the order of all else."""
     late, at = set(places), called
     for node in list(graph.nodes):
         if node is called:

@@ -52,7 +52,7 @@ def followed(fn, x=None):
     ],
     ids=["gather", "gather and scatter", "scatter", "reduce", "all-to-all"],
 )
-def test_rows_behind_a_collective_are_rows_of_what_it_gives(fn, axis):
+def test_rows_after_a_collective_are_rows_of_what_it_gives(fn, axis):
     _, info = followed(fn)
     assert info.axis == axis
     assert info.sliceable

@@ -208,7 +208,7 @@ def test_matmuls_are_priced_by_their_smallest_dimension_and_attention_by_its_hea
         A800,
         memory_bandwidth=1e30,
         launch_overhead=0.0,
-        products_by_rows=((8.0, slow), (64.0, fast)),
+        matmuls_by_rows=((8.0, slow), (64.0, fast)),
         attention_by_heads=((2.0, slow), (8.0, fast)),
     )
 

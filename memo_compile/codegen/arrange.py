@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from memo_compile.codegen.arena.layout import Link
 from memo_compile.codegen.emitted.body import Kind
 from memo_compile.codegen.emitted.line_costs import element_bytes, line_seconds
-from memo_compile.codegen.emitted.overlap import Line, Rates, go_ahead, live_at, read_lines, replay
+from memo_compile.codegen.emitted.overlap import Line, Rates, live_at, overlapped, read_lines, replay
 from memo_compile.codegen.wrapper import Emission
 from memo_compile.hardware.profiles import DeviceProfile
 
@@ -31,7 +31,7 @@ class Arrangement:
         if lines is None:
             return list(emission.lines)
         live = live_at(lines, emission.body, self.owned if backward else {})
-        return [line.text for line in go_ahead(lines, live, _rates(self.profile), self.most[backward])]
+        return [line.text for line in overlapped(lines, live, _rates(self.profile), self.most[backward])]
 
 
 def arrangement_of(

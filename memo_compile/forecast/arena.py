@@ -25,7 +25,7 @@ from memo_compile.placement import Buffer, place_layers
 from memo_compile.placement.bounds import lower_bound
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.residency import Problem
-from memo_compile.planning.simulate import Simulation, simulate
+from memo_compile.planning.simulate import RECOMPUTE, Simulation, Stream, simulate
 
 GOOD_ENOUGH = 0.001  # of the lower bound: a forecast needs no better
 
@@ -131,21 +131,21 @@ def row_buffers(problem: Problem, residency: Mapping[str, Residency], played: Si
         lives[a.produced, a.last_forward + 1] += gone
         lives[needed, end] += gone
         offloaded = a.bytes - kept - gone
-        for step, size in _whole(copied["d2h", a.name], offloaded):
+        for step, size in _whole(copied[Stream.D2H, a.name], offloaded):
             lives[a.produced, max(step, a.last_forward) + 1] += size
-        for step, size in _whole(copied["h2d", a.name], offloaded):
+        for step, size in _whole(copied[Stream.H2D, a.name], offloaded):
             lives[min(step, needed), end] += size
         for k, ((start, stop), size) in enumerate(sorted(lives.items())):
             if size:
                 yield Buffer(f"{a.name}:{k}", size, start, min(stop, len(problem.seconds)))
 
 
-def _copied(problem: Problem, played: Simulation) -> defaultdict[tuple[str, str], Counter[int]]:
+def _copied(problem: Problem, played: Simulation) -> defaultdict[tuple[Stream, str], Counter[int]]:
     """By stream and activation, the bytes copied in each step; in a wait, in the step that it is before."""
-    ends = [e.end for e in played.events if e.stream == "compute" and e.name != "recompute"]
-    copied: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
+    ends = [e.end for e in played.events if e.stream is Stream.COMPUTE and e.name != RECOMPUTE]
+    copied: defaultdict[tuple[Stream, str], Counter[int]] = defaultdict(Counter)
     for e in played.events:
-        if e.stream == "compute" or e.end <= e.start:
+        if e.stream is Stream.COMPUTE or e.end <= e.start:
             continue
         first, last = bisect_right(ends, e.start), bisect_right(ends, e.end * (1 - 1e-12))
         for step in range(first, min(last, len(ends) - 1) + 1):

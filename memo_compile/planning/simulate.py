@@ -13,6 +13,7 @@ import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,32 @@ import numpy as np
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.planning.residency import Activation, Problem
 
-STREAMS = {"compute": 0, "d2h": 1, "h2d": 2}
+RECOMPUTE = "recompute"  # the name of an event: what a step recomputes before it runs
+
+
+class Stream(StrEnum):
+    """What runs beside the others."""
+
+    COMPUTE = "compute"
+    D2H = "d2h"
+    H2D = "h2d"
+
+
+class Stall(StrEnum):
+    """What compute waits for: bytes that have not left yet, or bytes that are not back yet."""
+
+    ROOM = "room"
+    PREFETCH = "prefetch"
+
+
 EMPTY = 1e-6  # bytes: below that a job is done
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something on one stream: "compute", "d2h" or "h2d". Seconds from the start of the step."""
+    """Something on one stream. Seconds from the start of the step."""
 
-    stream: str
+    stream: Stream
     name: str
     start: float
     end: float
@@ -39,14 +57,14 @@ class Event:
 class Simulation:
     """What happened. Seconds and bytes; `overlap` is the share of the copies' seconds during which compute ran.
 
-    `stalls` are the seconds that compute waited: for "room" (slices that had not left yet), or for a "prefetch".
+    `stalls` are the seconds that compute waited.
     `peak` is the most that was held. `fits` tells whether that is within the budget.
     """
 
     seconds: float
     compute_seconds: float
     recompute_seconds: float
-    stalls: Mapping[str, float]
+    stalls: Mapping[Stall, float]
     peak: int
     fits: bool
     offloaded_bytes: int
@@ -59,10 +77,10 @@ class Simulation:
         """The step as Chrome's trace format, which Perfetto opens: three streams, and memory as a counter."""
         rows: list[dict[str, Any]] = [
             {"ph": "M", "pid": 0, "tid": tid, "name": "thread_name", "args": {"name": name}}
-            for name, tid in STREAMS.items()
+            for tid, name in enumerate(Stream)
         ]
         for e in self.events:
-            row = {"ph": "X", "pid": 0, "tid": STREAMS[e.stream], "name": e.name, "ts": e.start * 1e6}
+            row = {"ph": "X", "pid": 0, "tid": [*Stream].index(e.stream), "name": e.name, "ts": e.start * 1e6}
             rows.append({**row, "dur": (e.end - e.start) * 1e6, "args": {"bytes": e.bytes} if e.bytes else {}})
         rows += [
             {"ph": "C", "pid": 0, "name": "device memory", "ts": at * 1e6, "args": {"bytes": held}}
@@ -72,7 +90,7 @@ class Simulation:
 
 
 def simulate(problem: Problem, residency: Mapping[str, Residency]) -> Simulation:
-    """Play one training step of `problem` with the given homes.
+    """Play one training step of `problem` with the given residency.
 
     Where a step needs more than the budget even when all copies are done, it runs all the same, and `fits` is False.
     """
@@ -97,7 +115,7 @@ class _Player:
         self.steps = len(problem.seconds)
         self.budget = np.inf if problem.budget is None else float(problem.budget)
         self.now = self.computed = 0.0
-        self.stalls = {"room": 0.0, "prefetch": 0.0}
+        self.stalls = dict.fromkeys(Stall, 0.0)
         self.events: list[Event] = []
         self.memory: list[tuple[float, int]] = []
         self.needs = self._resident_bytes()
@@ -187,7 +205,7 @@ class _Player:
         began = self.now
         self._copy_out(np.inf, enough=min(over, self._held()))
         self.now = max(self.now, self.out_at)
-        self.stalls["room"] += self.now - began
+        self.stalls[Stall.ROOM] += self.now - began
         self._copy_back(self.now, wanted_early=float(self.targets[step - 1]) if step else 0.0)
 
     def _wait_for_prefetches(self, step: int) -> None:
@@ -201,7 +219,7 @@ class _Player:
             began = self.now
             self._copy_back(np.inf, enough=missing)
             self.now = max(self.now, self.back_at)
-            self.stalls["prefetch"] += self.now - began
+            self.stalls[Stall.PREFETCH] += self.now - began
             self._copy_out(self.now)
         while self.back and self.back[0].due <= step:
             self.early -= self.back.popleft().size
@@ -210,9 +228,9 @@ class _Player:
     def _run(self, step: int, wanted_early: float) -> None:
         recompute = float(self.extra[step])
         if recompute:
-            self.events.append(Event("compute", "recompute", self.now, self.now + recompute))
+            self.events.append(Event(Stream.COMPUTE, RECOMPUTE, self.now, self.now + recompute))
         self.events.append(
-            Event("compute", f"step {step}", self.now + recompute, self.now + recompute + self.p.seconds[step])
+            Event(Stream.COMPUTE, f"step {step}", self.now + recompute, self.now + recompute + self.p.seconds[step])
         )
         end = self.now + recompute + self.p.seconds[step]
         self._copy_out(end)
@@ -232,7 +250,7 @@ class _Player:
                 break
             moved = min(job.remaining, enough, (until - start) * self.p.d2h)
             self.out_at = start + moved / self.p.d2h
-            self._record("d2h", job, start, self.out_at, moved)
+            self._record(Stream.D2H, job, start, self.out_at, moved)
             enough -= moved
             if job.remaining <= EMPTY:
                 self.out.popleft()
@@ -259,20 +277,20 @@ class _Player:
                     break
                 continue
             self.back_at = start + moved / self.p.h2d
-            self._record("h2d", job, start, self.back_at, moved)
+            self._record(Stream.H2D, job, start, self.back_at, moved)
             self.early += moved
             wanted -= moved
         if np.isfinite(until):
             self.back_at = max(self.back_at, until)
 
-    def _record(self, stream: str, job: _Job, start: float, end: float, moved: float) -> None:
+    def _record(self, stream: Stream, job: _Job, start: float, end: float, moved: float) -> None:
         if job.began < 0:
             job.began = start
         job.remaining -= moved
         if job.remaining <= EMPTY:
             job.remaining = 0.0
         last = self.events[-1] if self.events else None
-        if last and last.stream == stream and last.name == job.name and abs(last.end - start) < 1e-12:
+        if last and last.stream is stream and last.name == job.name and abs(last.end - start) < 1e-12:
             self.events[-1] = Event(stream, job.name, last.start, end, last.bytes + int(moved))
         else:
             self.events.append(Event(stream, job.name, start, end, int(moved)))
@@ -284,7 +302,7 @@ class _Player:
 
     def _result(self) -> Simulation:
         moved = sum(_offloaded_bytes(a, self.residency) for a in self.p.activations)
-        copies = [e for e in self.events if e.stream != "compute"]
+        copies = [e for e in self.events if e.stream is not Stream.COMPUTE]
         busy = sum(e.end - e.start for e in copies)
         peak = max((held for _, held in self.memory), default=0)
         return Simulation(
@@ -296,7 +314,7 @@ class _Player:
             fits=peak <= self.budget * (1 + 1e-6) + 1,
             offloaded_bytes=int(moved),
             prefetched_bytes=int(moved),
-            overlap=_overlap(copies, [e for e in self.events if e.stream == "compute"]) / busy if busy else 1.0,
+            overlap=_overlap(copies, [e for e in self.events if e.stream is Stream.COMPUTE]) / busy if busy else 1.0,
             memory=tuple(self.memory),
             events=tuple(self.events),
         )

@@ -12,7 +12,7 @@ import torch
 from memo_compile.errors import ArenaDoesNotFit
 from memo_compile.hardware.host_memory import free_host_memory
 from memo_compile.runtime.cross_call import Schedule
-from memo_compile.runtime.engine import Span
+from memo_compile.runtime.engine import Span, SpanKind
 from memo_compile.runtime.ops import cross_calls, engine, reclaim
 
 Boxed = Callable[[list[Any]], Any]
@@ -33,7 +33,7 @@ def forward_call(
             cross_calls(device).made(lease, known)
         if _saved_tensors_are_packed():
             engine(device).finish_offloads()
-        _trace("forward", device, lease, begin)
+        _trace(SpanKind.FORWARD, device, lease, begin)
         return outputs
 
     return boxed(run)
@@ -49,7 +49,7 @@ def backward_call(compiled: Boxed, device: torch.device, lease_at: int) -> Boxed
         with _nothing_left(device):
             cross_calls(device).begins(lease)
             outputs = compiled(args)
-        _trace("backward", device, lease, begin)
+        _trace(SpanKind.BACKWARD, device, lease, begin)
         return outputs
 
     return boxed(run)
@@ -61,7 +61,7 @@ def boxed(run: Boxed) -> Boxed:
     return run
 
 
-def _trace(kind: str, device: torch.device, lease: torch.Tensor, begin: float) -> None:
+def _trace(kind: SpanKind, device: torch.device, lease: torch.Tensor, begin: float) -> None:
     recorder = engine(device).recorder
     if recorder.trace is not None:
         recorder.span(Span(kind=kind, lease=lease.data_ptr(), offset=0, nbytes=0, begin=begin, end=time.perf_counter()))

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from memo_compile.runtime.engine import Direction
 from memo_compile.runtime.pieces import Plane
 
-_KINDS = {"H2D": 1, "D2H": 2}  # cudaMemcpyKind, driver_types.h
+_KINDS = {Direction.H2D: 1, Direction.D2H: 2}  # cudaMemcpyKind, driver_types.h
 _SIZE, _POINTER = ctypes.c_size_t, ctypes.c_void_p
 _MAPS = Path("/proc/self/maps")
 
@@ -35,8 +36,8 @@ def page_unlock(address: int) -> int:
     return _cleared(int(runtime.cudaHostUnregister(address)))
 
 
-def copy_planes(planes: Iterable[Plane], kind: str, stream: int) -> bool:
-    """Queue copies in two dimensions on a stream; whether all were taken. `kind` is "H2D" or "D2H"."""
+def copy_planes(planes: Iterable[Plane], kind: Direction, stream: int) -> bool:
+    """Queue copies in two dimensions on a stream; whether all were taken."""
     runtime = library()
     if runtime is None:
         return False

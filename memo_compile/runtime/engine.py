@@ -11,17 +11,43 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import torch
 
 from memo_compile.errors import TransferFailed
 
 
+class Direction(StrEnum):
+    """The two ways of a copy, each with a queue of its own."""
+
+    D2H = "D2H"
+    H2D = "H2D"
+
+
+class SpanKind(StrEnum):
+    """What a span is of: a copy, the moment it was queued, the computation standing still for it, or a call."""
+
+    D2H = "D2H"
+    H2D = "H2D"
+    START_D2H = "start D2H"
+    START_H2D = "start H2D"
+    WAIT_D2H = "wait D2H"
+    WAIT_H2D = "wait H2D"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+COPIES = {Direction.D2H: SpanKind.D2H, Direction.H2D: SpanKind.H2D}
+STARTS = {Direction.D2H: SpanKind.START_D2H, Direction.H2D: SpanKind.START_H2D}
+WAITS = {Direction.D2H: SpanKind.WAIT_D2H, Direction.H2D: SpanKind.WAIT_H2D}
+
+
 @dataclass(eq=False)
 class Copy:
-    """One copy. `kind` is "D2H" or "H2D"; `lease` and `device` are the addresses of its two sides."""
+    """One copy. `lease` and `device` are the addresses of its two sides."""
 
-    kind: str
+    kind: Direction
     lease: int
     offset: int
     device: int
@@ -29,21 +55,16 @@ class Copy:
     thread: int
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
+    def key(self) -> tuple[Direction, int, int, int]:
         """What a wait names."""
         return (self.kind, self.lease, self.offset, self.device)
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time on the trace, in seconds of `time.perf_counter`.
+    """A stretch of time on the trace, in seconds of `time.perf_counter`. `lease` is the address of its host lease."""
 
-    kind: "D2H" or "H2D" for a copy, "start D2H" or "start H2D" for the moment it was queued, "wait D2H" or "wait H2D"
-    for the computation standing still, "forward" or "backward" for a call. `lease` is the address of the host
-    lease that it belongs to.
-    """
-
-    kind: str
+    kind: SpanKind
     lease: int
     offset: int
     nbytes: int
@@ -75,11 +96,11 @@ class Recorder:
     trace: list[Span] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def started(self, kind: str, nbytes: int) -> None:
+    def started(self, kind: Direction, nbytes: int) -> None:
         """A copy was queued."""
         with self._lock:
             s = self.stats
-            if kind == "D2H":
+            if kind is Direction.D2H:
                 self.stats = replace(s, bytes_out=s.bytes_out + nbytes, copies_out=s.copies_out + 1)
             else:
                 self.stats = replace(s, bytes_in=s.bytes_in + nbytes, copies_in=s.copies_in + 1)
@@ -87,7 +108,7 @@ class Recorder:
     def span(self, span: Span) -> None:
         """A copy, a wait or a call has ended."""
         with self._lock:
-            if span.kind.startswith("wait"):
+            if span.kind in WAITS.values():
                 self.stats = replace(self.stats, wait_seconds=self.stats.wait_seconds + span.seconds)
             if self.trace is not None:
                 self.trace.append(span)
@@ -103,7 +124,7 @@ class Engine(ABC):
         self.recorder = recorder or Recorder()
         # Reentrant: a user's destructor may call while this thread is inside.
         self._lock = threading.RLock()
-        self._pending: dict[tuple[str, int, int, int], Copy] = {}
+        self._pending: dict[tuple[Direction, int, int, int], Copy] = {}
         self._offloaded: dict[tuple[int, int], Copy] = {}
         self._last_read: dict[int, Copy] = {}
 
@@ -112,32 +133,32 @@ class Engine(ABC):
     def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy `src` to the lease's bytes from `offset` on, once `src` has been produced."""
         self._await_producer()
-        self._begin(self._describe("D2H", src, lease, offset), src, host_view(lease, offset, src))
+        self._begin(self._describe(Direction.D2H, src, lease, offset), src, host_view(lease, offset, src))
 
     def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may write where `src` lies."""
-        self._end(self._describe("D2H", src, lease, offset))
+        self._end(self._describe(Direction.D2H, src, lease, offset))
 
     def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy the lease's bytes to `dst`, once the computation has passed the last reader of that place."""
         self._await_readers()
-        self._begin(self._describe("H2D", dst, lease, offset), host_view(lease, offset, dst), dst)
+        self._begin(self._describe(Direction.H2D, dst, lease, offset), host_view(lease, offset, dst), dst)
 
     def prefetch_wait(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may read `dst`."""
-        self._end(self._describe("H2D", dst, lease, offset))
+        self._end(self._describe(Direction.H2D, dst, lease, offset))
 
     # What the host side calls.
 
     def is_prefetching(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> bool:
         """Whether a prefetch of just this was started and not yet waited for."""
         with self._lock:
-            return self._describe("H2D", dst, lease, offset).key in self._pending
+            return self._describe(Direction.H2D, dst, lease, offset).key in self._pending
 
     def discard(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Wait for a prefetch that nobody will ask for, and forget it: `dst` may go."""
         with self._lock:
-            copy = self._pending.get(self._describe("H2D", dst, lease, offset).key)
+            copy = self._pending.get(self._describe(Direction.H2D, dst, lease, offset).key)
         self._drop([copy] if copy is not None else [])
 
     def spare(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
@@ -196,11 +217,11 @@ class Engine(ABC):
 
     def _await_producer(self) -> None:
         """An offload starts when what the computation was given so far, its source's producer included, is done."""
-        self._queue_after_computation("D2H")
+        self._queue_after_computation(Direction.D2H)
 
     def _await_readers(self) -> None:
         """A prefetch lands when what the computation has been given so far, the place's readers included, is done."""
-        self._queue_after_computation("H2D")
+        self._queue_after_computation(Direction.H2D)
 
     def _offload_of(self, prefetch: Copy) -> Copy | None:
         """A prefetch waits for the offload of its own slice."""
@@ -217,7 +238,7 @@ class Engine(ABC):
         """Names the queue that the computation of this thread runs on now."""
 
     @abstractmethod
-    def _queue_after_computation(self, kind: str) -> None:
+    def _queue_after_computation(self, kind: Direction) -> None:
         """The next copy of this kind starts after what the computation has been given so far."""
 
     @abstractmethod
@@ -225,7 +246,7 @@ class Engine(ABC):
         """Start a copy, after `after`. What comes back keeps both sides alive until it has ended."""
 
     @abstractmethod
-    def _finish(self, kind: str) -> None:
+    def _finish(self, kind: Direction) -> None:
         """The host waits until all that was queued this way has ended, well or not. Raises nothing."""
 
     @abstractmethod
@@ -246,7 +267,7 @@ class Engine(ABC):
 
     # Bookkeeping.
 
-    def _describe(self, kind: str, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Copy:
+    def _describe(self, kind: Direction, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Copy:
         nbytes = device.numel() * device.element_size()
         return Copy(
             kind=kind,
@@ -274,16 +295,14 @@ class Engine(ABC):
         self.recorder.started(copy.kind, copy.nbytes)
         now = time.perf_counter()
         self.recorder.span(
-            Span(
-                kind=f"start {copy.kind}", lease=copy.lease, offset=copy.offset, nbytes=copy.nbytes, begin=now, end=now
-            )
+            Span(kind=STARTS[copy.kind], lease=copy.lease, offset=copy.offset, nbytes=copy.nbytes, begin=now, end=now)
         )
 
     def _before(self, copy: Copy) -> Copy | None:
-        return self._readers_of_block(copy) if copy.kind == "D2H" else self._offload_of(copy)
+        return self._readers_of_block(copy) if copy.kind is Direction.D2H else self._offload_of(copy)
 
     def _remember(self, started: Copy) -> None:
-        if started.kind == "D2H":
+        if started.kind is Direction.D2H:
             self._offloaded[started.lease, started.offset] = started
         else:
             self._last_read[started.lease] = started
@@ -306,7 +325,7 @@ class Engine(ABC):
             self._pending.pop(named.key, None)
         self.recorder.span(
             Span(
-                kind=f"wait {copy.kind}",
+                kind=WAITS[copy.kind],
                 lease=copy.lease,
                 offset=copy.offset,
                 nbytes=copy.nbytes,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from memo_compile.runtime import cudart
-from memo_compile.runtime.engine import Copy, Engine, Recorder
+from memo_compile.runtime.engine import Copy, Direction, Engine, Recorder
 from memo_compile.runtime.pieces import Plane, pieces, planes
 
 
@@ -35,7 +35,7 @@ class StreamEngine(Engine):
         super().__init__(recorder)
         self._device = device
         self._cuda = cuda or _Cuda()
-        self._streams = {"D2H": self._cuda.Stream(device), "H2D": self._cuda.Stream(device)}
+        self._streams = {way: self._cuda.Stream(device) for way in Direction}
         self._retried_at = sys.maxsize  # bytes: the least for which the allocator had to give back what it keeps
 
     def computation(self) -> int:
@@ -57,7 +57,7 @@ class StreamEngine(Engine):
             self._retried_at = nbytes
         return place
 
-    def _queue_after_computation(self, kind: str) -> None:
+    def _queue_after_computation(self, kind: Direction) -> None:
         self._streams[kind].wait_stream(self._cuda.current_stream(self._device))
 
     def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
@@ -69,11 +69,11 @@ class StreamEngine(Engine):
         self._queue(copy.kind, dst.detach(), src.detach(), stream)
         done = self._cuda.Event()
         done.record(stream)
-        tensor = src if copy.kind == "D2H" else dst
+        tensor = src if copy.kind is Direction.D2H else dst
         fields = (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
         return _Queued(*fields, done, tensor.detach(), captured)
 
-    def _queue(self, kind: str, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
+    def _queue(self, kind: Direction, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
         flat = planes(dst, src)
         if flat and self._cuda.copy_planes(flat, kind, stream):
             return
@@ -81,7 +81,7 @@ class StreamEngine(Engine):
             for to, origin in pieces(dst, src):
                 self._cuda.copy(to, origin, stream)
 
-    def _finish(self, kind: str) -> None:
+    def _finish(self, kind: Direction) -> None:
         if not self._cuda.capturing():  # then nothing runs yet, and the capture ends with the error
             with contextlib.suppress(RuntimeError):  # the device is lost: what is on its way is the first error
                 self._streams[kind].synchronize()
@@ -130,7 +130,7 @@ class _Cuda:
         dst.copy_(src, non_blocking=True)
 
     @staticmethod
-    def copy_planes(flat: Sequence[Plane], kind: str, stream: torch.cuda.Stream) -> bool:
+    def copy_planes(flat: Sequence[Plane], kind: Direction, stream: torch.cuda.Stream) -> bool:
         """Queue copies in two dimensions; whether the runtime took all of them."""
         return cudart.copy_planes(flat, kind, int(stream.cuda_stream))
 

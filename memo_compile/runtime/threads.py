@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 
 from memo_compile.errors import TransferFailed
-from memo_compile.runtime.engine import Copy, Engine, Recorder, Span
+from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder, Span
 
-Delay = Callable[[str], float]  # "D2H" or "H2D" -> seconds to wait before the copy
+Delay = Callable[[Direction], float]  # seconds to wait before a copy
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class ThreadEngine(Engine):
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         super().__init__(recorder)
-        self._queues: dict[str, _Jobs] = {}
+        self._queues: dict[Direction, _Jobs] = {}
         self._delay: Delay | None = None
 
     @contextlib.contextmanager
@@ -56,7 +56,7 @@ class ThreadEngine(Engine):
         """See `Engine`: all of it runs where it is called."""
         return 0
 
-    def _queue_after_computation(self, kind: str) -> None:
+    def _queue_after_computation(self, kind: Direction) -> None:
         pass
 
     def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
@@ -66,7 +66,7 @@ class ThreadEngine(Engine):
         worker.put(job)
         return job
 
-    def _finish(self, kind: str) -> None:
+    def _finish(self, kind: Direction) -> None:
         worker = self._queues.get(kind)
         if worker is not None:
             ended = threading.Event()
@@ -88,14 +88,14 @@ class ThreadEngine(Engine):
     def _let_go(self, copy: Copy) -> None:
         pass  # a job that has not ended holds its lease: this one has
 
-    def _worker(self, kind: str) -> _Jobs:
+    def _worker(self, kind: Direction) -> _Jobs:
         jobs: _Jobs = queue.SimpleQueue()
         threading.Thread(target=_work, args=(jobs, self.recorder), name=f"memo-{kind}", daemon=True).start()
         self._queues[kind] = jobs
         return jobs
 
 
-def _fields(copy: Copy) -> tuple[str, int, int, int, int, int]:
+def _fields(copy: Copy) -> tuple[Direction, int, int, int, int, int]:
     return (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
 
 
@@ -118,7 +118,9 @@ def _work(jobs: _Jobs, recorder: Recorder) -> None:
 def _run(job: _Job, recorder: Recorder) -> None:
     if job.after is not None:
         job.after.done.wait()
-        if job.after.error is not None and job.kind == "H2D":  # what is written over need not have been read well
+        if (
+            job.after.error is not None and job.kind is Direction.H2D
+        ):  # what is written over need not have been read well
             raise TransferFailed(f"what it waits for failed: {job.after.error}")
     if job.delay is not None:
         time.sleep(job.delay(job.kind))
@@ -128,5 +130,12 @@ def _run(job: _Job, recorder: Recorder) -> None:
     with torch.no_grad():
         job.dst.copy_(job.src)
     recorder.span(
-        Span(kind=job.kind, lease=job.lease, offset=job.offset, nbytes=job.nbytes, begin=begin, end=time.perf_counter())
+        Span(
+            kind=COPIES[job.kind],
+            lease=job.lease,
+            offset=job.offset,
+            nbytes=job.nbytes,
+            begin=begin,
+            end=time.perf_counter(),
+        )
     )

@@ -15,13 +15,32 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from memo_compile.codegen.emitted.body import DTYPE_BYTES, Body, Kind, alias_source, allocation_of
 from memo_compile.codegen.emitted.text import memo_op, statements_of
 from memo_compile.placement.bounds import live_bytes
 
-_TRANSFERS = frozenset({"offload", "offload_wait", "prefetch_", "wait_"})
-SWEEPS = 4  # over the prefetches: each may go on once the one before it has gone ahead
+SWEEPS = 4  # over the prefetches: each may move on once the one before it has moved
+
+
+class LineKind(StrEnum):
+    """What a line does: a transfer, under the name of its op; an allocation; dropping names; anything else.
+
+    Across what is FIXED nothing moves.
+    """
+
+    OFFLOAD = "offload"
+    OFFLOAD_WAIT = "offload_wait"
+    PREFETCH = "prefetch_"
+    WAIT = "wait_"
+    EMPTY = "empty"
+    DELETE = "delete"
+    FIXED = "fixed"
+    OTHER = ""
+
+
+_TRANSFERS = {kind.value: kind for kind in (LineKind.OFFLOAD, LineKind.OFFLOAD_WAIT, LineKind.PREFETCH, LineKind.WAIT)}
 
 
 @dataclass(frozen=True)
@@ -36,15 +55,13 @@ class Rates:
 class Line:
     """One line of emitted code.
 
-    kind: "offload", "offload_wait", "prefetch_" or "wait_" for a transfer of `bytes` at host offset `at`, to or from
-    the buffer `buffer`; "empty" for the allocation of `buffer`, of `bytes`; "delete" for what only drops names; "fixed"
-    for what nothing moves across; "" for anything else.
+    A transfer is of `bytes` at host offset `at`, to or from the buffer `buffer`; an allocation is of `buffer`.
 
     names: what it mentions. binds: what it gives a meaning to. statements: how many it has. seconds: what it computes.
     """
 
     text: str
-    kind: str = ""
+    kind: LineKind = LineKind.OTHER
     names: frozenset[str] = frozenset()
     binds: frozenset[str] = frozenset()
     statements: int = 1
@@ -75,27 +92,27 @@ def read_lines(lines: Sequence[str], itemsize: Mapping[str, int], seconds: Seque
 
 def _read(text: str, itemsize: dict[str, int], sizes: dict[str, int]) -> Line:
     if text.lstrip().startswith("with "):
-        return Line(text, "fixed", statements=0)
+        return Line(text, LineKind.FIXED, statements=0)
     statements = statements_of([text])
     names = frozenset(n.id for s in statements for n in ast.walk(s) if isinstance(n, ast.Name))
     targets = [t for s in statements if isinstance(s, ast.Assign) for t in s.targets]
     binds = frozenset(n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
-    plain = Line(text, "", names, binds, len(statements))
+    plain = Line(text, names=names, binds=binds, statements=len(statements))
     if statements and all(isinstance(s, ast.Delete) for s in statements):
-        return replace(plain, kind="delete")
+        return replace(plain, kind=LineKind.DELETE)
     value = getattr(statements[0], "value", None) if len(statements) == 1 else None
     if not isinstance(value, ast.Call):
         return plain
     function = ast.unparse(value.func)
     if function.endswith("set_device"):
-        return replace(plain, kind="fixed")
+        return replace(plain, kind=LineKind.FIXED)
     size = allocation_of(value)
     if size is not None and len(binds) == 1:
         (name,) = binds
         itemsize[name], sizes[name] = DTYPE_BYTES.get(ast.unparse(value.args[2]).rsplit(".", 1)[-1], 1), size
-        return replace(plain, kind="empty", buffer=name, bytes=size)
-    kind = memo_op(value)
-    if kind not in _TRANSFERS:
+        return replace(plain, kind=LineKind.EMPTY, buffer=name, bytes=size)
+    kind = _TRANSFERS.get(memo_op(value) or "")
+    if kind is None:
         return plain
     buffer, at = alias_source(value.args[0]) or "", int(ast.literal_eval(value.args[2]))
     return replace(plain, kind=kind, buffer=buffer, at=at, bytes=_moved(value.args[0], buffer, itemsize, sizes))
@@ -111,13 +128,13 @@ def _moved(value: ast.expr, buffer: str, itemsize: Mapping[str, int], sizes: Map
 def replay(lines: Sequence[Line], rates: Rates) -> float:
     """Seconds that the lines take on three streams; it is over when nothing is left to copy."""
     now = out_free = back_free = 0.0
-    ends: dict[tuple[str, int], float] = {}
+    ends: dict[tuple[LineKind, int], float] = {}
     for line in lines:
-        if line.kind == "offload":
-            ends["offload_wait", line.at] = out_free = max(now, out_free) + line.bytes / rates.d2h
-        elif line.kind == "prefetch_":
-            ends["wait_", line.at] = back_free = max(now, back_free) + line.bytes / rates.h2d
-        elif line.kind in ("offload_wait", "wait_"):
+        if line.kind is LineKind.OFFLOAD:
+            ends[LineKind.OFFLOAD_WAIT, line.at] = out_free = max(now, out_free) + line.bytes / rates.d2h
+        elif line.kind is LineKind.PREFETCH:
+            ends[LineKind.WAIT, line.at] = back_free = max(now, back_free) + line.bytes / rates.h2d
+        elif line.kind in (LineKind.OFFLOAD_WAIT, LineKind.WAIT):
             now = max(now, ends.get((line.kind, line.at), now))
         now += line.seconds
     return max(now, out_free, back_free)
@@ -148,7 +165,7 @@ class _Place:
     live: int
 
 
-def go_ahead(lines: Sequence[Line], live: Sequence[int], rates: Rates, most: int = 0) -> list[Line]:
+def overlapped(lines: Sequence[Line], live: Sequence[int], rates: Rates, most: int = 0) -> list[Line]:
     """The lines with waits for offloads later and prefetches earlier, within the most that is live already.
 
     Args:
@@ -158,7 +175,7 @@ def go_ahead(lines: Sequence[Line], live: Sequence[int], rates: Rates, most: int
     begins = itertools.accumulate((line.seconds for line in lines), initial=0.0)
     places = [_Place(*of) for of in zip(lines, begins, live, strict=False)]
     most = max(most, *live, 0)
-    sizes = {line.buffer: line.bytes for line in lines if line.kind == "empty"}
+    sizes = {line.buffer: line.bytes for line in lines if line.kind is LineKind.EMPTY}
     _wait_later(places, _copies_end(places, rates), sizes, most)
     wanted = _wanted_starts(places, rates)
     for _ in range(SWEEPS):
@@ -171,21 +188,21 @@ def _wait_later(places: list[_Place], done: Mapping[int, float], sizes: Mapping[
     """Move each wait for an offload to where its copy has ended, as far as there is room and nobody needs the bytes."""
     for at in reversed(range(len(places))):
         wait = places[at].line
-        if wait.kind != "offload_wait" or wait.buffer not in sizes:
+        if wait.kind is not LineKind.OFFLOAD_WAIT or wait.buffer not in sizes:
             continue
         names = _aliases(places, wait.buffer)
-        needed_anyway = any(p.line.names & names and p.line.kind != "delete" for p in places[at + 1 :])
+        needed_anyway = any(p.line.names & names and p.line.kind is not LineKind.DELETE for p in places[at + 1 :])
         size = 0 if needed_anyway else sizes[wait.buffer]
         to = at + 1
         while to < len(places) and places[to].begins < done.get(wait.at, 0.0):
             line = places[to].line
-            named = bool(line.names & names) and line.kind != "delete"
-            if named or line.kind == "fixed" or places[to].live + size > most:
+            named = bool(line.names & names) and line.kind is not LineKind.DELETE
+            if named or line.kind is LineKind.FIXED or places[to].live + size > most:
                 break
             to += 1
         group = [
             at,
-            *(i for i in range(at + 1, to) if places[i].line.kind == "delete" and places[i].line.names & names),
+            *(i for i in range(at + 1, to) if places[i].line.kind is LineKind.DELETE and places[i].line.names & names),
         ]
         _regroup(places, at, to, group, size, last=True)
 
@@ -195,13 +212,15 @@ def _start_earlier(places: list[_Place], wanted: Mapping[int, float], sizes: Map
     moved = False
     for at, place in enumerate(list(places)):
         prefetch = place.line
-        if prefetch.kind != "prefetch_" or prefetch.buffer not in sizes:
+        if prefetch.kind is not LineKind.PREFETCH or prefetch.buffer not in sizes:
             continue
         names, size, target, to = _aliases(places, prefetch.buffer), sizes[prefetch.buffer], at, at
         while to > 0 and places[to].begins > wanted.get(prefetch.at, 0.0):
             before = places[to - 1]
-            makes_room = before.line.kind == "empty" and before.line.buffer == prefetch.buffer
-            if before.line.kind in ("prefetch_", "fixed") or (before.line.names & names and not makes_room):
+            makes_room = before.line.kind is LineKind.EMPTY and before.line.buffer == prefetch.buffer
+            if before.line.kind in (LineKind.PREFETCH, LineKind.FIXED) or (
+                before.line.names & names and not makes_room
+            ):
                 break
             if not makes_room and before.line.binds & prefetch.names:
                 break
@@ -242,10 +261,10 @@ def _aliases(places: Sequence[_Place], name: str) -> frozenset[str]:
 
 def _wanted_starts(places: Sequence[_Place], rates: Rates) -> dict[int, float]:
     """When each prefetch has to start so that the link serves all of them in time, by host offset: the last first."""
-    waits = {p.line.at: p.begins for p in places if p.line.kind == "wait_"}
+    waits = {p.line.at: p.begins for p in places if p.line.kind is LineKind.WAIT}
     free, starts = math.inf, {}
     for place in reversed(places):
-        if place.line.kind == "prefetch_":
+        if place.line.kind is LineKind.PREFETCH:
             free = min(waits.get(place.line.at, math.inf), free) - place.line.bytes / rates.h2d
             starts[place.line.at] = free
     return starts
@@ -255,7 +274,7 @@ def _copies_end(places: Sequence[_Place], rates: Rates) -> dict[int, float]:
     """When the copy of each offload has ended, by host offset."""
     free, ends = 0.0, {}
     for place in places:
-        if place.line.kind == "offload":
+        if place.line.kind is LineKind.OFFLOAD:
             free = max(place.begins, free) + place.line.bytes / rates.d2h
             ends[place.line.at] = free
     return ends

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memo_compile.codegen.emitted.body import read_body
-from memo_compile.codegen.emitted.overlap import Rates, go_ahead, live_at, read_lines, replay
+from memo_compile.codegen.emitted.overlap import Rates, live_at, overlapped, read_lines, replay
 
 SIZE = 4 * 1024  # bytes of a buffer of 1 024 numbers
 LINKS = Rates(SIZE, SIZE)  # a buffer a second
@@ -29,7 +29,7 @@ def body_of(lines):
 
 
 def arranged(lines, most=0):
-    return go_ahead(lines, live_at(lines, body_of(lines), {}), LINKS, most)
+    return overlapped(lines, live_at(lines, body_of(lines), {}), LINKS, most)
 
 
 def texts(lines):

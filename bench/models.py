@@ -95,7 +95,7 @@ def blocks_of(trained: nn.Module) -> list[Any]:
 
 
 def _llama(layers: int, tokens: int, tiny: bool) -> nn.Module:
-    full = LlamaConfig(128256, layers, 4096, 32, 8, 14336, 500000.0)
+    full = LlamaConfig(vocab=128256, layers=layers, width=4096, heads=32, kv_heads=8, ffn=14336, theta=500000.0)
     return Trained(Llama(LlamaConfig(vocab=64, layers=1, width=32, heads=4, kv_heads=2, ffn=96) if tiny else full))
 
 

@@ -182,7 +182,18 @@ def stack_of(c: Case) -> Stack:
         made = max(first - 1, 0)  # by the last step of the layer before; the first by the embedding
         recompute = forward["narrow"] if layer else None
         read = back(layer, "norm1")
-        activations.append(Activation(name, c.unit, SLICES, made, first + place["out"], read, read, recompute))
+        activations.append(
+            Activation(
+                name=name,
+                bytes=c.unit,
+                tokens=SLICES,
+                produced=made,
+                last_forward=first + place["out"],
+                first_backward=read,
+                last_backward=read,
+                recompute_seconds=recompute,
+            )
+        )
         needs[name] = (f"{layer - 1}.gelu", f"{layer - 1}.residual") if layer else ()
         layer_of[name] = layer
         for saved, (units, by, last, grad, sources, share) in SAVED.items():
@@ -192,14 +203,14 @@ def stack_of(c: Case) -> Stack:
             dead = back(layer, "attention") if saved == "attention" else read
             activations.append(
                 Activation(
-                    name,
-                    units * c.unit,
-                    SLICES,
-                    first + place[by],
-                    first + place[last],
-                    read,
-                    dead,
-                    forward[by] * share,
+                    name=name,
+                    bytes=units * c.unit,
+                    tokens=SLICES,
+                    produced=first + place[by],
+                    last_forward=first + place[last],
+                    first_backward=read,
+                    last_backward=dead,
+                    recompute_seconds=forward[by] * share,
                     recompute_whole=saved == "attention",
                 )
             )

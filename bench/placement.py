@@ -186,7 +186,7 @@ def highs() -> list[Row]:
         "without symmetry": mip.Tricks(symmetry=False),
         "without warm start": mip.Tricks(warm_start=False),
         "without asking for LB first": mip.Tricks(bound_first=False),
-        "none": mip.Tricks(False, False, False, False),
+        "none": mip.Tricks(live_sets=False, symmetry=False, warm_start=False, bound_first=False),
     }
     return programs(25, 20, 5.0, without) + programs(50, 5, 20.0, {"all tricks": everything})
 

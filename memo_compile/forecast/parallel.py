@@ -85,8 +85,8 @@ def model_state(elements: int, largest_layer: int, where: Layout) -> ModelState:
     if share > 1 and where.zero >= 2:
         gathered += largest_layer * GRADIENT_BYTES
     return ModelState(
-        -(-elements * PARAMETER_BYTES // (share if where.zero == 3 else 1)),
-        -(-elements * GRADIENT_BYTES // (share if where.zero >= 2 else 1)),
-        -(-elements * OPTIMIZER_BYTES // (share if where.zero >= 1 else 1)),
-        gathered,
+        parameters=-(-elements * PARAMETER_BYTES // (share if where.zero == 3 else 1)),
+        gradients=-(-elements * GRADIENT_BYTES // (share if where.zero >= 2 else 1)),
+        optimizer=-(-elements * OPTIMIZER_BYTES // (share if where.zero >= 1 else 1)),
+        gathered=gathered,
     )

@@ -93,10 +93,10 @@ PRESETS: dict[str, Preset] = {
         _gpt("gpt-13b", 40, 5120, 40),
         _gpt("gpt-30b", 48, 7168, 56),
         _gpt("gpt-65b", 80, 8192, 64),
-        _llama("llama-1b", 16, 2048, 8192, 32, tied=True),
-        _llama("llama-3b", 28, 3072, 8192, 24, tied=True),
-        _llama("llama-8b", 32, 4096, 14336, 32, tied=False),
-        _llama("llama-70b", 80, 8192, 28672, 64, tied=False),
+        _llama(name="llama-1b", layers=16, width=2048, ffn=8192, heads=32, tied=True),
+        _llama(name="llama-3b", layers=28, width=3072, ffn=8192, heads=24, tied=True),
+        _llama(name="llama-8b", layers=32, width=4096, ffn=14336, heads=32, tied=False),
+        _llama(name="llama-70b", layers=80, width=8192, ffn=28672, heads=64, tied=False),
     )
 }
 
@@ -153,7 +153,7 @@ def _rank_model(found: Preset, ranks: int, layers: int) -> Any:
     vocab = -(-found.vocab // (PAD * ranks)) * PAD * ranks
     shard = Shard(ranks)
     if found.family == "gpt":
-        return GPT(GPTConfig(vocab, layers, found.width, found.heads, tokens=0, shard=shard))
+        return GPT(GPTConfig(vocab=vocab, layers=layers, width=found.width, heads=found.heads, tokens=0, shard=shard))
     config = LlamaConfig(
         vocab=vocab,
         layers=layers,

@@ -90,7 +90,7 @@ def solve(
             cost[c.top] = 1e-3 / max(1.0, float(grid.base.max()) / UNIT)
     highs = quiet_highs(time_limit)
     highs.setOptionValue("mip_rel_gap", 1e-3)
-    solution = _solution(highs, _model(cost, lower, upper, integral, rows), time_limit)
+    solution = _solution(highs, _model(cost=cost, lower=lower, upper=upper, integral=integral, rows=rows), time_limit)
     if solution is None:
         return None
     values = np.array(solution.col_value)
@@ -101,7 +101,11 @@ def solve(
         # An integer program has no duals: prices are those of the same program with all fractions free.
         relaxed = solution
         if integral.any():
-            relaxed = _solution(highs, _model(cost, lower, upper, np.zeros_like(integral), rows), time_limit)
+            relaxed = _solution(
+                highs,
+                _model(cost=cost, lower=lower, upper=upper, integral=np.zeros_like(integral), rows=rows),
+                time_limit,
+            )
         if relaxed is not None and relaxed.dual_valid:
             duals, at = np.array(relaxed.row_dual), np.array(relaxed.col_value)
             prices = _prices(duals, at, memory_rows, host_row, rates, scale)

@@ -53,7 +53,9 @@ def blank_plan(p: Prepared, limits: Limits, name: str, backend: str) -> Plan:
         binding=Binding.NOTHING,
         token_axis=str(p.tokens.axis),
         activations=(),
-        stops=tuple(Stop(s.node, s.op, s.source, s.reason) for s in p.tokens.stops if s.node in forward),
+        stops=tuple(
+            Stop(node=s.node, op=s.op, source=s.source, reason=s.reason) for s in p.tokens.stops if s.node in forward
+        ),
     )
 
 

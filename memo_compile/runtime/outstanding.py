@@ -118,7 +118,13 @@ def kept_by(forward: fx.GraphModule, num_forward_outputs: int, graph: str, famil
         return None
     devices = [n.meta["val"].device for n in output.args[0] if _is_memory(n) and not is_on_host(n)]
     return Kept(
-        graph, family, calls, held_between(forward), _on_host(forward), max(saved)[1], devices[0] if devices else None
+        graph=graph,
+        family=family,
+        calls=calls,
+        bytes=held_between(forward),
+        host_bytes=_on_host(forward),
+        witness=max(saved)[1],
+        device=devices[0] if devices else None,
     )
 
 

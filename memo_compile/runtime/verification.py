@@ -103,7 +103,7 @@ def _observe(fn: Callable[..., Any], args: Sequence[Any], state: Sequence[torch.
         gradients = list(torch.autograd.grad(roots, wanted, tangents, allow_unused=True))
     after = [c.detach() for c in copies if isinstance(c, torch.Tensor)]
     results = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
-    return _Observed(results, gradients, after, [s.detach().clone() for s in state])
+    return _Observed(outputs=results, gradients=gradients, inputs=after, state=[s.detach().clone() for s in state])
 
 
 def _copy(value: Any) -> Any:

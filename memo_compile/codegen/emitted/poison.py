@@ -40,7 +40,13 @@ def kept_for_backward(
     """What the backward is to fill of the forward's buffers; `received` names the backward input that holds each."""
     sizes = {s.name: s.size for s in segments}
     return [
-        Kept(received[b.name], sizes[b.segment], b.offset, b.size, b.end - forward_steps)
+        Kept(
+            name=received[b.name],
+            segment=sizes[b.segment],
+            offset=b.offset,
+            size=b.size,
+            end=b.end - forward_steps,
+        )
         for b in buffers
         if b.name in received and b.end > forward_steps
     ]

@@ -36,7 +36,7 @@ def _collective(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     return (
         None
         if remainder or not outer
-        else Flow((TokenAxis(dim, outer, axis.tokens, axis.inner),), only(node, source, axis))
+        else Flow((TokenAxis(dim=dim, outer=outer, tokens=axis.tokens, inner=axis.inner),), only(node, source, axis))
     )
 
 
@@ -48,14 +48,16 @@ def _among_ranks(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None
         return Flow((axis,), only(node, source, axis), mixing=True)
     outer, remainder = divmod(axis.outer * after, before)
     if remainder or not outer:
-        return fresh(node, TokenAxis(0, 1, before, 1))
-    return Flow((TokenAxis(0, outer, axis.tokens, axis.inner),), only(node, source, axis), mixing=True)
+        return fresh(node, TokenAxis(dim=0, outer=1, tokens=before, inner=1))
+    return Flow(
+        (TokenAxis(dim=0, outer=outer, tokens=axis.tokens, inner=axis.inner),), only(node, source, axis), mixing=True
+    )
 
 
 @of_first_operand
 def _to_other_ranks(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     """An all-to-all, tokens for heads: what a rank gets has other places. Its rows are new ones."""
-    return fresh(node, TokenAxis(0, 1, shape_of(source)[0], 1))
+    return fresh(node, TokenAxis(dim=0, outer=1, tokens=shape_of(source)[0], inner=1))
 
 
 @of_first_operand

@@ -164,7 +164,7 @@ def _longest_stack(row: _Row, lo: int, hi: int) -> list[_Span]:
         start, length = _longest_run(row.labels, lo, hi, period)
         if length < REPEATED * period or not row.does_work[start : start + period].any():
             continue
-        layers = _cut(row, start, start + length + period, period, lo, hi)
+        layers = _cut(row=row, start=start, end=start + length + period, period=period, lo=lo, hi=hi)
         if len(layers) > 1 and _covered(layers) > _covered(best) and _chained(row, layers):
             best = layers
     return best

@@ -202,12 +202,12 @@ def _region(
         return None
     key = order.__getitem__
     return Region(
-        tuple(sorted(nodes, key=key)),
-        tuple(sorted(sums, key=key)),
-        tuple(sorted(results, key=key)),
-        rows,
-        tokens,
-        sum(nbytes(n) for n in inside),
+        nodes=tuple(sorted(nodes, key=key)),
+        sums=tuple(sorted(sums, key=key)),
+        results=tuple(sorted(results, key=key)),
+        rows=rows,
+        tokens=tokens,
+        inside=sum(nbytes(n) for n in inside),
     )
 
 

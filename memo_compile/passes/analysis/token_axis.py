@@ -77,7 +77,7 @@ def through_view(shape: Sequence[int], axis: TokenAxis, out_shape: Sequence[int]
         if passed <= before and before % passed == 0 and size > 1:
             outer = before // passed
             if size % (outer * axis.tokens) == 0:
-                return TokenAxis(dim, outer, axis.tokens, size // (outer * axis.tokens))
+                return TokenAxis(dim=dim, outer=outer, tokens=axis.tokens, inner=size // (outer * axis.tokens))
         passed *= size
     return None
 
@@ -114,4 +114,6 @@ def fresh(node: fx.Node, axis: TokenAxis) -> Flow | None:
     tokens = shape_of(node)[axis.dim]
     if axis.outer != 1 or axis.inner != 1 or tokens < 2:
         return None
-    return Flow((TokenAxis(axis.dim, 1, tokens, 1),), (None,) * len(node.all_input_nodes), mixing=True)
+    return Flow(
+        (TokenAxis(dim=axis.dim, outer=1, tokens=tokens, inner=1),), (None,) * len(node.all_input_nodes), mixing=True
+    )

@@ -98,7 +98,7 @@ def _seed(inputs: Sequence[fx.Node], dims: Sequence[int], size: int) -> dict[fx.
             shape = shape_of(node)
             dim = next((d for d in dims if len(shape) > d and shape[d] == size), None)
             if dim is not None:
-                seeds[node] = TokenAxis(dim, 1, size, 1)
+                seeds[node] = TokenAxis(dim=dim, outer=1, tokens=size, inner=1)
     return seeds
 
 
@@ -119,7 +119,7 @@ def _follow(gm: fx.GraphModule, seeds: Axes) -> tuple[dict[fx.Node, TokenInfo], 
             continue
         found = flow(node, axes)
         if isinstance(found, str):
-            stops.append(TokenStop(node.name, op_name(node), source_line(node), found))
+            stops.append(TokenStop(node=node.name, op=op_name(node), source=source_line(node), reason=found))
             continue
         _record(node, found, axes, results, infos)
     _from_readers(gm, axes, infos)

@@ -145,6 +145,16 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: O
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """What Inductor hands over with a joint graph, and who looks on while it is planned."""
+
+    inputs: Any
+    num_forward_outputs: int
+    static: list[int] | None
+    observer: Observer
+
+
+@dataclass(frozen=True)
 class _Compilation:
     """One graph's way through Inductor. Inductor calls `partition`, then `inner` for the forward and the backward."""
 
@@ -162,28 +172,21 @@ class _Compilation:
         """Plan the joint graph; returns its forward and backward."""
         check_sizes(joint)
         observer = self.setting.observe(self.setting.options.dump, self.setting.name)
+        asked = _Asked(inputs, num_forward_outputs, static, observer)
         if has_symbols(joint):
-            planned = self._over_range(joint, inputs, num_forward_outputs, static, observer)
+            planned = self._over_range(joint, asked)
         else:
             write_numbers(joint)
-            planned = self._planned(joint, inputs, num_forward_outputs, static, observer)
+            planned = self._planned(joint, asked)
         self.course.advance(planned)
         return planned.decided.forward, planned.decided.backward
 
-    def _planned(
-        self,
-        joint: fx.GraphModule,
-        inputs: Any,
-        num_forward_outputs: int,
-        static: list[int] | None,
-        observer: Observer,
-        *,
-        least_rows: int = 0,
-    ) -> Planned:
+    def _planned(self, joint: fx.GraphModule, asked: _Asked, *, least_rows: int = 0) -> Planned:
         """Plan a joint graph in numbers. A slice has `least_rows` at least, where the user has not said how many."""
-        started, setting = time.perf_counter(), self.setting
+        started, setting, observer = time.perf_counter(), self.setting, asked.observer
+        num_forward_outputs, static = asked.num_forward_outputs, asked.static
         observer.joint(joint, num_forward_outputs, static)
-        p = prepare(joint, inputs, num_forward_outputs, static, setting.profile, fused=True, watch=observer.watch)
+        p = prepare(joint, asked.inputs, num_forward_outputs, static, setting.profile, fused=True, watch=observer.watch)
         p = of_calls(p, setting.calls)
         rehearsal = Rehearsal(
             setting=setting,
@@ -232,20 +235,13 @@ class _Compilation:
             told=told,
         )
 
-    def _over_range(
-        self,
-        joint: fx.GraphModule,
-        inputs: Any,
-        num_forward_outputs: int,
-        static: list[int] | None,
-        observer: Observer,
-    ) -> Planned:
+    def _over_range(self, joint: fx.GraphModule, asked: _Asked) -> Planned:
         """Plan at the upper end, and carry it out in symbols; the emitted text is read at the upper end, too."""
         check_one_plan(joint, self.setting)
-        unplanned = split_as_torch(joint, inputs, num_forward_outputs, static)
+        unplanned = split_as_torch(joint, asked.inputs, asked.num_forward_outputs, asked.static)
 
         def plan(graph: fx.GraphModule, rows: int) -> Planned:
-            return self._planned(graph, inputs, num_forward_outputs, static, observer, least_rows=rows)
+            return self._planned(graph, asked, least_rows=rows)
 
         planned, ends = over_range(joint, self.setting.options.lengths, plan)
         emitted = in_symbols(joint, unplanned, planned.prepared, planned.decided, ends, self.setting.host)
@@ -257,7 +253,7 @@ class _Compilation:
         evidence = rehearsal.dry(emitted)
         if rehearsal.budget is not None and evidence.layout.peak > rehearsal.budget:
             raise NoRange("in symbols the graphs hold more than the budget")
-        links = links_of(emitted, num_forward_outputs)
+        links = links_of(emitted, asked.num_forward_outputs)
         return replace(planned, decided=emitted, rehearsal=rehearsal, evidence=evidence, links=links)
 
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:

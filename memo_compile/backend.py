@@ -14,6 +14,7 @@ from memo_compile.errors import CompiledAutograd, SizeUnknown
 from memo_compile.logs import logger
 from memo_compile.options import Options
 from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
+from memo_compile.runtime.planning_again import twin
 from memo_compile.runtime.verification import verified
 from memo_compile.trace.buckets import keep_whole, unwrapped
 from memo_compile.trace.captured import holds_planned_backward
@@ -97,7 +98,6 @@ def _compiled(
     from memo_compile.report.dumps import Dump
     from memo_compile.runtime.kept_budgets import kept
     from memo_compile.runtime.more_calls import for_all_calls
-    from memo_compile.runtime.planning_again import twin
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)

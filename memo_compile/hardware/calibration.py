@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,8 +185,6 @@ def _both(device: str, here: list[torch.Tensor], there: list[torch.Tensor]) -> C
                 there[1].copy_(here[1], non_blocking=True)
 
         return on_streams
-    from concurrent.futures import ThreadPoolExecutor, wait  # only while measuring
-
     workers = ThreadPoolExecutor(2)
 
     def on_threads() -> None:

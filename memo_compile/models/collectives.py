@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 NAMESPACE = "memo_collectives"
@@ -20,8 +21,6 @@ NAMESPACE = "memo_collectives"
 
 def _group(name: str) -> Any:
     """The process group of that name; the default one for ""."""
-    import torch.distributed as dist  # not in every build of torch
-
     if not name:
         return dist.group.WORLD
     from torch.distributed import distributed_c10d  # not in every build of torch
@@ -33,8 +32,6 @@ def _group(name: str) -> Any:
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
 def all_gather(x: Tensor, dim: int, ranks: int, group: str, after: Tensor | None = None) -> Tensor:
     """Every rank's `x`, joined along `dim`. With `after`, not before that value exists."""
-    import torch.distributed as dist  # not in every build of torch
-
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
     dist.all_gather_into_tensor(out, rows, group=_group(group))
@@ -51,8 +48,6 @@ def _(x: Tensor, dim: int, ranks: int, group: str, after: Tensor | None = None) 
 @torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
     """The sum over ranks of `x`, of which each rank gets its share of `dim`."""
-    import torch.distributed as dist  # not in every build of torch
-
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty((rows.shape[0] // ranks, *rows.shape[1:]))
     dist.reduce_scatter_tensor(out, rows, group=_group(group))
@@ -69,8 +64,6 @@ def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, reduction: str, ranks: int, group: str) -> Tensor:
     """The sum ("sum") or largest ("max") of all ranks' `x`."""
-    import torch.distributed as dist  # not in every build of torch
-
     out = x.clone()
     dist.all_reduce(out, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=_group(group))
     return out

@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch._subclasses import FakeTensorMode
+
 from memo_compile.codegen.arena.layout import ALIGNMENT
 from memo_compile.errors import InvalidBaseline, InvalidOption
 from memo_compile.hardware.profiles import PROFILES, resolve
@@ -76,8 +79,6 @@ def _fits(baseline: Baseline, path: Path, targets: Mapping[str, Any], hardware: 
 
 
 def _torch_version() -> str:
-    import torch  # takes a second, and not every caller needs it
-
     return torch.__version__.partition("+")[0]
 
 
@@ -95,10 +96,7 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
         InvalidTarget: `make` fails, or returns something else than a model and its inputs.
         MemoError: the model cannot be planned, or a mistake in its options.
     """
-    import torch  # takes a second, and not every caller needs it
-    from torch._subclasses import FakeTensorMode
-
-    from memo_compile.codegen.planned_step import plan_step  # loads torch
+    from memo_compile.codegen.planned_step import plan_step  # takes a second
 
     threads = torch.get_num_threads()
     profile = resolve(hardware)
@@ -141,10 +139,7 @@ def measure(target: str, make: Callable[[], Any], hardware: str) -> Figures:
 @cache
 def _warm_up() -> None:
     """What is done once in a process (imports, tables of lowerings) is no target's planning."""
-    import torch  # takes a second, and not every caller needs it
-    from torch._subclasses import FakeTensorMode
-
-    from memo_compile.codegen.planned_step import plan_step  # loads torch
+    from memo_compile.codegen.planned_step import plan_step  # takes a second
     from memo_compile.models import Llama, LlamaConfig
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

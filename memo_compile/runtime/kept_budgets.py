@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from memo_compile.errors import BudgetExceeded, BudgetTooSmall
 from memo_compile.logs import MIB, logger
 from memo_compile.registry import registry
@@ -64,8 +66,6 @@ def kept(compiled: Compiled, step: FirstStep, recompile: Callable[[FirstStep, li
 
 
 def _ranks() -> int:
-    import torch  # takes a second, and not every caller needs it
-
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return int(torch.distributed.get_world_size()) if distributed else 1
 

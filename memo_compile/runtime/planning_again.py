@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.fx as fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextlib.contextmanager
@@ -20,9 +22,7 @@ def as_dynamo_would() -> Iterator[None]:
 
     One thread compiles at a time, whoever asks: tracing keeps state that all threads share.
     """
-    from torch._dynamo.convert_frame import compile_lock  # only where it is used: private parts of torch
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._dynamo.convert_frame import compile_lock  # loads Dynamo
 
     # Other threads that call what is compiled would else be told that FX traces them.
     compiling = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)

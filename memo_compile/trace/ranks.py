@@ -23,7 +23,9 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memo_compile.errors import RanksDisagree
 from memo_compile.planning.decide import Decided
@@ -160,8 +162,6 @@ def _first_difference(residency: Mapping[int, Mapping[str, str]]) -> str:
 
 def groups_of(joint: fx.GraphModule) -> list[Group]:
     """The process groups of a graph's collectives that other processes belong to, by name."""
-    import torch.distributed as dist  # not in every build of torch
-
     if not dist.is_available() or not dist.is_initialized():
         return []
     names = {name for node in joint.graph.nodes for name in _group_names(node)}
@@ -173,12 +173,8 @@ def may_plan_together(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
 
     Private: `torch.utils._python_dispatch.is_traceable_wrapper_subclass`, tried with torch 2.13.
     """
-    import torch.distributed as dist  # not in every build of torch
-
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return False
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # private
-
     nodes = (node for m in gm.modules() if isinstance(m, fx.GraphModule) for node in m.graph.nodes)
     stays = all(_stays_here(node.target) for node in nodes if node.op == "call_function")
     return not stays or any(is_traceable_wrapper_subclass(v) for v in inputs)
@@ -211,8 +207,7 @@ def _group_names(node: fx.Node) -> list[str]:
 
 def _group(name: str) -> Group | None:
     """None for a group of one, or of processes that only stand for others."""
-    import torch.distributed as dist  # not in every build of torch
-    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed import distributed_c10d as c10d  # not in every build of torch
 
     private: Any = c10d
     group = private._resolve_process_group(name) if name else dist.group.WORLD

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # private parts of torch, as the next
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memo_compile.logs import logger
 from memo_compile.workspaces.recording import can_record, recorded
@@ -101,9 +103,6 @@ def _taken(call: _Call) -> int:
 @contextmanager
 def _as_in_a_step() -> Iterator[None]:
     """Real tensors, without the modes of the trace that this may run within; no gradients, as in a planned step."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily  # only where it is used: private parts of torch
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with ExitStack() as stack:
         for context in (unset_fake_temporarily(), _disable_current_modes(), torch.no_grad()):
             stack.enter_context(context)

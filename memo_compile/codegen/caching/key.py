@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._functorch import config as functorch
 
 import memo_compile
 from memo_compile.passes.fx.sizes import is_symbolic, sizes_of
@@ -76,7 +77,6 @@ def _torch_caches() -> bool:
 
     Private torch APIs, tried with torch 2.13: the settings of AOTAutograd's and of Inductor's cache.
     """
-    from torch._functorch import config as functorch  # private parts of torch, where they are used
     from torch._inductor import config as inductor  # loads Inductor
 
     compiler: Any = torch.compiler.config

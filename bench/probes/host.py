@@ -14,7 +14,7 @@ HUGE_PAGES, KEEP_FROM_CHILDREN, EMPTY_IN_CHILDREN = 14, 10, 18  # madvise's MADV
 
 
 def link(scene: Scene) -> Answer:
-    """The link's GB/s each way, alone and both at once, and a series of products alone and beside both copies."""
+    """The link's GB/s each way, alone and both at once, and a series of matmuls alone and beside both copies."""
     on_cuda(scene)
     size = 2 * GIB
     (out, _), (back, _) = locked(size), locked(size)
@@ -30,21 +30,21 @@ def link(scene: Scene) -> Answer:
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     y = x @ x
 
-    def products() -> None:
+    def matmuls() -> None:
         for _ in range(50):
             torch.mm(x, x, out=y)
 
     def beside() -> None:
         both()
-        products()
+        matmuls()
 
-    for warm in (both, products):
+    for warm in (both, matmuls):
         timed(warm)
     return {
         "to_host_GBs": size / timed(lambda: out.copy_(here, non_blocking=True)) / 1e9,
         "from_host_GBs": size / timed(lambda: there.copy_(back, non_blocking=True)) / 1e9,
         "each_at_once_GBs": size / timed(both) / 1e9,
-        "products_s": timed(products),
+        "products_s": timed(matmuls),
         "products_beside_copies_s": timed(beside),
     }
 

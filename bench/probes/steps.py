@@ -21,7 +21,7 @@ K = 1024
 
 
 def dropout(scene: Scene) -> Answer:
-    """Dropout behind a transposed input (pytorch#198333): is the mask random, and the same in the backward?
+    """Dropout after a transposed input (pytorch#198333): is the mask random, and the same in the backward?
 
     By torch alone, and by memo with all that can be recomputed recomputed. `same_mask` compares where the result and
     where the gradient is not 0; `groups_alike` is the share of groups of four equal bits, 0.125 for independent ones.
@@ -104,12 +104,12 @@ def graphs(scene: Scene) -> Answer:
     answer: Answer = {"offloaded_bytes": memo_compile.plans()[-1].offloaded_bytes}
     answer["by hand"] = said(lambda: _captured(step, lambda: off(model)))
     memo_compile.reset()
-    again, other = _small_step(scene, {"memory_budget": 0.5}, "reduce-overhead")
+    replayed, other = _small_step(scene, {"memory_budget": 0.5}, "reduce-overhead")
 
     def reduced() -> float:
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
-            again()
+            replayed()
         return off(other)
 
     answer["reduce-overhead"] = said(reduced)

@@ -77,6 +77,11 @@ class Span:
         return self.end - self.begin
 
 
+def span_of(copy: Copy, kind: SpanKind, begin: float, end: float) -> Span:
+    """What happened to a copy, or for it."""
+    return Span(kind=kind, lease=copy.lease, offset=copy.offset, nbytes=copy.nbytes, begin=begin, end=end)
+
+
 @dataclass(frozen=True)
 class TransferStats:
     """Bytes and copies each way since the process began, and seconds that the computation waited for them."""
@@ -323,16 +328,7 @@ class Engine(ABC):
             raise
         with self._lock:
             self._pending.pop(named.key, None)
-        self.recorder.span(
-            Span(
-                kind=WAITS[copy.kind],
-                lease=copy.lease,
-                offset=copy.offset,
-                nbytes=copy.nbytes,
-                begin=begin,
-                end=time.perf_counter(),
-            )
-        )
+        self.recorder.span(span_of(copy, WAITS[copy.kind], begin, time.perf_counter()))
 
     def _drop(self, copies: list[Copy]) -> None:
         for copy in copies:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from memo_compile.errors import TransferFailed
-from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder, Span
+from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder, span_of
 
 Delay = Callable[[Direction], float]  # seconds to wait before a copy
 
@@ -118,9 +118,8 @@ def _work(jobs: _Jobs, recorder: Recorder) -> None:
 def _run(job: _Job, recorder: Recorder) -> None:
     if job.after is not None:
         job.after.done.wait()
-        if (
-            job.after.error is not None and job.kind is Direction.H2D
-        ):  # what is written over need not have been read well
+        # What is written over need not have been read well.
+        if job.after.error is not None and job.kind is Direction.H2D:
             raise TransferFailed(f"what it waits for failed: {job.after.error}")
     if job.delay is not None:
         time.sleep(job.delay(job.kind))
@@ -129,13 +128,4 @@ def _run(job: _Job, recorder: Recorder) -> None:
     begin = time.perf_counter()
     with torch.no_grad():
         job.dst.copy_(job.src)
-    recorder.span(
-        Span(
-            kind=COPIES[job.kind],
-            lease=job.lease,
-            offset=job.offset,
-            nbytes=job.nbytes,
-            begin=begin,
-            end=time.perf_counter(),
-        )
-    )
+    recorder.span(span_of(job, COPIES[job.kind], begin, time.perf_counter()))

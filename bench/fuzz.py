@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--backend", default="memo_eager", choices=["memo", "memo_eager"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no program behind these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no program after these")
     parser.add_argument("--ladder", type=int, default=4, help="measure several budgets of every so-manieth program")
     parser.add_argument("--runs", type=Path, default=RUNS, help="the folder of verdicts")
     parser.add_argument("--no-reduction", action="store_true")

@@ -36,15 +36,15 @@ class Kind:
 
 
 class Linear(nn.Module):
-    """A product, an activation, and what is added."""
+    """A linear layer, an activation, and what is added."""
 
     def __init__(self, width: int, tokens: int, activation: str, bias: bool, residual: bool, dropout: float) -> None:
         super().__init__()
-        self.product = nn.Linear(width, width, bias=bias)
+        self.linear = nn.Linear(width, width, bias=bias)
         self.activation, self.residual, self.dropout = activation, residual, dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.dropout(ACTIVATIONS[self.activation](self.product(x)), self.dropout)
+        y = F.dropout(ACTIVATIONS[self.activation](self.linear(x)), self.dropout)
         return x + y if self.residual else y
 
 
@@ -149,10 +149,10 @@ class InPlace(nn.Module):
 
     def __init__(self, width: int, tokens: int, how: str) -> None:
         super().__init__()
-        self.how, self.product = how, nn.Linear(width, width)
+        self.how, self.linear = how, nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x)
+        y = self.linear(x)
         if self.how == "add":
             y.add_(x.sin())
         elif self.how == "rows":
@@ -177,14 +177,14 @@ class Running(nn.Module):
 
     def __init__(self, width: int, tokens: int, how: str) -> None:
         super().__init__()
-        self.how, self.product = how, nn.Linear(width, width)
+        self.how, self.linear = how, nn.Linear(width, width)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.mean: torch.Tensor
         self.count: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x)
+        y = self.linear(x)
         with torch.no_grad():
             self.mean.mul_(0.9).add_(y.mean((0, 1)), alpha=0.1)
             self.count.add_(1)

@@ -134,13 +134,13 @@ def smaller(program: Program) -> Iterator[Program]:
 def _fewer(layers: tuple[Layer, ...]) -> Iterator[tuple[Layer, ...]]:
     """Without one layer, with what one wraps in its place, or with less inside of one."""
     for i, layer in enumerate(layers):
-        before, behind = layers[:i], layers[i + 1 :]
-        yield before + behind
+        before, after = layers[:i], layers[i + 1 :]
+        yield before + after
         if layer.inner:
-            yield before + layer.inner + behind
+            yield before + layer.inner + after
             for inner in _fewer(layer.inner):
                 if inner:
-                    yield (*before, replace(layer, inner=inner), *behind)
+                    yield (*before, replace(layer, inner=inner), *after)
 
 
 def _plainer(chosen: Mapping[str, Any], choices: Choices) -> Iterator[dict[str, Any]]:
@@ -151,8 +151,8 @@ def _plainer(chosen: Mapping[str, Any], choices: Choices) -> Iterator[dict[str, 
 
 def _plainer_layers(layers: tuple[Layer, ...]) -> Iterator[tuple[Layer, ...]]:
     for i, layer in enumerate(layers):
-        before, behind = layers[:i], layers[i + 1 :]
+        before, after = layers[:i], layers[i + 1 :]
         for chosen in _plainer(layer.chosen, KINDS[layer.kind].choices):
-            yield (*before, replace(layer, chosen=chosen), *behind)
+            yield (*before, replace(layer, chosen=chosen), *after)
         for inner in _plainer_layers(layer.inner):
-            yield (*before, replace(layer, inner=inner), *behind)
+            yield (*before, replace(layer, inner=inner), *after)

@@ -56,10 +56,10 @@ class Custom(nn.Module):
     def __init__(self, width: int, tokens: int, how: str) -> None:
         super().__init__()
         library()
-        self.how, self.product = how, nn.Linear(width, width)
+        self.how, self.linear = how, nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, ops = self.product(x), torch.ops.fuzzing
+        y, ops = self.linear(x), torch.ops.fuzzing
         if self.how == "functional":
             return ops.scaled(y.sin(), 0.5) * y
         if self.how == "mutating":
@@ -117,10 +117,10 @@ class Function(nn.Module):
 
     def __init__(self, width: int, tokens: int, how: str) -> None:
         super().__init__()
-        self.how, self.product = how, nn.Linear(width, width)
+        self.how, self.linear = how, nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x).tanh()
+        y = self.linear(x).tanh()
         if self.how == "saving":
             return _Saving.apply(y, 0.7)
         return x + (_Straight.apply(y * 4) / 4 if self.how == "straight through" else _Passed.apply(y).sin())
@@ -131,10 +131,10 @@ class Collective(nn.Module):
 
     def __init__(self, width: int, tokens: int, how: str) -> None:
         super().__init__()
-        self.group, self.how, self.product = group(), how, nn.Linear(width, width)
+        self.group, self.how, self.linear = group(), how, nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, ops = self.product(x), torch.ops._c10d_functional
+        y, ops = self.linear(x), torch.ops._c10d_functional
         sent = y.detach().sin()
         if self.how == "reduced":
             started = ops.all_reduce(sent, "sum", self.group)
@@ -142,7 +142,7 @@ class Collective(nn.Module):
             started = ops.all_gather_into_tensor(sent, 1, self.group)
         else:
             started = ops.all_to_all_single(sent, [sent.shape[0]], [sent.shape[0]], self.group)
-        beside = (y @ self.product.weight).tanh()
+        beside = (y @ self.linear.weight).tanh()
         return beside + ops.wait_tensor(started) * y
 
 
@@ -151,10 +151,10 @@ class Broken(nn.Module):
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
-        self.product = nn.Linear(width, width)
+        self.linear = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x).tanh()
+        y = self.linear(x).tanh()
         torch._dynamo.graph_break()
         return y + x
 

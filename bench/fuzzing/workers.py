@@ -56,7 +56,7 @@ class Worker:
         self._done = 0
 
     def judge(self, task: Task) -> Verdict:
-        """The verdict, "hang" behind so many seconds, "crash" where the process ends."""
+        """The verdict, "hang" after so many seconds, "crash" where the process ends."""
         if self._process is None or self._done >= RENEWED:
             self._start()
         self._done += 1
@@ -94,7 +94,7 @@ class Worker:
 
 
 def judged(tasks: Iterable[Task], jobs: int, seconds: float, until: float) -> Iterator[tuple[Task, Verdict, float]]:
-    """Each task with its verdict and seconds, in the order in which they end; none begins behind `until`."""
+    """Each task with its verdict and seconds, in the order in which they end; none begins after `until`."""
     left = iter(tasks)
     lock = threading.Lock()
     ended: queue.Queue[tuple[Task, Verdict, float] | None] = queue.Queue()

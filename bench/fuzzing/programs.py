@@ -37,6 +37,7 @@ OPTIONS: Choices = {
     "token_slice": ("auto", "auto", 7, 16),
     "hardware": ("auto", "auto", "h200", "a800"),
     "host_budget": ("auto", "auto", "auto", 100_000),
+    "tiles": ("auto", "auto", 1, 3, 8),
 }
 # Seconds by which the slowest copy is held up.
 DELAYS = (0.0, 0.0, 0.002, 0.01)

@@ -10,10 +10,11 @@ import torch.fx as fx
 from memo_compile.errors import DrawnTwice
 from memo_compile.passes.analysis.bit_sensitive import deciding
 from memo_compile.passes.analysis.costs import graph_costs
-from memo_compile.passes.analysis.recompute_chains import recompute_chains
+from memo_compile.passes.analysis.recompute_chains import recompute_chain, recompute_chains
 from memo_compile.passes.analysis.regions import Region, find_regions
 from memo_compile.passes.fx.facts import is_seed, nbytes
 from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.fx.mutations import readable_inputs
 from memo_compile.passes.fx.ranges import has_symbols
 from memo_compile.passes.pipeline import Tiling
 from memo_compile.passes.transforms.partition import canonical_saved, order_backward, split_saving
@@ -78,15 +79,23 @@ def _saved(p: Prepared, wide: int) -> list[fx.Node]:
     """What is saved: nothing wide that a region makes, unless it is the user's too; and what regions are made of."""
     joint = {n.name: n for n in p.joint.graph.nodes}
     results = {n.name for n in results_of(p.forward, p.num_forward_outputs)}
+    readable = readable_inputs(p.joint)
     dropped: set[str] = set()
     wanted: list[fx.Node] = []
     (output,) = p.forward.graph.find_nodes(op="output")
     for region in _regions(p.forward, wide, output.args[0][: p.num_forward_outputs]):
         dropped |= {n.name for n in region.nodes if nbytes(n) >= wide and n.name not in results}
-        wanted += [joint[n.name] for n, axis in operands_of(region) if axis is not None and n.name in joint]
+        operands = [(joint[n.name], axis) for n, axis in operands_of(region) if n.name in joint]
+        wanted += [n for n, axis in operands if axis is not None or not _is_of_parameters(n, readable)]
     kept = [n for n in p.saved if n.name not in dropped]
     recomputable = [n for n in wanted if n.op == "call_function" and n not in kept]
     return canonical_saved(p.joint, [*kept, *recomputable], p.policies)
+
+
+def _is_of_parameters(node: fx.Node, readable: Collection[fx.Node]) -> bool:
+    """Whether inputs without tokens make a value, and still do in the backward: no mean of tokens, no new buffer."""
+    chain = recompute_chain(node, readable)
+    return chain is not None and not any(TOKENS in a.meta for n in chain for a in (n, *n.all_input_nodes))
 
 
 def _regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | None = None) -> list[Region]:

@@ -17,16 +17,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextlib.contextmanager
-def as_dynamo_would() -> Iterator[None]:
-    """What a compiler finds around it when Dynamo calls it; sizes are numbers by now.
-
-    One thread compiles at a time, whoever asks: tracing keeps state that all threads share.
-    """
+def one_compiles() -> Iterator[None]:
+    """One thread at a time, whoever asks: tracing keeps state that all threads share."""
     from torch._dynamo.convert_frame import compile_lock  # loads Dynamo
 
     # Other threads that call what is compiled would else be told that FX traces them.
     compiling = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)
-    with compile_lock, compiling(), tracing(TracingContext(FakeTensorMode())):
+    with compile_lock, compiling():
+        yield
+
+
+@contextlib.contextmanager
+def as_dynamo_would() -> Iterator[None]:
+    """What a compiler finds around it when Dynamo calls it; sizes are numbers by now."""
+    with one_compiles(), tracing(TracingContext(FakeTensorMode())):
         yield
 
 

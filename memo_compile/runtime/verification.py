@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import VerificationFailed
-from memo_compile.runtime.planning_again import as_dynamo_would
+from memo_compile.runtime.planning_again import one_compiles
 
 # Of a tensor's norm, or of a thousandth of the largest norm: room for another order of summation, and no more.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -47,7 +47,7 @@ def _state(gm: fx.GraphModule) -> list[torch.Tensor]:
 def _reference(plain: fx.GraphModule, args: Sequence[Any], backend: str) -> Callable[..., Any]:
     from torch._dynamo.backends.registry import lookup_backend  # loads Dynamo
 
-    with as_dynamo_would():
+    with one_compiles():
         compiled: Callable[..., Any] = lookup_backend(backend)(plain, list(args))
     return compiled
 

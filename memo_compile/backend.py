@@ -98,6 +98,7 @@ def _compiled(
     from memo_compile.report.dumps import Dump
     from memo_compile.runtime.kept_budgets import kept
     from memo_compile.runtime.more_calls import for_all_calls
+    from memo_compile.runtime.range_calls import within_budget
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)
@@ -127,6 +128,8 @@ def _compiled(
 
     if not any(is_symbolic(size) for size in sizes_of(inputs)):  # what one length held is no measure for another
         compiled = for_all_calls(measured(compiled, setting), setting.name, setting.calls, for_more)
+    elif isinstance(budget := options.memory_budget, int):
+        compiled = within_budget(compiled, setting.name, setting.family, budget, setting.device)
     return compiled if plain is None else verified(compiled, gm, plain, reference)
 
 

@@ -130,6 +130,22 @@ class BudgetExceeded(MemoError):
         return type(self), (self.budget, self.held, self.op, self.taken)
 
 
+class TooManyCalls(MemoError):
+    """More calls wait for their backward than a plan for a range of lengths is for. `budget`, `needed` are bytes."""
+
+    def __init__(self, budget: int, waiting: int, needed: int) -> None:
+        self.budget, self.waiting, self.needed = budget, waiting, needed
+        super().__init__(
+            f"memory_budget = {budget:,} bytes cannot be kept: {waiting} calls wait for their backward, and with one "
+            f"more {needed:,} bytes may be held at the longest lengths of this plan's range. Say how many there will "
+            f'be, options={{"calls": {waiting + 1}}}, and it is planned for them; or run backward after each forward, '
+            f"or raise memory_budget to {needed:,} bytes."
+        )
+
+    def __reduce__(self) -> tuple[type[TooManyCalls], tuple[int, int, int]]:
+        return type(self), (self.budget, self.waiting, self.needed)
+
+
 class ReserveTooLarge(MemoError):
     """With memory_budget="auto": `reserve` and the margin leave nothing of what is free. All are bytes."""
 

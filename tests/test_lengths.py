@@ -1,10 +1,12 @@
 """Training loops with lengths as they come: what one plan for a range must be right for beside a step at a time."""
 
+import pytest
 import torch
 import zoo
 from torch import nn
 
 import memo_compile
+from memo_compile.errors import TooManyCalls
 
 LENGTHS = (128, 127, 33, 34, 40, 47, 64, 65, 90, 96, 100, 111)  # of one range, its ends included
 
@@ -104,3 +106,26 @@ def test_a_budget_in_bytes_is_kept_at_every_length():
     plan = memo_compile.plans()[-1]
     assert plan.range.endswith("[33, 128]")
     assert plan.offloaded_bytes or plan.recomputed_bytes
+
+
+def test_calls_that_would_exceed_a_budget_beside_those_that_wait_are_refused():
+    alone = Model().double()
+    budget = 3 * memo_compile.measure_peak(lambda: alone(zoo.batch(1, 128)).backward())
+    model, reference = models(memory_budget=budget)
+    waiting = []
+
+    def call(lengths):
+        for n in lengths:
+            waiting.append((n, model(zoo.batch(1, n))))  # noqa: PERF401
+
+    def call_until_refused():
+        with pytest.raises(TooManyCalls, match=r'options=\{"calls": '):
+            call(10 * (128, 33, 90))
+
+    assert memo_compile.measure_peak(call_until_refused) <= budget
+    assert len(waiting) > 1
+    for n, loss in waiting:
+        loss.backward()
+        reference(zoo.batch(1, n)).backward()
+    assert_same_gradients(model, reference)
+    model(zoo.batch(1, 128))  # those that have had their backward do not count

@@ -65,6 +65,11 @@ class Ledger:
         with self.lock:
             return sum(c.kept.graph == graph and not c.witness.expired() for c in self.calls)
 
+    def bytes_of(self, graph: str) -> list[int]:
+        """What each of a graph's calls holds on its device, as planned."""
+        with self.lock:
+            return [c.kept.bytes for c in self.calls if c.kept.graph == graph and not c.witness.expired()]
+
     def of_family(self, family: str) -> int:
         """How many calls of a family's graphs there are."""
         with self.lock:

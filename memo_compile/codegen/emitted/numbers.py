@@ -2,8 +2,8 @@
 
 Offsets are constant, and no buffer is larger below: what does not overlap at the upper end overlaps nowhere.
 
-Private torch API, tried with torch 2.13: `V.graph.name_to_buffer`, `V.graph.sizevars`, its `shape_env` and
-`inv_precomputed_replacements`.
+Private torch API, tried with torch 2.13: `V.graph.name_to_buffer`, `V.graph.sizevars`, its `shape_env` (with `replace`)
+and `inv_precomputed_replacements`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ def symbols_at_hand() -> dict[str, int]:
     sizes = V.graph.sizevars
     environment: Any = sizes.shape_env
     seen = getattr(environment, "backed_var_to_val", None) or environment.__dict__.get("var_to_val", {})
-    ends = {s: upper_end(environment.var_to_range.get(s), seen.get(s)) for s in seen}
-    values = {str(s): int(end) for s, end in ends.items() if end is not None}
+    found = {s: upper_end(environment.var_to_range.get(s), seen.get(s)) for s in seen}
+    known = {s: end for s, end in found.items() if end is not None}
+    # What a guard has made equal to others keeps the range that it had.
+    ends = {s: environment.replace(s).xreplace(known) for s in known}
+    values = {str(s): int(end) for s, end in ends.items()}
     for symbol, expr in sizes.inv_precomputed_replacements.items():
         values[str(symbol)] = int(expr.xreplace(ends))
     return values
@@ -59,8 +62,10 @@ def check_growing() -> None:
         if shape is None or stride is None or getattr(buffer, "name", None) is None:
             continue  # what stands for a block within a template has no name, and no memory
         span = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True))
-        span = getattr(span, "xreplace", lambda _, whole=span: whole)(sizes.inv_precomputed_replacements)
-        if not getattr(span, "free_symbols", ()) or span in checked:
+        if not getattr(span, "free_symbols", ()):
+            continue
+        span = sizes.shape_env.replace(span.xreplace(sizes.inv_precomputed_replacements))
+        if span in checked:
             continue
         checked.add(span)
         ranges = {s: sizes.shape_env.var_to_range.get(s) for s in span.free_symbols}

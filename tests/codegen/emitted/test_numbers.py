@@ -1,6 +1,13 @@
 """Symbols of emitted text in numbers: nothing else of it changes."""
 
-from memo_compile.codegen.emitted.numbers import numbered
+from types import SimpleNamespace
+
+from torch._dynamo.source import ConstantSource
+from torch._inductor.virtualized import V
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.functions import FloorDiv
+
+from memo_compile.codegen.emitted.numbers import check_growing, numbered, symbols_at_hand
 
 VALUES = {"s0": 12, "s1": 5}
 
@@ -29,3 +36,29 @@ def test_text_without_symbols_is_the_same_object_by_object():
 
 def test_a_value_that_is_assigned_keeps_its_name():
     assert numbered(["s0 = arg0_1.size(0)"], VALUES) == ["s0 = arg0_1.size(0)"]
+
+
+def symbol(environment, name, length):
+    source = ConstantSource(name)
+    return environment.create_unspecified_symint_and_symbol(length, source, DimDynamic.DYNAMIC)
+
+
+def graph_of(environment, *spans):
+    layouts = [SimpleNamespace(size=[span], stride=[1]) for span in spans]
+    buffers = [SimpleNamespace(name="b", get_name=lambda: "b", layout=layout) for layout in layouts]
+    sizes = SimpleNamespace(shape_env=environment, inv_precomputed_replacements={})
+    return V.set_graph_handler(SimpleNamespace(sizevars=sizes, name_to_buffer=dict(enumerate(buffers))))
+
+
+def test_lengths_that_are_found_to_be_equal_are_one():
+    """The range is of the one that stays; what was made of the other before is as large as what is made of this."""
+    environment = ShapeEnv()
+    ids, mask = symbol(environment, "ids", 100), symbol(environment, "mask", 100)
+    names = [n.node._expr for n in (ids, mask)]
+    rest = names[0] - FloorDiv(31 * names[1], 32)
+    assert bool(ids == mask)
+    assert bool(ids <= 128)
+    assert bool(ids >= 33)
+    with graph_of(environment, rest):
+        assert [symbols_at_hand()[str(n)] for n in names] == [128, 128]
+        check_growing()

@@ -267,20 +267,26 @@ def _threads(program: Program, made: Made, fn: Callable[..., Any]) -> Observed:
     wanted = [p for p in made.model.parameters() if p.requires_grad]
     results: dict[int, Observed] = {}
 
+    def step(number: int) -> Observed:
+        outputs = fn(*_given(program, made.batches[number]))
+        loss = _loss(outputs)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad and wanted else ()
+        left = [(f"thread {number}: loss", loss.detach())]
+        return left + [(f"thread {number}: {i}", g) for i, g in enumerate(grads) if g is not None]
+
     def work(number: int) -> None:
-        for _ in range(3):
-            outputs = fn(*_given(program, made.batches[number]))
-            loss = _loss(outputs)
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad and wanted else ()
-            results[number] = [(f"thread {number}: loss", loss.detach())]
-            results[number] += [(f"thread {number}: {i}", g) for i, g in enumerate(grads) if g is not None]
+        try:
+            for _ in range(3):
+                results[number] = step(number)
+        except Exception as error:
+            results[number] = [(f"thread {number} failed: {_said(error)}", torch.ones(1))]
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return found + [entry for n in range(2) for entry in results.get(n, [(f"thread {n} failed", torch.ones(1))])]
+    return found + [entry for n in range(2) for entry in results[n]]
 
 
 _HOW: dict[str, Callable[[Program, Made, Callable[..., Any]], Observed]] = {

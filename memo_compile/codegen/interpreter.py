@@ -126,10 +126,14 @@ def losses_by_rows() -> dict[Any, Any]:
 
 
 class _Interpreter(fx.Interpreter):
-    """Drops a result that nobody reads: `fx.Interpreter` would hold it, and what it is a view of, to the end."""
+    """Drops a result that nobody reads: `fx.Interpreter` would hold it, and what it is a view of, to the end.
+
+    Nor does it note which node runs: that note is the process's, and another thread may be tracing with its own.
+    """
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        result = getattr(self, n.op)(n.target, args, kwargs)
         return result if n.users or n.op == "output" else None
 
 

@@ -1,11 +1,14 @@
 """Whether two commits make the same plans: those of the tests' models, compared value by value.
 
-    python -m bench.same_plans BEFORE [AFTER] [--only NAME]
+    python -m bench.same_plans BEFORE [AFTER] [--only NAME] [--keep FOLDER] [--results]
 
 Each commit is checked out beside, plans its own copy of the tests' models under the budgets of `BUDGETS`, offline and
 with arenas from dry runs, and writes the plans' JSON. AFTER is the working tree where it is left out. Left out of the
 comparison are the seconds that planning took and the folder of the checkout. A plan of an earlier version of the schema
 is read as what it says. Keys that one side does not write are told once. Ends with 1 where a value differs.
+
+With `--keep` the plans of commits stay in a folder, so that a comparison can be made in pieces; `--results` writes what
+came of it to `bench/results/same_plans.md`.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,11 +52,11 @@ def write(tree: Path, out: Path, only: str) -> None:
     assert Path(memo_compile.__file__).is_relative_to(tree), memo_compile.__file__
     zoo.TOKENS = TOKENS
     torch.set_num_threads(1)
-    plans: dict[str, Any] = {}
+    plans: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     for name in zoo.MODELS:
         for budget, options in BUDGETS.items():
             key = f"{name} {budget}"
-            if only not in key:
+            if only not in key or key in plans:
                 continue
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             model, args, kwargs, _ = made_of_fakes(name, partial(_made, zoo, name), mode)
@@ -103,11 +107,23 @@ def keys(value: Any, path: str = "") -> set[str]:
     return found.union(*(keys(item, f"{path}.{key}" if path else key) for key, item in value.items()))
 
 
-def plans_of(commit: str | None, only: str) -> dict[str, Any]:
-    """The plans that a commit makes; None: the working tree's."""
+def values(found: Any) -> int:
+    """How many numbers and words a plan has.
+
+    >>> values([{"a": [1, 2], "b": {}}, "c"])
+    3
+    """
+    if isinstance(found, dict):
+        found = list(found.values())
+    return sum(values(item) for item in found) if isinstance(found, list) else 1
+
+
+def plans_of(commit: str | None, only: str, keep: Path | None) -> dict[str, Any]:
+    """The plans that a commit makes; None: the working tree's. Those that lie in `keep` are not made again."""
     repository = HERE.parent.parent
     with tempfile.TemporaryDirectory() as folder:
-        tree, out = (Path(folder) / "tree" if commit else repository), Path(folder) / "plans.json"
+        tree = Path(folder) / "tree" if commit else repository
+        out = (keep.resolve() if keep and commit else Path(folder)) / f"{commit or 'plans'}.json"
         if commit:
             subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, commit], cwd=repository, check=True)
         try:
@@ -119,7 +135,35 @@ def plans_of(commit: str | None, only: str) -> dict[str, Any]:
             if commit:
                 subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=repository, check=True)
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        return {name: [upgraded(plan) for plan in plans] for name, plans in found.items()}
+        return {name: [upgraded(plan) for plan in plans] for name, plans in found.items() if only in name}
+
+
+def short(commit: str | None) -> str | None:
+    """A commit as git abbreviates it."""
+    if commit is None:
+        return None
+    command = ["git", "rev-parse", "--short=9", commit]
+    return subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def page(before: Mapping[str, Any], after: Mapping[str, Any], commits: Sequence[str | None]) -> str:
+    """The comparison as a page of results."""
+    import torch
+
+    old, new = (commit or "the working tree" for commit in commits)
+    command = " ".join(["python -m bench.same_plans", *(commit for commit in commits if commit)])
+    rows = [
+        f"| {name} | {len(before.get(name, ()))} | {values(before.get(name, []))} "
+        f"| {len(list(differences(before.get(name), after.get(name))))} |"
+        for name in sorted(before.keys() | after.keys())
+    ]
+    options = "; ".join(f"{name}: {dict(chosen)}" for name, chosen in BUDGETS.items())
+    return (
+        f"`{command}`\n\n"
+        f"Plans of {old} beside those of {new}; torch {torch.__version__}, python {platform.python_version()}, "
+        f"{TOKENS} tokens, planned for {PINNED['hardware']}. {options}. Seconds of planning are not compared.\n\n"
+        "| plan | graphs | values | that differ |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
@@ -138,13 +182,16 @@ def main() -> int:
     parser.add_argument("before", nargs="?")
     parser.add_argument("after", nargs="?")
     parser.add_argument("--only", default="", help="plans whose name contains this")
+    parser.add_argument("--keep", type=Path, help="a folder where plans of commits stay, and are taken from")
+    parser.add_argument("--results", action="store_true", help="write bench/results/same_plans.md")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
         write(args.tree, args.write, args.only)
         return 0
-    before, after = plans_of(args.before, args.only), plans_of(args.after, args.only)
+    commits = short(args.before), short(args.after)
+    before, after = (plans_of(commit, args.only, args.keep) for commit in commits)
     differing = 0
     for name in sorted(before.keys() | after.keys()):
         found = list(differences(before.get(name), after.get(name)))
@@ -157,6 +204,8 @@ def main() -> int:
         if more:
             print(f"only {side}: {', '.join(sorted(more))}")
     print(f"{len(before)} plans, {differing} differ")
+    if args.results:
+        (HERE.parent / "results" / "same_plans.md").write_text(page(before, after, commits), encoding="utf-8")
     return int(differing > 0 or before.keys() != after.keys())
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 import memo_compile
 from bench.common import ROOT
+from memo_compile.models.hugging_face import hf_llama
 
 PAGE = ROOT / "docs" / "trainers.md"
 LENGTHS = (96, 60, 75, 41, 88, 52)  # of the examples, in turn
@@ -87,23 +88,8 @@ def _trained(row: Row, compile_: Compile) -> list[float]:
 
 def llama(layers: int = 2) -> Any:
     """Hugging Face's Llama, of two layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    model.loss_type = "ForCausalLM"
-    return model
+    sizes: dict[str, Any] = {"vocab": VOCABULARY, "layers": layers, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 96}
+    return hf_llama(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)
 
 
 def examples(count: int = 6) -> list[dict[str, list[int]]]:

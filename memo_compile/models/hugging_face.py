@@ -23,8 +23,7 @@ def hf_llama(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        **NO_IDS,
-        **more,
+        **{**NO_IDS, **more},
     )
     return _in_one_graph(LlamaForCausalLM(config))
 

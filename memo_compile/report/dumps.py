@@ -205,7 +205,7 @@ def compilation_record(p: Prepared, decided: Decided, options: Options) -> dict[
         "torch_config": torch_config(),
         "fused": p.fused,
         "limits": asdict(decided.limits),
-        "ahead": decided.overlap,
+        "overlap": decided.overlap,
         "unplanned_peak": p.unplanned_peak,
         "homes": {name: [h.tokens, h.kept, h.offloaded, h.recomputed] for name, h in decided.residency.items()},
         "decided": asdict(decided.plan),

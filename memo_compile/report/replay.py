@@ -235,7 +235,8 @@ def _acting(p: Prepared, record: Mapping[str, Any], limits: Limits, folder: Path
         return
     done: list[Replayed] = []
     watch = _watching(folder, timer, len(pipeline.ANNOTATING), done)
-    carry_out(p, residency, overlap=record["ahead"], host_budget=limits.host_in_all, watch=watch)
+    overlap = record["overlap"] if "overlap" in record else record["ahead"]  # as dumps of before have it
+    carry_out(p, residency, overlap=overlap, host_budget=limits.host_in_all, watch=watch)
     yield from done
 
 

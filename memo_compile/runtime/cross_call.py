@@ -151,7 +151,7 @@ class CrossCallPrefetch:
         """Whether a slice is on its way for a backward that has not begun."""
         base = self._engine.spare(prefetch.nbytes, self._device)
         if base is None:  # no room now: its own backward will start it
-            log.debug("no room to prefetch ahead: %d bytes", prefetch.nbytes)
+            log.debug("no room to prefetch early: %d bytes", prefetch.nbytes)
             return False
         if call.schedule.poison:
             poison(base)

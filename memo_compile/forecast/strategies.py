@@ -178,10 +178,10 @@ def whole_tensors(stack: Stack, linear: Outcome | None) -> Outcome | None:
 
 
 def _dealt(problem: Problem, stack: Stack, residency: Mapping[str, Residency]) -> dict[str, Residency]:
-    """Each place's shares, summed over the layers, as whole tensors; what is kept or offloaded never runs ahead."""
+    """Each place's shares, summed over the layers, as whole tensors; what is kept or offloaded never comes early."""
     place: dict[int, int] = {}
     owed: dict[int, list[float]] = {}
-    residency = {}
+    dealt = {}
     for a in problem.activations:
         layer = stack.layer[a.name]
         position = place.setdefault(layer, 0)
@@ -196,8 +196,8 @@ def _dealt(problem: Problem, stack: Stack, residency: Mapping[str, Residency]) -
             chosen = int(share[1] > share[0])
         if chosen < 2:
             share[chosen] -= 1
-        residency[a.name] = Residency(*(whole if h == chosen else 0 for h in range(3)))
-    return residency
+        dealt[a.name] = Residency(*(whole if h == chosen else 0 for h in range(3)))
+    return dealt
 
 
 def planned(stack: Stack, *, close: float = 3e-4) -> Outcome | None:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.emitted.text import statements_of
+from memo_compile.codegen.emitted.text import TransferOp, statements_of
 from memo_compile.hardware.profiles import DeviceProfile
 from memo_compile.passes.analysis.costs import node_cost, node_flops
 
 _FREE = ("empty_strided_", "reinterpret_tensor", "alloc_from_pool", "assert_", "get_raw_stream", "torch.cuda.")
 _MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mm_into_", "addmm_into_"})
-_COPIES = frozenset({"offload", "offload_wait", "prefetch_", "wait_", "host_lease"})
+_COPIES = frozenset({*TransferOp, "host_lease"})
 
 
 def line_seconds(lines: Sequence[str], profile: DeviceProfile) -> list[float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from memo_compile.codegen.emitted.body import DTYPE_BYTES, Body, Kind, alias_source, allocation_of
-from memo_compile.codegen.emitted.text import memo_op, statements_of
+from memo_compile.codegen.emitted.text import TransferOp, memo_op, statements_of, transfer_op
 from memo_compile.placement.bounds import live_bytes
 
 SWEEPS = 4  # over the prefetches: each may move on once the one before it has moved
@@ -30,17 +30,14 @@ class LineKind(StrEnum):
     Across what is FIXED nothing moves.
     """
 
-    OFFLOAD = "offload"
-    OFFLOAD_WAIT = "offload_wait"
-    PREFETCH = "prefetch_"
-    WAIT = "wait_"
+    OFFLOAD = TransferOp.OFFLOAD
+    OFFLOAD_WAIT = TransferOp.OFFLOAD_WAIT
+    PREFETCH = TransferOp.PREFETCH
+    WAIT = TransferOp.WAIT
     EMPTY = "empty"
     DELETE = "delete"
     FIXED = "fixed"
     OTHER = ""
-
-
-_TRANSFERS = {kind.value: kind for kind in (LineKind.OFFLOAD, LineKind.OFFLOAD_WAIT, LineKind.PREFETCH, LineKind.WAIT)}
 
 
 @dataclass(frozen=True)
@@ -111,11 +108,13 @@ def _read(text: str, itemsize: dict[str, int], sizes: dict[str, int]) -> Line:
         (name,) = binds
         itemsize[name], sizes[name] = DTYPE_BYTES.get(ast.unparse(value.args[2]).rsplit(".", 1)[-1], 1), size
         return replace(plain, kind=LineKind.EMPTY, buffer=name, bytes=size)
-    kind = _TRANSFERS.get(memo_op(value) or "")
-    if kind is None:
+    moves = transfer_op(memo_op(value))
+    if moves is None:
         return plain
     buffer, at = alias_source(value.args[0]) or "", int(ast.literal_eval(value.args[2]))
-    return replace(plain, kind=kind, buffer=buffer, at=at, bytes=_moved(value.args[0], buffer, itemsize, sizes))
+    return replace(
+        plain, kind=LineKind(moves), buffer=buffer, at=at, bytes=_moved(value.args[0], buffer, itemsize, sizes)
+    )
 
 
 def _moved(value: ast.expr, buffer: str, itemsize: Mapping[str, int], sizes: Mapping[str, int]) -> int:

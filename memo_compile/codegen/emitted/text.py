@@ -5,11 +5,33 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Sequence
+from enum import StrEnum
 
 NAMESPACE = "torch.ops.memo."
 PREFETCH_BUFFER = f"{NAMESPACE}prefetch_buffer.default"
 PREFETCH = f"{NAMESPACE}prefetch_.default"
 WAIT = f"{NAMESPACE}wait_.default"
+
+
+class TransferOp(StrEnum):
+    """memo's ops that start a copy or wait for one, by their names."""
+
+    OFFLOAD = "offload"
+    OFFLOAD_WAIT = "offload_wait"
+    PREFETCH = "prefetch_"
+    WAIT = "wait_"
+
+
+def transfer_op(name: str) -> TransferOp | None:
+    """The transfer that an op of memo's is.
+
+    >>> transfer_op("wait_"), transfer_op("mm_into_")
+    (<TransferOp.WAIT: 'wait_'>, None)
+    """
+    return _TRANSFERS.get(name)
+
+
+_TRANSFERS = {op.value: op for op in TransferOp}
 
 
 def source_of(lines: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
+from memo_compile.codegen.emitted.text import TransferOp
 from memo_compile.codegen.scheduler.dependencies import has_name, roots_of
 from memo_compile.codegen.scheduler.order import transfer_of_node
 from memo_compile.errors import EmittedOrderChanged
@@ -35,7 +36,7 @@ def check_arrivals() -> None:
     arrived = {
         name: at
         for at, node in enumerate(nodes)
-        if transfer_of_node(node) == "wait_"
+        if transfer_of_node(node) is TransferOp.WAIT
         for name in _real(graph, [node.node.inputs[0].get_name()])
     }
     for at, node in enumerate(nodes):

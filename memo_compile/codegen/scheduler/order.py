@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import ast
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.codegen.emitted.text import call_in, memo_op, statements_of
+from memo_compile.codegen.emitted.text import TransferOp, call_in, memo_op, statements_of, transfer_op
 from memo_compile.errors import EmittedOrderChanged
 from memo_compile.passes.fx.facts import MATMULS
 
-STARTS = {"offload": "offload_wait", "prefetch_": "wait_"}
-TRANSFERS = frozenset({*STARTS, *STARTS.values()})
+STARTS: Mapping[str, TransferOp] = {
+    TransferOp.OFFLOAD: TransferOp.OFFLOAD_WAIT,
+    TransferOp.PREFETCH: TransferOp.WAIT,
+}
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,14 @@ def planned_steps(gm: fx.GraphModule) -> list[Step]:
     return steps
 
 
-def transfer_of(node: Any) -> str | None:
-    """`offload`, `offload_wait`, `prefetch_` or `wait_` for a node that is one."""
-    return _transfer_name(getattr(node, "target", None))
+def transfer_of(node: Any) -> TransferOp | None:
+    """The transfer that a node of a graph is."""
+    return _transfer_of_op(getattr(node, "target", None))
 
 
-def _transfer_name(target: Any) -> str | None:
+def _transfer_of_op(target: Any) -> TransferOp | None:
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "memo":
-        name = target._schema.name.split("::")[1]
-        return name if name in TRANSFERS else None
+        return transfer_op(target._schema.name.split("::")[1])
     return None
 
 
@@ -104,7 +105,11 @@ def check_prefetched_reads(lines: Sequence[str]) -> None:
     """
     statements = [(s, call_in(s)) for s in statements_of(lines)]
     moved = [(i, call) for i, (_, call) in enumerate(statements) if call is not None and _moves(call)]
-    waited = {call.args[0].id: i for i, call in moved if _moves(call) == "wait_" and isinstance(call.args[0], ast.Name)}
+    waited = {
+        call.args[0].id: i
+        for i, call in moved
+        if _moves(call) is TransferOp.WAIT and isinstance(call.args[0], ast.Name)
+    }
     transfers = {i for i, _ in moved}
     for i, (statement, call) in enumerate(statements):
         if call is None or i in transfers or ast.unparse(call.func) in _ASSERTIONS:
@@ -118,10 +123,9 @@ def check_prefetched_reads(lines: Sequence[str]) -> None:
             )
 
 
-def _moves(call: ast.Call) -> str | None:
+def _moves(call: ast.Call) -> TransferOp | None:
     """The transfer that a call is."""
-    op = memo_op(call)
-    return op if op in TRANSFERS else None
+    return transfer_op(memo_op(call))
 
 
 def overlaps(planned: Sequence[Step]) -> dict[Step, int]:
@@ -146,7 +150,7 @@ def check_order(planned: Sequence[Step], emitted: Sequence[Step]) -> list[str]:
     Raises:
         EmittedOrderChanged: naming the first difference.
     """
-    for kinds in (("offload",), ("prefetch_",), tuple(STARTS), tuple(TRANSFERS - set(STARTS))):
+    for kinds in ((TransferOp.OFFLOAD,), (TransferOp.PREFETCH,), tuple(STARTS), tuple(STARTS.values())):
         want = [s for s in planned if s.offset is not None and s.name in kinds]
         got = [s for s in emitted if s.offset is not None and s.name in kinds]
         if len(kinds) > 1:  # across both ways and among waits only the set is the plan's
@@ -164,7 +168,7 @@ def check_order(planned: Sequence[Step], emitted: Sequence[Step]) -> list[str]:
         if end < begin:
             raise EmittedOrderChanged(f"the wait for the {start} stands before its start.")
         # At the very ends of a graph there may be nothing left to overlap with.
-        beside = emitted[:begin] if start.name == "prefetch_" else emitted[end:]
+        beside = emitted[:begin] if start.name == TransferOp.PREFETCH else emitted[end:]
         if count and not _computes(emitted[begin:end]) and _computes(beside):
             lost.append(
                 f"between start and end of the {start} the plan computes {count} matmuls, the emitted code none: "
@@ -200,7 +204,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
         for source in sources:
             readers[source].append(node)
     prefetch_buffers = {
-        m for n in moved if transfer_of_node(n) == "prefetch_" for m in needs[n] if not positions(m, index)
+        m for n in moved if transfer_of_node(n) is TransferOp.PREFETCH for m in needs[n] if not positions(m, index)
     }
     fixed = [n for n in nodes if n not in prefetch_buffers and transfer_of_node(n) is None]
     slot = {n: float(i) for i, n in enumerate(fixed)}
@@ -211,10 +215,10 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
         wish = max(
             (slot[n] for n in fixed if (positions(n, index) or [0])[-1] < at and positions(n, index)), default=-1
         )
-        if kind == "wait_":
+        if kind is TransferOp.WAIT:
             wish = min((slot[r] for r in readers[node] if r in slot), default=wish + 1) - 1
         else:
-            way = int(kind == "prefetch_")
+            way = int(kind is TransferOp.PREFETCH)
             wish = max(wish, last[way])
             last[way] = wish
         slot[node] = wish + 0.5
@@ -247,7 +251,7 @@ def _keep_overlap(
         wait = waits.get((STARTS.get(str(kind)), _offset(node)))
         if wait is not None:
             count = counts.get(Step(str(kind), _offset(node)), 0)
-            if kind == "offload":
+            if kind is TransferOp.OFFLOAD:
                 later = [slot[n] for n in matmuls if slot[n] > slot[node]]
                 if count and later:
                     slot[wait] = max(slot[wait], later[min(count, len(later)) - 1] + 0.5)
@@ -257,13 +261,13 @@ def _keep_overlap(
                 slot[node] = max(slot[node], slot[wait])
             elif earlier:
                 slot[node] = min(slot[node], earlier[-min(count, len(earlier))] - 0.5)
-        if kind == "prefetch_":
+        if kind is TransferOp.PREFETCH:
             slot[node] = next_slot = min(slot[node], next_slot)  # the link serves them in the graph's order
 
 
-def transfer_of_node(node: Any) -> str | None:
+def transfer_of_node(node: Any) -> TransferOp | None:
     """The same for a scheduler node."""
-    return _transfer_name(getattr(getattr(node, "node", None), "op_overload", None))
+    return _transfer_of_op(getattr(getattr(node, "node", None), "op_overload", None))
 
 
 def _offset(node: Any) -> int:

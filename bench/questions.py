@@ -94,7 +94,8 @@ QUESTIONS = (
         "Does `memo doctor --measure` take less than a minute?",
         "profile",
         "`took_s` above 60: fewer sizes. The shares are what the built-in profile should have",
-        "not run on a card with shapes by class; by its own clock at most 45 s (`tests/hardware/test_calibration.py`)",
+        "not run on a card with shapes by class. With ops at a third of a card's rates its sizes take 19 s "
+        "(`tests/hardware/test_calibration.py`)",
     ),
 )
 

@@ -64,7 +64,7 @@ def boxed(run: Boxed) -> Boxed:
 def _trace(kind: SpanKind, device: torch.device, lease: torch.Tensor, begin: float) -> None:
     recorder = engine(device).recorder
     if recorder.trace is not None:
-        recorder.span(Span(kind=kind, lease=lease.data_ptr(), offset=0, nbytes=0, begin=begin, end=time.perf_counter()))
+        recorder.add(Span(kind=kind, lease=lease.data_ptr(), offset=0, nbytes=0, begin=begin, end=time.perf_counter()))
 
 
 @contextlib.contextmanager

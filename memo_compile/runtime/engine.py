@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -77,11 +77,6 @@ class Span:
         return self.end - self.begin
 
 
-def span_of(copy: Copy, kind: SpanKind, begin: float, end: float) -> Span:
-    """What happened to a copy, or for it."""
-    return Span(kind=kind, lease=copy.lease, offset=copy.offset, nbytes=copy.nbytes, begin=begin, end=end)
-
-
 @dataclass(frozen=True)
 class TransferStats:
     """Bytes and copies each way since the process began, and seconds that the computation waited for them."""
@@ -93,28 +88,50 @@ class TransferStats:
     wait_seconds: float = 0.0
 
 
-@dataclass
 class Recorder:
-    """Counts what an engine does; keeps a trace of single spans while one is asked for."""
+    """Counts what an engine does; keeps a trace of single spans while one is asked for.
 
-    stats: TransferStats = field(default_factory=TransferStats)
-    trace: list[Span] | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    It is told of every copy, so that it makes no objects that nobody will look at.
+    """
 
-    def started(self, kind: Direction, nbytes: int) -> None:
+    def __init__(self) -> None:
+        self.trace: list[Span] | None = None
+        self._lock = threading.Lock()
+        self._bytes, self._copies = dict.fromkeys(Direction, 0), dict.fromkeys(Direction, 0)
+        self._waited = 0.0
+
+    @property
+    def stats(self) -> TransferStats:
+        """What was counted so far."""
+        out, back = Direction.D2H, Direction.H2D
+        with self._lock:
+            moved = (self._bytes[out], self._bytes[back], self._copies[out], self._copies[back])
+            return TransferStats(*moved, self._waited)
+
+    def started(self, copy: Copy) -> None:
         """A copy was queued."""
         with self._lock:
-            s = self.stats
-            if kind is Direction.D2H:
-                self.stats = replace(s, bytes_out=s.bytes_out + nbytes, copies_out=s.copies_out + 1)
-            else:
-                self.stats = replace(s, bytes_in=s.bytes_in + nbytes, copies_in=s.copies_in + 1)
+            self._bytes[copy.kind] += copy.nbytes
+            self._copies[copy.kind] += 1
+        now = time.perf_counter()
+        self.span(STARTS[copy.kind], copy, now, now)
 
-    def span(self, span: Span) -> None:
-        """A copy, a wait or a call has ended."""
+    def waited(self, copy: Copy, begin: float) -> None:
+        """The computation was put after a copy, for which it stood still since `begin`."""
+        end = time.perf_counter()
         with self._lock:
-            if span.kind in WAITS.values():
-                self.stats = replace(self.stats, wait_seconds=self.stats.wait_seconds + span.seconds)
+            self._waited += end - begin
+        self.span(WAITS[copy.kind], copy, begin, end)
+
+    def span(self, kind: SpanKind, copy: Copy, begin: float, end: float) -> None:
+        """Something of a copy has ended."""
+        if self.trace is not None:
+            lease, offset, nbytes = copy.lease, copy.offset, copy.nbytes
+            self.add(Span(kind=kind, lease=lease, offset=offset, nbytes=nbytes, begin=begin, end=end))
+
+    def add(self, span: Span) -> None:
+        """Put a span on the trace, while one is asked for."""
+        with self._lock:
             if self.trace is not None:
                 self.trace.append(span)
 
@@ -297,11 +314,7 @@ class Engine(ABC):
         except BaseException:  # failed or interrupted half-way: what was queued of it still copies
             self._finish(copy.kind)
             raise
-        self.recorder.started(copy.kind, copy.nbytes)
-        now = time.perf_counter()
-        self.recorder.span(
-            Span(kind=STARTS[copy.kind], lease=copy.lease, offset=copy.offset, nbytes=copy.nbytes, begin=now, end=now)
-        )
+        self.recorder.started(copy)
 
     def _before(self, copy: Copy) -> Copy | None:
         return self._readers_of_block(copy) if copy.kind is Direction.D2H else self._offload_of(copy)
@@ -328,7 +341,7 @@ class Engine(ABC):
             raise
         with self._lock:
             self._pending.pop(named.key, None)
-        self.recorder.span(span_of(copy, WAITS[copy.kind], begin, time.perf_counter()))
+        self.recorder.waited(copy, begin)
 
     def _drop(self, copies: list[Copy]) -> None:
         for copy in copies:

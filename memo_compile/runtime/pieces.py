@@ -96,6 +96,7 @@ def pieces(dst: torch.Tensor, src: torch.Tensor) -> list[tuple[torch.Tensor, tor
     return [(dst[at], src[at]) for at in itertools.product(*(range(size) for size in dst.shape[:outer]))]
 
 
+@lru_cache(maxsize=4096)
 def _outer_dims(shape: Ints, dst: Ints, src: Ints) -> int:
     """The least number of first dimensions after which both sides are dense."""
     return max(_strided_dims(shape, side) for side in (dst, src)) if math.prod(shape) else 0

@@ -66,12 +66,13 @@ class StreamEngine(Engine):
         # A capture begins with the device idle, and events do not reach across its border.
         if isinstance(after, _Queued) and after.captured == captured:
             stream.wait_event(after.done)
-        self._queue(copy.kind, dst.detach(), src.detach(), stream)
+        src, dst = src.detach(), dst.detach()
+        self._queue(copy.kind, dst, src, stream)
         done = self._cuda.Event()
         done.record(stream)
         tensor = src if copy.kind is Direction.D2H else dst
         fields = (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
-        return _Queued(*fields, done, tensor.detach(), captured)
+        return _Queued(*fields, done, tensor, captured)
 
     def _queue(self, kind: Direction, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
         flat = planes(dst, src)

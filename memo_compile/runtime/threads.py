@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from memo_compile.errors import TransferFailed
-from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder, span_of
+from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder
 
 Delay = Callable[[Direction], float]  # seconds to wait before a copy
 
@@ -128,4 +128,4 @@ def _run(job: _Job, recorder: Recorder) -> None:
     begin = time.perf_counter()
     with torch.no_grad():
         job.dst.copy_(job.src)
-    recorder.span(span_of(job, COPIES[job.kind], begin, time.perf_counter()))
+    recorder.span(COPIES[job.kind], job, begin, time.perf_counter())

@@ -72,9 +72,9 @@ from memo_compile.trace.setting import (
     limits_for,
     record,
     setting_for,
-    settled_bytes,
     tell_of_results,
     told_of,
+    with_budget_now,
 )
 
 log = logger(__name__)
@@ -89,7 +89,7 @@ def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting)
 def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     from memo_compile.codegen.caching.calls import Found  # loads Inductor
 
-    setting = settled_bytes(setting)
+    setting = with_budget_now(setting)
     key, found = key_for(setting, gm, inputs), Found(setting)
     through = partial(through_inductor, key=key, loaded=found.loaded)
     run = _Compilation(setting, num_outputs(gm), gradients_inside=takes_gradients(gm), key=key)

@@ -61,20 +61,20 @@ def residency_rows(
     for a in problem.activations:
         layer = long.layer[a.name]
         by_class.setdefault(None if layer is None else long.classes[layer], []).append(a)
-    homes = [
-        _home(_class_label(long, cls), 0 if cls is None else long.classes.count(cls), members, decision)
+    classes = [
+        _row_of(_class_label(long, cls), 0 if cls is None else long.classes.count(cls), members, decision)
         for cls, members in sorted(by_class.items(), key=lambda item: (item[0] is None, item[0] or 0))
     ]
     in_layers = {cls: members for cls, members in by_class.items() if cls is not None}
     if not in_layers:
-        return tuple(homes), ()
+        return tuple(classes), ()
     largest = max(in_layers, key=lambda cls: sum(a.bytes for a in in_layers[cls]))
     by_tensor: dict[tuple[int, str], list[Activation]] = {}
     for members in _by_layer(long, in_layers[largest]):
         for i, a in enumerate(members):
             by_tensor.setdefault((i, str(tuple(_shape(nodes[long.template[a.name]])))), []).append(a)
-    return tuple(homes), tuple(
-        _home(
+    return tuple(classes), tuple(
+        _row_of(
             f"{_op(nodes[long.template[members[0].name]])} {shape}",
             len(members),
             members,
@@ -102,7 +102,9 @@ def _class_label(long: Long, cls: int | None) -> str:
     return f"layers {places[0]} to {places[-1]}" if contiguous else f"{len(places)} layers from {places[0]} on"
 
 
-def _home(label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = "") -> ResidencyRow:
+def _row_of(
+    label: str, layers: int, members: Sequence[Activation], decision: Decision, source: str = ""
+) -> ResidencyRow:
     kept = offloaded = recomputed = 0
     for a in members:
         home = decision.residency[a.name]

@@ -146,7 +146,7 @@ def _graph_tables(graph: GraphExplained) -> Iterable[Table]:
         ("peak", f"{human(plan.predicted_peak)} ({human(plan.unplanned_peak)} unplanned)"),
         ("arena", f"{human(plan.arena_bytes)}, lower bound {human(plan.lower_bound)}, ratio {ratio}"),
         ("saved", f"{human(sum(a.bytes for a in plan.activations))} in {len(plan.activations)} activations"),
-        ("homes", _homes(plan.kept_bytes, plan.offloaded_bytes, plan.recomputed_bytes)),
+        ("homes", _by_home(plan.kept_bytes, plan.offloaded_bytes, plan.recomputed_bytes)),
         ("recomputed FLOPs", f"{plan.recomputed_flops_share:.1%} of the forward"),
         ("inputs read back", f"{graph.inputs_read} inputs and parameters, {human(graph.inputs_bytes)}, at no cost"),
         ("binding", plan.binding),
@@ -212,7 +212,7 @@ def _graph_tables(graph: GraphExplained) -> Iterable[Table]:
     ]
 
 
-def _homes(kept: int, offloaded: int, recomputed: int) -> str:
+def _by_home(kept: int, offloaded: int, recomputed: int) -> str:
     return f"{human(kept)} kept, {human(offloaded)} offloaded, {human(recomputed)} recomputed"
 
 

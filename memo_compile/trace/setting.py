@@ -202,7 +202,7 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
     )
 
 
-def settled_bytes(setting: Setting) -> Setting:
+def with_budget_now(setting: Setting) -> Setting:
     """The setting with the bytes of its budget as they are now."""
     return replace(setting, given=_given(setting))
 
@@ -230,7 +230,7 @@ def _say_over(setting: Setting, budget: int, peak: int, largest: str) -> None:
 
 
 def told_of(limits: Limits, decided: Decided, peak: int) -> Told:
-    """What the user is to be told of what was settled on."""
+    """What the user is to be told of what was decided."""
     largest = next(iter(decided.peak_tensors), "nothing that can be named")
     node = on_streams(decided.forward)
     return Told(
@@ -242,7 +242,7 @@ def told_of(limits: Limits, decided: Decided, peak: int) -> Told:
 
 
 def check_planned(setting: Setting, told: Told) -> None:
-    """Call this for what was settled on: may the frame be compiled once more, and does the plan give what is asked?
+    """Call this for what was decided: may the frame be compiled once more, and does the plan give what is asked?
 
     Raises:
         CompiledAutograd: it would take the planned backward apart.

@@ -183,7 +183,9 @@ def test_torchs_own_switches_hold(monkeypatch):
 
 
 def test_the_key_knows_what_a_plan_depends_on(monkeypatch):
-    made = setting.settled_bytes(setting.setting_for(memo_compile.Options(memory_budget=2**20, host_budget=2**20), []))
+    made = setting.with_budget_now(
+        setting.setting_for(memo_compile.Options(memory_budget=2**20, host_budget=2**20), [])
+    )
     others = [
         replace(made, host=2**21),
         replace(made, calls=2),

@@ -143,11 +143,18 @@ def expected(item: Item, rows: Rows, parts: dict[str, Row], card: str) -> float:
         seconds = float(part["seconds"]) if part.get("finished") else PARTS.get(item.name, PART)
         return min(seconds, TESTS_LAST) if item.name == "tests" else seconds
     known = [row for c in (card, *rows.cards()) if (row := rows.find(c, case)) is not None]
-    if known and "wall_seconds" in known[0]:
-        return float(known[0]["wall_seconds"])
-    if known and "first_step_seconds" in known[0]:
-        return START + float(known[0]["first_step_seconds"]) + case.steps * float(known[0]["seconds"])
+    if known and (seconds := took(known[0])) is not None:
+        return seconds
     return START + _compiling(case) + (1 + case.steps) * _step(case)
+
+
+def took(row: Row) -> float | None:
+    """Seconds that a row took; of old ones, which do not say, what its steps took and a start."""
+    if "wall_seconds" in row:
+        return float(row["wall_seconds"])
+    if "first_step_seconds" in row:
+        return START + float(row["first_step_seconds"]) + row["steps"] * float(row["seconds"])
+    return None
 
 
 def _compiling(case: Case) -> float:

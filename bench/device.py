@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from bench import pages, roster
-from bench.agenda import TESTS_LAST, Item, agenda, expected, in_small, resolved, state
+from bench.agenda import TESTS_LAST, Item, agenda, expected, in_small, resolved, state, took
 from bench.common import RESULTS, ROOT, child_environment
 from bench.fuzzing.oracle import FAILURES
 from bench.provenance import card, made
@@ -211,8 +211,9 @@ class Session:
 
     def _last(self, item: Item) -> float | None:
         case = resolved(item, self.rows, self.card)
-        known = self.parts.get(f"{self.card}/{item.name}") if case is None else self.rows.find(self.card, case)
-        return (known or {}).get("seconds" if case is None else "wall_seconds")
+        if case is None:
+            return self.parts.get(f"{self.card}/{item.name}", {}).get("seconds")
+        return took(self.rows.find(self.card, case) or {})
 
     def run(self) -> bool:
         """Do what fits; whether nothing was left out."""

@@ -153,6 +153,14 @@ def test_what_was_run_beside_rows_stands_on_the_page_with_its_commit():
     assert "- H200/probe link (abc, 12 s): to_host_GBs 55.23, both (each 49.9)" in page
 
 
+def test_what_a_row_took_is_known_of_old_ones_too():
+    """Those that do not say have a first step and more of them."""
+    row = row_of(CASE, steps=3)
+    assert agenda.took({**row, "wall_seconds": 40.0}) == 40.0
+    assert agenda.took(row) == agenda.START + 2.0 + 3 * 1.0
+    assert agenda.took({"failed": "OutOfMemoryError"}) is None
+
+
 def test_memo_within_a_peak_needs_that_peak_on_this_card(stored):
     wanted = replace(CASE, peer="memo@checkpoint")
     stored.add(row_of(CASE, card="NVIDIA H100", peak=5))

@@ -10,6 +10,7 @@ And Liger's fused loss with checkpointing, where liger-kernel is installed.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from bench.models import HFTrained, blocks_of, head_of, shifted
 from bench.peers import Run, _hidden, checkpointed, checkpointed_on_streams
+from memo_compile.models.gpt import Block
 
 LOGITS = 2**30  # bytes of one tile's logits in float32
 
@@ -98,6 +100,26 @@ class _TiledLoss(torch.autograd.Function):
         return hidden_gradient.mul_(scale.to(hidden_gradient.dtype)), weight_gradient, None
 
 
+def _tile(block: Any) -> None:
+    if isinstance(block, Block):
+        tiled = TiledMLP(nn.Sequential(block.wide, nn.GELU(), block.narrow))
+        block.forward = partial(_gpt_block, block, tiled)
+    elif hasattr(block, "mlp"):
+        block.mlp = TiledMLP(block.mlp)
+    else:
+        raise NotImplementedError("the model's layers have no module that is their MLP, and nothing can be tiled")
+
+
+def _gpt_block(block: Block, mlp: TiledMLP, x: Tensor) -> Tensor:
+    """A GPT's layer on one device and without dropout, its MLP tiled: (1, tokens, width) -> the same."""
+    qkv = block.qkv(block.attention_norm(x))
+    q, k, v = qkv.view(*x.shape[:2], 3, block.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = x + block.out(mixed.transpose(1, 2).reshape(x.shape))
+    result: Tensor = x + mlp(block.mlp_norm(x))
+    return result
+
+
 def alst(trained: Any) -> Run:
     """Layer inputs on the host by streams of their own, each MLP tiled, the loss tiled.
 
@@ -105,9 +127,7 @@ def alst(trained: Any) -> Run:
         NotImplementedError: the model's layers have no MLP of their own.
     """
     for block in blocks_of(trained):
-        if not hasattr(block, "mlp"):
-            raise NotImplementedError("the model's layers have no module that is their MLP, and nothing can be tiled")
-        block.mlp = TiledMLP(block.mlp)
+        _tile(block)
     checkpointed_on_streams(trained)
     return lambda tokens, labels: _TiledLoss.apply(
         _states(trained, tokens).flatten(0, 1), head_of(trained).weight, shifted(labels)

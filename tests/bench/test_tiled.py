@@ -26,7 +26,7 @@ def step(run, trained, x):
     return [p.grad.clone() for p in trained.parameters()]
 
 
-@pytest.mark.parametrize("name", ["llama-8b", "hf-llama-8b"])
+@pytest.mark.parametrize("name", ["llama-8b", "hf-llama-8b", "gpt-7b"])
 def test_gradients_are_those_of_eager(name, monkeypatch):
     """In float64; several tiles of the MLP, and of the loss, whose tile holds 16 tokens' logits."""
     if name.startswith("hf-"):
@@ -36,10 +36,15 @@ def test_gradients_are_those_of_eager(name, monkeypatch):
     wanted = step(trained, trained, x)
     monkeypatch.setattr(tiled, "LOGITS", 16 * 64 * 4)
     run = tiled.alst(trained)
-    tiles = blocks_of(trained)[0].mlp
-    assert isinstance(tiles, tiled.TiledMLP)
+    ran = []
+    apply = tiled._TiledMLP.apply
+    monkeypatch.setattr(
+        tiled._TiledMLP, "apply", lambda module, x, tiles, *p: ran.append(tiles) or apply(module, x, tiles, *p)
+    )
     for mine, other in zip(step(run, trained, x), wanted, strict=True):
         torch.testing.assert_close(mine, other)
+    assert ran
+    assert set(ran) == {128 // 32}
 
 
 def test_a_frozen_head_gets_no_gradient(monkeypatch):
@@ -54,8 +59,10 @@ def test_a_frozen_head_gets_no_gradient(monkeypatch):
 
 
 def test_a_layer_without_an_mlp_of_its_own_is_refused():
+    trained = make_model("llama-8b", 1, 128, "cpu", tiny=True)
+    del blocks_of(trained)[0].mlp
     with pytest.raises(NotImplementedError, match="nothing can be tiled"):
-        tiled.alst(make_model("gpt-7b", 1, 128, "cpu", tiny=True))
+        tiled.alst(trained)
 
 
 def test_the_tiled_mlp_holds_what_the_recipe_says():

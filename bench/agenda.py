@@ -59,7 +59,7 @@ def agenda(card: str = "") -> list[Item]:
         *_row("hf-llama-8b-lora", 4, 64 * K, STREAMS, f"memo@{STREAMS}"),
         Item("probe graphs"),
         Item("probe dropout"),
-        Item("probe landings"),
+        Item("probe prefetch_buffers"),
         Item("probe lengths"),
         *_row("llama-8b", 8, 64 * K, STREAMS, f"memo@{STREAMS}", "memo-auto"),
         *_row("gpt-7b", 4, 64 * K, "inductor", STREAMS, f"memo@{STREAMS}", "memo-auto"),

@@ -16,8 +16,8 @@ import torch
 
 import memo_compile
 from bench.common import MODELS, RESULTS, checkpointed, make, measured, save
+from memo_compile.logs import MIB
 
-MIB = 2**20
 ASKED: list[dict[str, Any]] = [
     {},
     {"memory_budget": 1.0},

@@ -19,9 +19,9 @@ import torch
 
 from bench.common import save
 from memo_compile.hardware.host_memory import free_host_memory
+from memo_compile.logs import MIB
 from memo_compile.runtime.blocks import map_block
 
-MIB = 2**20
 HUGE_PAGES, NOT_IN_CHILDREN = 14, 10  # madvise's MADV_HUGEPAGE and MADV_DONTFORK
 Make = Callable[[int], mmap.mmap]
 

@@ -15,8 +15,7 @@ import torch
 
 import memo_compile
 from bench.common import MODELS, make, save, train_step
-
-MIB = 2**20
+from memo_compile.logs import MIB
 
 
 def paired(name: str, layers: int, tokens: int, steps: int) -> dict[str, Any]:

@@ -17,8 +17,7 @@ import torch
 
 import memo_compile
 from bench.common import MODELS, VOCABULARY, make, save, train_step
-
-MIB = 2**20
+from memo_compile.logs import MIB
 
 
 def _compiled(model: torch.nn.Module, budget: float | str, *, dynamic: bool) -> Any:

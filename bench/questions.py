@@ -63,7 +63,7 @@ QUESTIONS = (
     ),
     Question(
         "Does an attempt to land ahead make the allocator wait near the device's limit?",
-        "landings",
+        "prefetch_buffers",
         "`num_alloc_retries` or `num_sync_all_streams` grow with just enough memory: an attempt costs what it"
         " should save",
         "mended: what the allocator and the device have free is looked at before (`StreamEngine.spare`, "

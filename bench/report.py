@@ -21,10 +21,9 @@ import torch
 
 import memo_compile
 from bench.common import save
+from memo_compile.logs import MIB
 from memo_compile.models import Llama, LlamaConfig
 from memo_compile.report.page import page, read_reports
-
-MIB = 2**20
 
 
 def dump(layers: int, width: int, tokens: int, folder: Path) -> None:

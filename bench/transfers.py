@@ -22,10 +22,10 @@ import torch
 
 import memo_compile
 from bench.common import make, save, train_step
+from memo_compile.logs import MIB
 from memo_compile.runtime.engine import Span
 from memo_compile.runtime.ops import recorder
 
-MIB = 2**20
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gpt", {"memory_budget": 0.5, "recompute": False}),
     ("gpt", {"offload": "all"}),

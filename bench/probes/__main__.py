@@ -20,7 +20,7 @@ PROBES: dict[str, Callable[[Scene], Answer]] = {
     "pins": host.pins,
     "dropout": steps.dropout,
     "graphs": steps.graphs,
-    "landings": steps.landings,
+    "prefetch_buffers": steps.prefetch_buffers,
     "lengths": steps.lengths,
     "pinned": steps.pinned,
     "step": kernels.step,

@@ -162,7 +162,7 @@ def by_memo(scene: Scene, **options: Any) -> Callable[[Trained], Run]:
     return lambda trained: torch.compile(trained, backend=scene.backend, options=options, dynamic=False)
 
 
-def landings(scene: Scene) -> Answer:
+def prefetch_buffers(scene: Scene) -> Answer:
     """Does a step near the device's limit make the allocator wait or try again?
 
     A step with a budget of half is run with all memory, and with no more than what it reserved then and 2 %.

@@ -52,6 +52,8 @@ def text(changes: Sequence[Change], *, width: int = 120) -> str:
         verdict = f"REGRESSION, {c.tolerance:.3g} allowed" if c.regression else ""
         table.add_row(*(c.target, METRICS[c.metric].label, _number(c, c.before), _number(c, c.now), _share(c), verdict))
     console.print(table)
+    if any(c.metric == "step" for c in shown):
+        console.print("predicted step: by the profile's rates, not calibrated if it is built in", markup=False)
     for c in shown:
         if c.blame:
             console.print(f"{c.target}: {METRICS[c.metric].label}, behind it:", markup=False)

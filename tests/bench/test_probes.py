@@ -52,7 +52,7 @@ def test_where_a_steps_time_goes():
         assert way["kernels"] == 0  # of a device, which is not here
 
 
-@pytest.mark.parametrize("name", ["graphs", "landings", "link", "locking", "pieces", "pins", "profile"])
+@pytest.mark.parametrize("name", ["graphs", "prefetch_buffers", "link", "locking", "pieces", "pins", "profile"])
 def test_what_only_a_card_can_be_asked_says_so(name):
     assert answer(name, TINY) == {"skipped": "asks a CUDA device"}
 

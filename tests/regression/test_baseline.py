@@ -99,6 +99,8 @@ def test_the_table_shows_what_changed_and_what_is_behind_it():
     assert "coverage" not in shown
     assert "planning" not in shown
     assert "mm: 1,000 bytes kept, 600 more than before; model.py:1: y = w @ x" in shown
+    assert "not calibrated" not in shown
+    assert "not calibrated" in text(compare("t", BEFORE, now(step=99.0), DEFAULT))
     assert "nothing changed" in text(compare("t", BEFORE, BEFORE, DEFAULT))
 
 

@@ -3,7 +3,7 @@
 Offsets are constant, and no buffer is larger below: what does not overlap at the upper end overlaps nowhere.
 
 Private torch API, tried with torch 2.13: `V.graph.name_to_buffer`, `V.graph.sizevars`, its `shape_env` (with `replace`)
-and `inv_precomputed_replacements`.
+and `inv_precomputed_replacements`; `ir.MutationLayoutSHOULDREMOVE`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def check_growing() -> None:
     Raises:
         NoRange: one may be larger where a length is smaller.
     """
-    from torch._inductor.virtualized import V  # loads Inductor
+    from torch._inductor import ir  # loads Inductor
+    from torch._inductor.virtualized import V
 
     sizes = V.graph.sizevars
     checked: set[Any] = set()
@@ -61,6 +62,8 @@ def check_growing() -> None:
         shape, stride = getattr(layout, "size", None), getattr(layout, "stride", None)
         if shape is None or stride is None or getattr(buffer, "name", None) is None:
             continue  # what stands for a block within a template has no name, and no memory
+        if isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
+            continue  # a write to another's memory
         span = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True))
         if not getattr(span, "free_symbols", ()):
             continue

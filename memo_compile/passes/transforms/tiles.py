@@ -15,7 +15,7 @@ import torch.fx as fx
 from memo_compile.passes.analysis.liveness import lifetimes
 from memo_compile.passes.analysis.regions import Region, find_regions
 from memo_compile.passes.fx.build import call
-from memo_compile.passes.fx.facts import is_dense, source_line
+from memo_compile.passes.fx.facts import is_dense, source_line, storage_of
 from memo_compile.passes.fx.meta import WHY
 from memo_compile.passes.transforms.tile_bodies import (
     Program,
@@ -43,14 +43,26 @@ def tile_regions(gm: fx.GraphModule, tiles: int, wide: int, *, fused: bool, pref
 
 
 def can_be_called(region: Region) -> bool:
-    """Whether all that a region reads and makes are dense tensors of known sizes, on one device."""
+    """Whether all that a region reads and makes are dense tensors of known sizes and strides, on one device."""
     made = [*region.results, *region.sums]
     inside = set(region.nodes)
     read = [a for n in (*region.nodes, *region.sums) for a in n.all_input_nodes if a not in inside]
     values = [n.meta.get("val") for n in (*made, *read)]
     if not all(isinstance(v, torch.Tensor) and all(isinstance(s, int) for s in v.shape) for v in values):
         return False
+    if not all(_is_laid_out_as_told(n) for n in read):
+        return False
     return all(is_dense(n) for n in made) and len({v.device for v in values if v.dim()}) == 1  # type: ignore[union-attr]
+
+
+def _is_laid_out_as_told(node: fx.Node) -> bool:
+    """Whether Inductor leaves a value's strides as the graph has them: bodies are compiled for these.
+
+    It makes what is transposed in the graph row after row where it likes.
+    """
+    storage = storage_of(node)
+    value = storage.meta.get("val")
+    return storage.op == "placeholder" or (isinstance(value, torch.Tensor) and value.is_contiguous())
 
 
 def program_in(node: fx.Node) -> Program | None:

@@ -16,7 +16,7 @@ from memo_compile.errors import HostBudgetTooSmall
 
 def peak_at(budget, **options):
     torch._dynamo.reset()
-    model, x = zoo.make("llama"), zoo.batch(3)
+    model, x = zoo.one_layer_llama(), zoo.batch(3)
     fn = torch.compile(model, backend="memo", options={"memory_budget": budget, **options})
     fn(x, labels=x).backward()
     model.zero_grad(set_to_none=True)

@@ -32,54 +32,91 @@ class Overrun:
     taken: Mapping[Key, int]
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """The forward has not been measured; `to_skip` calls go before the one that is."""
+
+    to_skip: int
+
+
+@dataclass(frozen=True)
+class _ForwardMeasured:
+    """The backward is to come."""
+
+    forward: Record
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Nothing more is measured; `overrun` where the step held more than the budget allows."""
+
+    overrun: Overrun | None = None
+
+
 class FirstStep:
     """Wraps a graph's forward and backward; says what they held once each has run.
 
-    `overrun` then tells whether that was more than the budget allows.
+    Its one moving part is the phase, which goes from waiting over the forward's figures to done.
     """
 
     def __init__(self, name: str, device: str = "cpu", *, asks: bool = False) -> None:
-        self.overrun: Overrun | None = None
         self.name, self._device, self._asks = name, device, asks
-        self._waiting = asks or log.isEnabledFor(logging.INFO)
-        self._to_skip = 1 if device == "cuda" else 0
-        self._forward: Record | None = None
+        wanted = asks or log.isEnabledFor(logging.INFO)
+        self._phase: _Waiting | _ForwardMeasured | _Done = _Waiting(1 if device == "cuda" else 0) if wanted else _Done()
 
     def another(self) -> FirstStep:
         """For another compilation of the same graph."""
         return FirstStep(self.name, self._device, asks=self._asks)
 
+    @property
+    def has_overrun(self) -> bool:
+        """Whether the step held more than the budget allows, and nobody has taken note of it."""
+        return isinstance(self._phase, _Done) and self._phase.overrun is not None
+
+    def take_overrun(self) -> Overrun | None:
+        """By how much the step held more than the budget allows, told once; None where it did not."""
+        phase = self._phase
+        if not isinstance(phase, _Done):
+            return None
+        self._phase = _Done()
+        return phase.overrun
+
     def forward(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn`, measured in its first call."""
-        if not self._waiting:
+        if isinstance(self._phase, _Done):
             return fn
 
         def run(*args: Any) -> Any:
-            if not self._waiting or not can_record():
+            phase = self._phase
+            if isinstance(phase, _Done) or not can_record():
                 return fn(*args)
-            if self._to_skip:
-                self._to_skip -= 1
+            if isinstance(phase, _ForwardMeasured):  # a second forward: no sum of the two is the step's
+                self._phase = _Done()
                 return fn(*args)
-            if self._forward is not None:  # a second forward before any backward: no sum of the two is the step's
-                self._waiting = False
+            if phase.to_skip:
+                self._phase = _Waiting(phase.to_skip - 1)
                 return fn(*args)
-            result, self._forward = recorded(fn, *args, device=self._device)
+            result, record = recorded(fn, *args, device=self._device)
+            self._phase = _ForwardMeasured(record)
             return result
 
         return run
 
     def backward(self, fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         """`fn`, a boxed call, measured in its first call."""
-        if not self._waiting:
+        if isinstance(self._phase, _Done):
             return fn
 
         def run(args: list[Any]) -> Any:
-            before, self._forward = self._forward, None
-            if not self._waiting or before is None or not can_record():
+            phase = self._phase
+            if not isinstance(phase, _ForwardMeasured):
                 return fn(args)
-            self._waiting = False
+            if not can_record():
+                self._phase = _Waiting(0)
+                return fn(args)
+            self._phase = _Done()
             result, after = recorded(fn, args, device=self._device)
-            self.overrun = _judged(self.name, before, after)
+            self._phase = _Done(_judged(self.name, phase.forward, after))
             return result
 
         run._boxed_call = True  # type: ignore[attr-defined]

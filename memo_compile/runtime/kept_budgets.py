@@ -55,10 +55,10 @@ def kept(compiled: Compiled, step: FirstStep, recompile: Callable[[FirstStep, li
             raise _refusal(latest.name, overrun) from error
 
     def run(*args: Any) -> Any:
-        if latest.overrun is not None:
+        if latest.has_overrun:
             with as_dynamo_would():
-                overrun, latest.overrun = latest.overrun, None  # unless another thread was first
-                if overrun is not None:
+                overrun = latest.take_overrun()
+                if overrun is not None:  # else another thread was first
                     judge(overrun, list(args))
         return current(*args)
 

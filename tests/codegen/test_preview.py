@@ -69,7 +69,7 @@ def test_a_graph_that_differs_from_its_dry_run_is_placed_as_it_is_emitted(backwa
 
 
 def test_a_budget_holds_for_what_is_emitted(monkeypatch):
-    model, x = zoo.make("llama"), zoo.batch(1)
+    model, x = zoo.one_layer_llama(), zoo.batch(1)
     expected = zoo.gradients(model, model, x)
     attempts = []
     deceived(monkeypatch, backward=True, whenever=lambda scalar: attempts.append(scalar) or scalar)

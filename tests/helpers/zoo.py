@@ -19,8 +19,14 @@ def one_layer_llama():
     return Llama(LlamaConfig(**{**SMALL, "layers": 1}, kv_heads=2, ffn=96)).double().train()
 
 
-def gpt(dropout=0.0):
-    return GPT(GPTConfig(**SMALL, tokens=TOKENS, dropout=dropout))
+def gpt(dropout=0.0, layers=2):
+    return GPT(GPTConfig(**{**SMALL, "layers": layers}, tokens=TOKENS, dropout=dropout))
+
+
+def one_layer_gpt(dropout=0.0):
+    """The same of GPT."""
+    torch.manual_seed(0)
+    return gpt(dropout, layers=1).double().train()
 
 
 def hf_llama():

@@ -83,13 +83,18 @@ def test_other_ranks_would_have_another_plan(monkeypatch):
         step()
 
 
-def test_an_excess_that_no_op_explains_is_told_and_ends_nothing(caplog):
+def test_an_excess_that_no_op_explains_is_told_and_ends_nothing(caplog, monkeypatch):
     """Hooks, other graphs and other threads allocate within a step too."""
     from memo_compile.runtime.first_step import FirstStep, Overrun
     from memo_compile.runtime.kept_budgets import kept
 
-    step = FirstStep("graph_0")
-    run = kept(lambda x: x + 1, step, lambda *_: pytest.fail("planned again without news"))
-    step.overrun = Overrun(100, 150, {})
+    monkeypatch.setattr("memo_compile.runtime.first_step._judged", lambda *_: Overrun(100, 150, {}))
+    step = FirstStep("graph_0", asks=True)
+    run = kept(step.forward(lambda x: x + 1), step, lambda *_: pytest.fail("planned again without news"))
+    backward = step.backward(lambda args: args)
     assert run(1) == 2
+    backward([1])
+    assert step.has_overrun
+    assert run(1) == 2
+    assert not step.has_overrun
     assert [r.getMessage() for r in caplog.records if "no op is seen to have taken it" in r.getMessage()]

@@ -12,7 +12,7 @@ from memo_compile.runtime.verification import compare
 
 @pytest.mark.parametrize("backend", ["memo_eager", "memo"])
 def test_a_right_plan_passes_and_the_step_is_as_without(backend):
-    model, x = zoo.make("gpt-dropout"), zoo.batch(1)
+    model, x = zoo.one_layer_gpt(dropout=0.1), zoo.batch(1)
     options = {"memory_budget": "min"}
     _, expected = zoo.gradients(model, torch.compile(model, backend=backend, options=options), x)
     torch._dynamo.reset()

@@ -152,7 +152,7 @@ def test_nothing_to_do_adds_no_nodes(monkeypatch):
     assert memo_compile.plans()[-1].offloaded_bytes == memo_compile.plans()[-1].recomputed_bytes == 0
 
 
-@pytest.mark.parametrize("name", ["hf-gpt2", "hf-gpt2-dropout"])
+@pytest.mark.parametrize("name", [pytest.param("hf-gpt2", marks=pytest.mark.grid), "hf-gpt2-dropout"])
 def test_what_autograd_and_kernels_hold_is_counted_to_the_byte(name):
     """A tangent of the size of the logits, a kernel with one result, kernels with several."""
     model, x = zoo.make(name), zoo.batch(1)

@@ -665,7 +665,7 @@ def test_random_delays_change_nothing(backend):
 
     # Bits are compared, so float32 will do: torch 2.11's own Inductor takes float64 row sums for float32, and stops.
     # No token twice: Inductor's gradient of an embedding adds up rows of one token in any order, with and without memo.
-    model, x = zoo.make("llama").float(), torch.arange(zoo.SMALL["vocab"]).flip(0)[None]
+    model, x = zoo.one_layer_llama().float(), torch.arange(zoo.SMALL["vocab"]).flip(0)[None]
     fn = compiled(model, backend)
     _, expected = zoo.gradients(model, fn, x)
     for seed in range(3):

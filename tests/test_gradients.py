@@ -118,9 +118,9 @@ COMPILED = [
     ("llama", 1, 0.6, "both"),
     ("gpt", 3, 0.4, "offload only"),
     ("gpt-dropout", 1, "min", "both"),
-    ("hf-bert-dropout", 1, "min", "both"),
 ]
 OF_THE_GRID = [
+    ("hf-bert-dropout", 1, "min", "both"),
     ("hf-gpt2", 1, 0.6, "recompute only"),
     ("hf-bert-dropout", 1, "min", "recompute only"),
     ("hf-llama", 3, "min", "recompute only"),

@@ -13,7 +13,7 @@ import depyf
 import torch
 
 torch.manual_seed(0)
-layers = [torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)) for _ in range(3)]
+layers = [torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)) for _ in range(2)]
 mlp = torch.nn.Sequential(*layers)
 backend, folder = sys.argv[1:]
 options = {"memory_budget": "min", "recompute": False}

@@ -136,7 +136,7 @@ def inductors_graphs(model, x):
 
 
 def test_nothing_to_do_adds_no_nodes(monkeypatch):
-    model, x = zoo.make("llama"), zoo.batch(1)
+    model, x = zoo.one_layer_llama(), zoo.batch(1)
     expected = inductors_graphs(model, x)
     found, compile_inner = [], compile_fx.compile_fx_inner
 
@@ -168,7 +168,7 @@ def test_what_autograd_and_kernels_hold_is_counted_to_the_byte(name):
 
 
 def test_without_a_budget_the_peak_is_no_higher_than_inductors():
-    model, x = zoo.make("gpt"), zoo.batch(3)
+    model, x = zoo.one_layer_gpt(), zoo.batch(3)
     peaks = {}
     for backend in ("inductor", "memo"):
         torch._dynamo.reset()

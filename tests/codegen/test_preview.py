@@ -83,7 +83,10 @@ def test_a_budget_holds_for_what_is_emitted(monkeypatch):
     assert not attempts[-1]
 
 
-@pytest.mark.parametrize(("budget", "graphs"), [(0.65, 4), (lambda peak: int(0.65 * peak), 2), (lambda peak: peak, 4)])
+@pytest.mark.parametrize(
+    ("budget", "graphs"),
+    [(0.65, 4), (lambda peak: int(0.65 * peak), 2), pytest.param(lambda peak: peak, 4, marks=pytest.mark.grid)],
+)
 def test_what_holds_nothing_back_is_looked_at_only_where_it_may_be_within_the_budget(budget, graphs, monkeypatch):
     """A ratio is of what Inductor would hold; two thirds of that in bytes need no dry run to be told apart from it."""
     looks = []

@@ -17,6 +17,8 @@ from memo_compile.models.llama import rotary_tables
 
 MIN = {"memory_budget": "min"}
 EXACT = 1e-12  # of a gradient in float64
+BOTH = ["memo_eager", "memo"]
+EITHER = ["memo_eager", pytest.param("memo", marks=pytest.mark.grid)]  # what compiles longest
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,9 @@ def data_parallel(rank, backend, order, options):
     return *outcome(model, wanted(), held, eager), len(memo_compile.plans())
 
 
-@pytest.mark.parametrize(("backend", "order"), [("memo_eager", "after")])
+@pytest.mark.parametrize(
+    ("backend", "order"), [("memo_eager", "after"), pytest.param("memo", "before", marks=pytest.mark.grid)]
+)
 def test_data_parallel_under_a_budget_is_one_graph(ranks, backend, order):
     said = ranks.run(data_parallel, backend, order, MIN)
     check([s[:-1] for s in said], share=0.8)
@@ -95,6 +99,7 @@ def sharded(rank, backend, order, reshard, policy):
         ("memo_eager", "compiled first", True, None),
         ("memo_eager", "compiled first", False, "mixed precision"),
         ("memo_eager", "sharded first", True, "on the host"),
+        pytest.param("memo", "sharded first", True, None, marks=pytest.mark.grid),
     ],
 )
 def test_fully_sharded_blocks_are_one_compilation_that_counts_them_all(ranks, backend, order, reshard, policy):
@@ -150,7 +155,7 @@ def tensor_parallel(rank, backend):
     return outcome(model, {n: p.grad for n, p in reference.named_parameters()}, held, eager)
 
 
-@pytest.mark.parametrize("backend", ["memo_eager"])
+@pytest.mark.parametrize("backend", BOTH)
 def test_tensor_parallel_with_sequence_parallel_norms(ranks, backend):
     check(ranks.run(tensor_parallel, backend))
 
@@ -179,17 +184,20 @@ def gathered(rank, backend):
         x = torch.sin(F.linear(x, w)) + x
     x.square().mean().backward()
     model = Gathered(weights, rank)
-    run = torch.compile(model, backend=backend, options=MIN)
+    run = torch.compile(model, backend=backend, options={**MIN, "offload": False})
     run(data[rank]).backward()
-    return max(
+    off = max(
         float((p.grad - w.grad.chunk(2)[rank]).norm() / w.grad.norm())
         for p, w in zip(model.shards, leaves, strict=True)
     )
+    return off, [a.name for a in memo_compile.plans()[-1].activations if a.recomputed and a.shape == (256, 256)]
 
 
-@pytest.mark.parametrize("backend", ["memo_eager"])
-def test_parameters_gathered_in_the_graph(ranks, backend):
-    assert max(ranks.run(gathered, backend)) <= EXACT
+@pytest.mark.parametrize("backend", BOTH)
+def test_parameters_gathered_in_the_graph_are_gathered_again_on_every_rank(ranks, backend):
+    (first, again), (second, there) = ranks.run(gathered, backend)
+    assert max(first, second) <= EXACT
+    assert again == there != []
 
 
 class Ulysses(nn.Module):
@@ -235,7 +243,7 @@ def ulysses(rank, backend):
     return worst(model, {n: p.grad for n, p in reference.named_parameters()})
 
 
-@pytest.mark.parametrize("backend", ["memo_eager"])
+@pytest.mark.parametrize("backend", BOTH)
 def test_attention_between_two_all_to_alls(ranks, backend):
     assert max(ranks.run(ulysses, backend)) <= EXACT
 
@@ -269,7 +277,7 @@ def pipeline(rank, backend):
     return worst(mine, expected), memo_compile.plans()[-1].calls
 
 
-@pytest.mark.parametrize("backend", ["memo_eager"])
+@pytest.mark.parametrize("backend", EITHER)
 def test_stages_of_a_pipeline_learn_how_many_microbatches_wait(ranks, backend):
     (first, calls), (second, one) = ranks.run(pipeline, backend)
     assert max(first, second) <= EXACT

@@ -32,8 +32,8 @@ def recompute_chains(joint: fx.GraphModule, saved: Collection[fx.Node], exact: f
 def recompute_chain(value: fx.Node, available: Collection[fx.Node]) -> list[fx.Node] | None:
     """The nodes that must run again, in graph order and `value` last, to make `value` from what is available.
 
-    Returns None where the chain meets a node that must not run twice: random numbers, mutations, and collectives that do
-    not gather parameters.
+    Returns None where the chain meets a node that must not run twice: random numbers, mutations, collectives other than
+    gathers of parameters.
     """
     chain: dict[fx.Node, None] = {}
     stack = [value]

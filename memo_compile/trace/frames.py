@@ -72,9 +72,19 @@ def frame_name() -> str:
         return ""
     # A decorated forward is a frame of its decorator's: the module is what a user knows.
     first = next(iter(translator.f_locals.get("args", ())), None) if code.co_name != "forward" else None
-    if isinstance(first, torch.nn.Module):
-        return f"{type(first).__qualname__}, in {_in_words(code, {})}"
-    return _in_words(code, translator.f_locals)
+    if not isinstance(first, torch.nn.Module):
+        return _in_words(code, translator.f_locals)
+    forward = _decorated(type(first).forward, code)
+    return _in_words(forward, {}) if forward is not None else f"{type(first).__qualname__}, in {_in_words(code, {})}"
+
+
+def _decorated(function: Any, code: Any) -> Any:
+    """The code that decorators, of which `code` is one, were put around; None where it is none of the function's."""
+    layers = [function]
+    while (inner := getattr(layers[-1], "__wrapped__", None)) is not None:
+        layers.append(inner)
+    codes = [getattr(layer, "__code__", None) for layer in layers]
+    return codes[-1] if code in codes else None
 
 
 def frame_module() -> torch.nn.Module | None:

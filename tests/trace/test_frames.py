@@ -1,5 +1,6 @@
 """What happens frame by frame: which are refused at Dynamo's limit, and what small ones do to a budget."""
 
+import functools
 import logging
 
 import pytest
@@ -93,6 +94,24 @@ def test_a_frame_of_torchs_own_goes_by_the_modules_forward():
     model = torch.nn.Sequential(Rows())
     assert "Sequential.forward" in frames._in_words(nn.Module._call_impl.__code__, {"self": model})
     assert "test_frames.py" in frames._in_words(nn.Module._call_impl.__code__, {"self": Rows()})
+
+
+def test_a_decorated_forward_goes_by_what_was_decorated():
+    """Libraries decorate forwards; the frame is then the outermost decorator's, in a file that says nothing to users."""
+
+    def decorated(function):
+        @functools.wraps(function)
+        def wrapper(*args):
+            return function(*args)
+
+        return wrapper
+
+    def forward(x):
+        return x
+
+    twice = decorated(decorated(forward))
+    assert frames._decorated(twice, twice.__code__) is forward.__code__
+    assert frames._decorated(twice, decorated.__code__) is None
 
 
 @pytest.mark.parametrize("budget", [0.5, "min", 64 * 2**20])

@@ -97,7 +97,7 @@ def test_a_frame_of_torchs_own_goes_by_the_modules_forward():
 
 
 def test_a_decorated_forward_goes_by_what_was_decorated():
-    """Libraries decorate forwards; the frame is then the outermost decorator's, in a file that says nothing to users."""
+    """Libraries decorate forwards; the frame is then the outermost decorator's, in a file that tells users nothing."""
 
     def decorated(function):
         @functools.wraps(function)

@@ -153,12 +153,13 @@ class Plan:
     """All that memo decided and predicted for one graph. Bytes and seconds throughout.
 
     `predicted_peak` counts what the compiled forward and backward hold on the device above what the caller already
-    held: segments, outputs, gradients and what kernels allocate themselves. `least_peak` is the least that the program
-    knows how to hold ("min" asks for it), `unplanned_peak` what the graph holds when nothing is planned. `prices` are
-    the seconds that one more GiB ("device memory", "host memory") or GB/s ("offload rate", "prefetch rate") would save;
-    `binding` is the one of these that costs most, if any does. `range` says which sizes vary and how far: bytes and
-    rows are those at its upper end; "" where all are numbers. Peaks are for `calls` of the graph that are between their
-    forward and their backward at once; all other bytes and seconds are of one.
+    held: segments, outputs, gradients and what kernels allocate themselves; `predicted_reserved` what torch's allocator
+    takes of the device for that, as much where its rules are not known, and 0 where no code was emitted. `least_peak`
+    is the least that the program knows how to hold ("min" asks for it), `unplanned_peak` what the graph holds when
+    nothing is planned. `prices` are the seconds that one more GiB ("device memory", "host memory") or GB/s ("offload
+    rate", "prefetch rate") would save; `binding` is the one of these that costs most, if any does. `range` says which
+    sizes vary and how far: bytes and rows are those at its upper end; "" where all are numbers. Peaks are for `calls`
+    of the graph that are between their forward and their backward at once; all other bytes and seconds are of one.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Plan:
     workspaces: tuple[Workspace, ...] = ()
     range: str = ""
     calls: int = 1
+    predicted_reserved: int = 0
     version: int = field(default=SCHEMA_VERSION)
 
     @property

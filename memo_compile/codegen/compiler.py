@@ -56,8 +56,10 @@ from memo_compile.passes.fx.meta import LAYER
 from memo_compile.passes.fx.ranges import NoRange, NothingPlanned, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide, lease_input, lease_output
-from memo_compile.planning.fit_budget import WORTHWHILE, Fitted, fit_budget
+from memo_compile.planning.fit_budget import WORTHWHILE, Decide, Fitted, fit_budget
+from memo_compile.planning.fit_reserved import fit_reserved
 from memo_compile.planning.prepared import Prepared, of_calls, prepare
+from memo_compile.planning.problem import Limits
 from memo_compile.planning.ranges import for_a_range, in_symbols, over_range
 from memo_compile.planning.tiling import with_tiles
 from memo_compile.runtime.cross_call import Schedule
@@ -126,6 +128,17 @@ class _Exceeded(BaseException):
     def __init__(self, planned: Planned) -> None:
         super().__init__()
         self.planned = planned
+
+
+def _fitted(p: Prepared, limits: Limits, make: Decide, rehearsal: Rehearsal) -> Fitted[Evidence]:
+    """The fastest plan within the budget, of which what is reserved is a part or what is allocated."""
+
+    def fit(limits: Limits) -> Fitted[Evidence]:
+        return fit_budget(p, limits, make, replace(rehearsal, budget=limits.budget).looked_at)
+
+    if not rehearsal.setting.counts_reserved:
+        return fit(limits)
+    return fit_reserved(fit, limits, lambda e: e.layout.reserved(rehearsal.setting.allocator))[0]
 
 
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: Observe = nobody) -> Looked | None:
@@ -207,7 +220,7 @@ class _Compilation:
                 limits = for_a_range(limits, p.tokens.tokens, least_rows)
             rehearsal = replace(rehearsal, budget=limits.budget)
             make = partial(decide, p, name=setting.name, backend="memo", watch=observer.watch)
-            fitted: Fitted[Evidence] = fit_budget(p, limits, make, rehearsal.looked_at)
+            fitted = _fitted(p, limits, make, rehearsal)
             ranks.confirm(fitted.decided)
         told = told_of(limits, fitted.decided, fitted.peak)
         check_planned(setting, told)

@@ -116,6 +116,7 @@ def placed_plan(planned: Planned) -> Plan:
         coverage=layout.coverage,
         segments=layout.segments,
         buffers=layout.buffers,
+        predicted_reserved=layout.reserved(planned.rehearsal.setting.allocator),
     )
     observer = planned.observer
     observer.plan(plan)

@@ -132,6 +132,7 @@ class Rehearsal:
             "tangents": {n.name: nbytes(n) for n in placeholders if "tangents" in str(n.target)},
             "calls": self.calls,
             "chunk": CHUNK if self.setting.device.type == "cpu" else UNLIMITED,
+            "allocator": self.setting.allocator,
             "layer_of": self._layer_of(Side.FORWARD, forward) | self._layer_of(Side.BACKWARD, backward),
         }
 

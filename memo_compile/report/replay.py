@@ -27,6 +27,7 @@ from memo_compile.codegen.arena.layout import Link, plan_arena
 from memo_compile.codegen.arena.sides import key_of
 from memo_compile.codegen.emitted.body import Body, Kind, Storage
 from memo_compile.errors import NotReplayable
+from memo_compile.hardware.device_memory import Allocator
 from memo_compile.hardware.profiles import from_fields
 from memo_compile.passes import pipeline
 from memo_compile.passes.fx.build import fake_mode
@@ -273,6 +274,7 @@ def _arena(raw: Mapping[str, Any], dumped: Plan, timer: _Timer) -> Replayed:
     arguments["layer_of"] = {
         key_of(sides[side], name) if colon else key: raw["layer_of"][key] for key, (side, colon, name) in split.items()
     }
+    arguments["allocator"] = Allocator(raw.get("allocator", ""))
     layout = plan_arena(**arguments)
     before = {"segments": [asdict(s) for s in dumped.segments], "peak": dumped.predicted_peak}
     now = {"segments": [asdict(s) for s in layout.segments], "peak": layout.peak}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from memo_compile.hardware.device_memory import held, obtainable
 from memo_compile.runtime import cudart
 from memo_compile.runtime.engine import Copy, Direction, Engine, Recorder
 from memo_compile.runtime.pieces import Plane, pieces, planes
@@ -138,19 +139,12 @@ class _Cuda:
     @staticmethod
     def kept(device: torch.device) -> tuple[int, int]:
         """Bytes of whole segments that the allocator keeps unused; how often it has given such back to try again."""
-        stats = torch.cuda.memory_stats_as_nested_dict(device)
-        unused = _current(stats, "reserved_bytes") - _current(stats, "active_bytes")
-        return unused - _current(stats, "inactive_split_bytes"), int(stats.get("num_alloc_retries", 0))
+        found = held(device)
+        return found.unused, found.retries
 
     @staticmethod
     def free(device: torch.device) -> int:
         """Bytes that the device has free for this process."""
         if torch.cuda.is_current_stream_capturing():
             return sys.maxsize  # the allocator then waits for nothing
-        free, total = torch.cuda.mem_get_info(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        return min(free, allowed - torch.cuda.memory_reserved(device))
-
-
-def _current(stats: dict[str, Any], name: str) -> int:
-    return int(stats.get(name, {}).get("all", {}).get("current", 0))
+        return obtainable(device)

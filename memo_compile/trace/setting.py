@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import CompiledAutograd, GradientsInside, ReserveTooLarge, UserStreams
+from memo_compile.hardware.device_memory import Allocator, allocator_here, usable
 from memo_compile.hardware.host_memory import free_host_memory
 from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.logs import MIB, announce, logger
@@ -37,7 +38,7 @@ from memo_compile.trace.siblings import expected_calls
 log = logger("memo_compile")
 
 HOST_SHARE = 0.5  # of the free host memory, for host_budget="auto": the rest is for data loaders and the system
-MARGIN = 0.05  # of the free device memory, which "auto" leaves alone: fragmentation, libraries' workspaces
+MARGIN = 0.05  # of the usable device memory, which "auto" leaves alone: libraries' workspaces, other programs
 LARGE_RESULT = 0.2  # of a plan's peak: a result that is worth a word
 MATTERS = 2**20  # bytes: what a graph that holds less cannot give is not worth a warning, nor a refusal
 HOST_DIGITS, DEVICE_DIGITS = 3, 6  # binary ones, to which "auto" is rounded down so that a restart finds the same
@@ -48,12 +49,14 @@ BYTES_PER_TRAINABLE = 8  # a gradient and two moments, in part there already: wh
 class Given:
     """The bytes that a budget is found to be: None for no limit, or for a ratio.
 
-    `beside` is what others hold of it, `on_host` what they hold of the host's.
+    `beside` is what others hold of it, `on_host` what they hold of the host's. `allocator` says by what rules torch
+    hands out the device's.
     """
 
     budget: int | None
     beside: int = 0
     on_host: int = 0
+    allocator: Allocator = Allocator.UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ class Setting:
     def family(self) -> str:
         """All graphs of one function: it may be compiled for a first block whose input wants no gradient."""
         return self.frame or self.name
+
+    @property
+    def allocator(self) -> Allocator:
+        """The rules of torch's allocator on the device, where they are known and there is one."""
+        return self.given.allocator if self.given is not None else Allocator.UNKNOWN
+
+    @property
+    def counts_reserved(self) -> bool:
+        """Whether the budget is for all that is taken of the device, and not for what is allocated of that."""
+        return self.options.memory_budget == "auto" and self.allocator is not Allocator.UNKNOWN
 
     @property
     def asks(self) -> bool:
@@ -208,13 +221,18 @@ def with_budget_now(setting: Setting) -> Setting:
 
 
 def _given(setting: Setting) -> Given:
+    allocator = allocator_here() if setting.device.type == "cuda" else Allocator.UNKNOWN
+    return replace(_budget_now(setting, allocator), allocator=allocator)
+
+
+def _budget_now(setting: Setting, allocator: Allocator) -> Given:
     o, on_host = setting.options, ledger().on_host(beside=setting.name, family=setting.family)
     if isinstance(o.memory_budget, int):
         held = ledger().held(setting.device, beside=setting.name, family=setting.family)
         beside = min(held, o.memory_budget - 1)
         return Given(o.memory_budget - beside, beside, on_host)
     if o.memory_budget == "auto" and setting.device.type == "cuda":
-        found = auto_budget(_free_on_device(setting.device), o.reserve, setting.trainable)
+        found = auto_budget(usable(setting.device, allocator), o.reserve, setting.trainable)
         return Given(rounded_down(found, DEVICE_DIGITS), on_host=on_host)
     return Given(None, on_host=on_host)
 
@@ -311,12 +329,6 @@ def auto_budget(free: int, reserve: int | None, trainable: int) -> int:
     if kept >= usable:
         raise ReserveTooLarge(kept, free, usable)
     return usable - kept
-
-
-def _free_on_device(device: torch.device) -> int:
-    """Bytes that the device has free, and those that torch holds of it without use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def record(plan: Plan) -> None:

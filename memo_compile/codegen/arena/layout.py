@@ -17,9 +17,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from memo_compile.codegen.arena.joining import Beside, join
 from memo_compile.codegen.arena.segments import Lives, choose_cuts, segment_of
 from memo_compile.codegen.arena.sides import Sided, key_of
 from memo_compile.codegen.emitted.body import Body, Kind, Storage
+from memo_compile.hardware.caching_allocator import Life, reserved
+from memo_compile.hardware.device_memory import Allocator
 from memo_compile.placement import place_layers, verify
 from memo_compile.placement.bounds import live_bytes
 from memo_compile.placement.problem import aligned
@@ -46,8 +49,8 @@ class Link:
 class ArenaLayout:
     """Where everything lies.
 
-    `held` and `live` count the arena alone, step by step; `outside` what lies outside it; `beside`
-    what other calls hold that wait for their backward; `peak` the worst sum.
+    `held` and `live` count the arena alone, step by step; `outside` what lies outside it, of which `lives` has each
+    storage; `beside` what other calls hold that wait for their backward; `peak` the worst sum.
     """
 
     segments: tuple[ArenaSegment, ...]
@@ -83,6 +86,15 @@ class ArenaLayout:
 
     kernels: tuple[int, ...] = ()
     beside: int = 0
+    lives: tuple[Life, ...] = ()
+
+    def reserved(self, allocator: Allocator) -> int:
+        """The most bytes that torch's allocator reserves for segments and storages outside, from empty; what is
+        allocated, where its rules are not known."""
+        if allocator is Allocator.UNKNOWN:
+            return self.peak
+        lives = [*((s.start, s.end, s.size) for s in self.segments), *self.lives]
+        return self.beside + reserved(lives, expandable=allocator is Allocator.EXPANDABLE)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ class _Timeline:
     portion: int
     handed_on: int = 0
     alone: frozenset[str] = frozenset()
+    lives: tuple[Life, ...] = ()
 
 
 def plan_arena(
@@ -109,6 +122,7 @@ def plan_arena(
     layer_of: Mapping[str, int] | None = None,
     emitted: ArenaLayout | None = None,
     calls: int = 1,
+    allocator: Allocator = Allocator.UNKNOWN,
 ) -> ArenaLayout:
     """Place the buffers of both bodies.
 
@@ -122,14 +136,34 @@ def plan_arena(
         layer_of: by `key_of` a buffer, the layer of those of layers that may repeat; those that do are placed once.
         calls: so many are between their forward and their backward at once.
         emitted: a layout that the forward's code stands by already; its offsets are kept for the forward's buffers.
+        allocator: where its rules are known, segments are joined as far as less is reserved for it.
     """
     keys = frozenset(key_of(Side.BACKWARD, name) for name in alone)
     timeline = replace(_timeline(forward, backward, links, user_outputs, tangents, chunk), alone=keys)
     if emitted is not None:
         layout = _lay_out(timeline, *_around(emitted, timeline, layer_of or {}))
     else:
-        layout = _lay_out(timeline, *_placed(_groups(timeline), layer_of or {}))
+        groups = _groups(timeline)
+        layout = _lay_out(timeline, *_placed(groups, layer_of or {}))
+        layout = _with_fewer(layout, timeline, groups, layer_of or {}, allocator)
     return replace(layout, beside=(calls - 1) * _kept_by_call(layout, timeline))
+
+
+def _with_fewer(
+    plain: ArenaLayout,
+    timeline: _Timeline,
+    groups: Sequence[Sequence[Sided]],
+    layer_of: Mapping[str, int],
+    allocator: Allocator,
+) -> ArenaLayout:
+    """The layout with segments joined, where so much less is reserved that the most that is held stays."""
+    if allocator is Allocator.UNKNOWN:
+        return plain
+    beside = Beside(timeline.outside, timeline.lives, timeline.forward_steps, timeline.alone)
+    fewer = join(groups, beside, alignment=ALIGNMENT, expandable=allocator is Allocator.EXPANDABLE)
+    joined = _lay_out(timeline, *_placed(fewer, layer_of))
+    kept = joined.peak <= plain.peak and joined.reserved(allocator) <= plain.reserved(allocator)
+    return joined if kept else plain
 
 
 def _kept_by_call(layout: ArenaLayout, timeline: _Timeline) -> int:
@@ -198,6 +232,7 @@ def _timeline(
         kernels=kernel_bytes,
         portion=portion,
         handed_on=between,
+        lives=tuple(gone),
     )
 
 
@@ -266,4 +301,5 @@ def _lay_out(timeline: _Timeline, segments: Sequence[ArenaSegment], buffers: Seq
         live=tuple(live),
         outside=timeline.outside,
         kernels=timeline.kernels,
+        lives=timeline.lives,
     )

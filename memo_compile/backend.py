@@ -98,19 +98,25 @@ def _compiled(
     from memo_compile.report.dumps import Dump
     from memo_compile.runtime.kept_budgets import kept
     from memo_compile.runtime.more_calls import for_all_calls
-    from memo_compile.runtime.range_calls import within_budget
+    from memo_compile.runtime.range_calls import within_budgets
+    from memo_compile.runtime.unplanned_calls import counted
     from memo_compile.trace.setting import setting_for
 
     inputs = list(inputs)
     setting = setting_for(options, inputs, Dump.open)
     if not setting.asks and any(is_symbolic(size) for size in sizes_of(inputs)):
         return unplanned(gm, inputs, options)
+
+    def of_a_range(compiled: Compiled) -> Compiled:
+        budgets: dict[str, Any] = {"budget": options.memory_budget, "host": options.host_budget}
+        return within_budgets(compiled, setting.name, setting.family, setting.device, **budgets)
+
     plain = copy.deepcopy(gm) if options.verify is True else None
     spare = twin(gm)
     try:
         compiled = planned(gm, inputs, setting)
     except NothingPlanned:
-        return unplanned(gm, inputs, options)
+        return of_a_range(counted(unplanned(gm, inputs, options), setting.name, setting.family, setting.calls))
     except NoRange as why:
         log.info("%s: this length is compiled alone: %s", setting.frame, why)
         _specialize(inputs)
@@ -128,8 +134,8 @@ def _compiled(
 
     if not any(is_symbolic(size) for size in sizes_of(inputs)):  # what one length held is no measure for another
         compiled = for_all_calls(measured(compiled, setting), setting.name, setting.calls, for_more)
-    elif isinstance(budget := options.memory_budget, int):
-        compiled = within_budget(compiled, setting.name, setting.family, budget, setting.device)
+    else:
+        compiled = of_a_range(compiled)
     return compiled if plain is None else verified(compiled, gm, plain, reference)
 
 

@@ -131,19 +131,20 @@ class BudgetExceeded(MemoError):
 
 
 class TooManyCalls(MemoError):
-    """More calls wait for their backward than a plan for a range of lengths is for. `budget`, `needed` are bytes."""
+    """More calls wait for their backward than a plan for a range of lengths is for. `budget`, `needed` are bytes, of
+    what the option `asked` promises."""
 
-    def __init__(self, budget: int, waiting: int, needed: int) -> None:
-        self.budget, self.waiting, self.needed = budget, waiting, needed
+    def __init__(self, budget: int, waiting: int, needed: int, asked: str = "memory_budget") -> None:
+        self.budget, self.waiting, self.needed, self.asked = budget, waiting, needed, asked
         super().__init__(
-            f"memory_budget = {budget:,} bytes cannot be kept: {waiting} calls wait for their backward, and with one "
+            f"{asked} = {budget:,} bytes cannot be kept: {waiting} calls wait for their backward, and with one "
             f"more {needed:,} bytes may be held at the longest lengths of this plan's range. Say how many there will "
             f'be, options={{"calls": {waiting + 1}}}, and it is planned for them; or run backward after each forward, '
-            f"or raise memory_budget to {needed:,} bytes."
+            f"or raise {asked} to {needed:,} bytes."
         )
 
-    def __reduce__(self) -> tuple[type[TooManyCalls], tuple[int, int, int]]:
-        return type(self), (self.budget, self.waiting, self.needed)
+    def __reduce__(self) -> tuple[type[TooManyCalls], tuple[int, int, int, str]]:
+        return type(self), (self.budget, self.waiting, self.needed, self.asked)
 
 
 class ReserveTooLarge(MemoError):

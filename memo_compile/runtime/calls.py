@@ -31,7 +31,7 @@ def forward_call(
         known = schedule()
         if known is not None:
             cross_calls(device).made(lease, known)
-        if _saved_tensors_are_packed():
+        if saved_tensors_are_packed():
             engine(device).finish_offloads()
         _trace(SpanKind.FORWARD, device, lease, begin)
         return outputs
@@ -93,7 +93,7 @@ def _free(device: torch.device) -> int:
     return free_host_memory()
 
 
-def _saved_tensors_are_packed() -> bool:
+def saved_tensors_are_packed() -> bool:
     """Whether hooks will read saved tensors, the lease among them, on the host.
 
     Private: `torch._C._autograd._top_saved_tensors_default_hooks`, tried with torch 2.11, 2.13 and 2.15.

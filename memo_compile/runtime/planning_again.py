@@ -1,6 +1,6 @@
 """Planning and compiling in the midst of training, outside of Dynamo: with what a compiler finds around it there.
 
-Private torch APIs, tried with torch 2.11 to 2.13: Dynamo's lock, its flag and its tracing context
+Private torch APIs, tried with torch 2.13: Dynamo's lock, its flag and its tracing context
 (`torch/_dynamo/convert_frame.py`, `torch/compiler/__init__.py`), and what it leaves on a graph.
 """
 

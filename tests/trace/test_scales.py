@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import memo_compile
+from memo_compile.trace import scales
 
 
 class Scaled(nn.Module):
@@ -52,3 +53,18 @@ def test_other_backends_get_the_graph_that_they_would_get():
     (attention,) = (n for n in graphs[-1].graph.nodes if n.target is scaled_dot_product_attention)
     assert "scale" in attention.kwargs
     assert len(graphs) == 4
+
+
+def test_without_torchs_table_everything_is_as_it_was(monkeypatch):
+    def gone():
+        raise AttributeError("_get_handlers")
+
+    monkeypatch.setattr(scales, "_handlers", gone)
+    scales.keep_symbolic(lambda _: True)
+
+
+def test_a_way_of_torchs_own_is_left_alone(monkeypatch):
+    table = {scaled_dot_product_attention: torch.relu}
+    monkeypatch.setattr(scales, "_handlers", lambda: table)
+    scales.keep_symbolic(lambda _: True)
+    assert table == {scaled_dot_product_attention: torch.relu}

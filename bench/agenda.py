@@ -118,7 +118,7 @@ def state(item: Item, rows: Rows, parts: dict[str, Row], card: str) -> str:
     if case is None:
         part = parts.get(f"{card}/{item.name}")
         if item.name.startswith("longest "):
-            return "current"
+            return "current" if longest(rows, card, item.name.split()[1])[0] else "missing"
         current = part is not None and part["finished"] and part["code"] == roster.part_code()
         return "current" if current else "older" if part else "missing"
     row = rows.find(card, case)

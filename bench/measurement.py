@@ -188,6 +188,7 @@ def _planned(case: Case, before: Any) -> dict[str, Any]:
         "budget": plan.budget,
         "predicted_peak": plan.predicted_peak,
         "predicted_seconds": plan.predicted_seconds,
+        "predicted_reserved": plan.predicted_reserved,
         "planned_host_bytes": plan.host_bytes,
         "moved_out": (moved.bytes_out - before.bytes_out) // case.steps,
         "planned_out": plan.offloaded_bytes,

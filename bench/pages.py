@@ -107,15 +107,15 @@ def _three(row: Row | None, by_peer: dict[tuple[str, str], Row]) -> tuple[str, s
 
 def _details(found: Sequence[Row]) -> str:
     lines = [
-        "| card | peer | reserved GiB | over allocated | host GiB | compile s | loss | predicted peak | predicted time "
-        "| coverage | torch | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| card | peer | reserved GiB | over allocated | host GiB | compile s | loss | predicted peak "
+        "| predicted reserved | predicted time | coverage | torch | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = _in_order(row["peer"] for row in found)
     for row in sorted(found, key=lambda row: (order.index(row["peer"]), row["card"])):
         commit = (row["commit"] or row["code"]) + " †" * (not is_current(row))
         start = [row["card"].removeprefix("NVIDIA "), row["peer"]]
-        cells = ["", "", "", "", _why(row), "", "", ""] if "failed" in row else _figures(row)
+        cells = ["", "", "", "", _why(row), "", "", "", ""] if "failed" in row else _figures(row)
         lines.append(f"| {' | '.join([*start, *cells, row['torch'], commit])} |")
     return "\n".join(lines)
 
@@ -133,9 +133,15 @@ def _figures(r: Row) -> list[str]:
         f"{r['compile_seconds']:.1f}",
         f"{r['losses'][-1]:.4f}",
         f"{r['predicted_peak'] / r['peak'] - 1:+.2%}" if "predicted_peak" in r else "",
+        f"{_reserved(r) / r['reserved'] - 1:+.2%}" if r.get("predicted_reserved") and r["reserved"] else "",
         f"{r['predicted_seconds'] / r['model_seconds'] - 1:+.1%}" if "predicted_seconds" in r else "",
         f"{r['coverage']:.2f}" if "coverage" in r else "",
     ]
+
+
+def _reserved(row: Row) -> int:
+    """What is predicted of all that is reserved: a plan's part, and what the step begins with."""
+    return int(row["allocated"] - row["peak"] + row["predicted_reserved"])
 
 
 def longest(rows: Rows, card: str, peer: str) -> tuple[int, int]:

@@ -137,6 +137,18 @@ def test_a_row_of_another_card_does_not_count_here_and_comes_last(stored):
     assert agenda.state(Item("x", replace(CASE, tokens=1)), stored, {}, "NVIDIA H100") == "missing"
 
 
+def test_what_is_predicted_of_what_is_reserved_counts_what_a_step_begins_with():
+    row = {**row_of(CASE), "allocated": 100, "peak": 40, "reserved": 125, "predicted_reserved": 60, "coverage": 1.0}
+    assert "-4.00%" in pages._figures(row)
+    assert "-4.00%" not in pages._figures({**row, "predicted_reserved": 0})
+
+
+def test_a_longest_length_is_missing_until_something_has_trained(stored):
+    item = Item("longest memo-auto 1")
+    assert agenda.resolved(item, stored, "a card") is None
+    assert agenda.state(item, stored, {}, "a card") == "missing"
+
+
 def test_a_failure_that_tells_nothing_of_the_code_is_tried_again(stored):
     item = Item(CASE.key, CASE)
     for failed, state in (("died", "older"), ("ModuleNotFoundError", "older"), ("OutOfMemoryError", "current")):

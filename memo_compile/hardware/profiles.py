@@ -120,6 +120,8 @@ _A100_SOURCES = (
 # Of matmuls of a model 4 096 wide, and of cuDNN's attention, which torch takes on this chip. Traced in a step of 64K
 # tokens on an H200 under its power limit, with torch 2.11, their kernels reached 75, 62 and 52 %. Whole steps of 64K to
 # 256K tokens took 4 to 5 % longer than these say; with the shares below, 0.2 to 1.0 %. Small ones from `memo doctor`.
+# No classes by shape: over 32 heads attention reaches one share at 16K to 112K tokens (`tests/bench/test_profile.py`),
+# and no row tells of other numbers of heads, nor of matmuls of fewer rows than a model is wide.
 _HOPPER_EFFICIENCIES = _efficiencies(_rising_to(0.70, 0.3), _rising_to(0.60, 2.0), _rising_to(0.503, 10.0))
 
 

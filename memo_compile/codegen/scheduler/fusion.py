@@ -10,8 +10,8 @@ both layers' values where the first is needed, and the second layer's would be l
 that read the same and work on large values, with a matmul between them, the second waits until the first one's are
 read.
 
-And a partial sum (`memo_compile.passes.transforms.sums`) runs before the next matmul: fused with a kernel after that,
-it would hold its terms until then.
+And a partial sum (`memo_compile.passes.transforms.sums`) runs before the next matmul, and before the next term is
+computed: fused with a kernel after that, it would hold its terms, or what they are reductions of, until then.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._pre_fusion_custom_pass`; of the scheduler
 `topological_sort_schedule` and `compute_ancestors`; of its nodes `add_fake_dep`, `unmet_dependencies`, `read_writes`,
@@ -24,7 +24,7 @@ import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from memo_compile.codegen.emitted.numbers import number_of
@@ -114,13 +114,19 @@ def _one_after_the_other(seen: _Seen) -> Iterator[tuple[Any, Any]]:
 
 
 def _before_the_next_matmul(seen: _Seen) -> Iterator[tuple[Any, Any]]:
-    """A partial sum, and the first matmul after it."""
+    """A partial sum, and the first matmul after it; and the first of those that the next partial sum needs.
+
+    Without the second a sum of reductions could wait, together with matmuls that nothing but the result needs.
+    """
     matmuls = sorted((n for n in seen.at if _is_matmul(n)), key=seen.at.__getitem__)
     places = [seen.at[p] for p in matmuls]
     for kernel in seen.reads:
-        following = bisect.bisect_right(places, seen.at[kernel])
-        if following < len(matmuls) and any(is_partial(o) for o in kernel.node.get_origins()):
-            yield kernel, matmuls[following]
+        following = matmuls[bisect.bisect_right(places, seen.at[kernel]) :]
+        if following and any(is_partial(o) for o in kernel.node.get_origins()):
+            yield kernel, following[0]
+            readers = [r for r in _readers(kernel) if r in seen.reads]
+            needed = (m for m in following if any(_needs(r, m, seen.makers) for r in readers))
+            yield from ((kernel, m) for m in islice(needed, 1))
 
 
 def _needs(node: Any, other: Any, makers: dict[str, Any]) -> bool:

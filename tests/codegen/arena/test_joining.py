@@ -79,3 +79,11 @@ def test_sizes_count_as_they_are_aligned():
     beside = Beside([0, 0, 7 * MIB, 0, 0, 0, 10 * MIB, *[0] * (STEPS - 7)], [], BORDER)
     assert len(join(groups, beside, expandable=False)) == 1
     assert len(join(groups, beside, expandable=False, alignment=4 * MIB)) == 2
+
+
+def test_scratch_joins_what_is_kept_only_where_it_is_held_no_longer_for_it():
+    """Between the graphs others hold memory, too, and are told that what is kept is all there is."""
+    room = Beside([200 * MIB, *[0] * (STEPS - 1)], [], BORDER)
+    kept = [Buffer("kept", 40 * MIB, 5, 50)]
+    assert len(join([kept, [Buffer("beside", 30 * MIB, 6, 10)]], room, expandable=False)) == 2
+    assert len(join([kept, [Buffer("before", 30 * MIB, 2, 5)]], room, expandable=False)) == 1

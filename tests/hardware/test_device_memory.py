@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from memo_compile.hardware.device_memory import Allocator, Held, allocator_here, obtainable, usable
+from memo_compile.hardware.profiles import PROFILES
+from memo_compile.options import Options
+from memo_compile.trace.setting import DEVICE_DIGITS, Setting, auto_budget, rounded_down, with_budget_now
 
 GIB = 2**30
 GPU = torch.device("cuda", 0)
@@ -61,3 +64,21 @@ def test_the_allocators_rules_are_read_from_its_settings(device, backend, expand
 
 def test_what_nothing_uses_are_whole_segments():
     assert Held(reserved=20, active=12, split=3).unused == 5
+
+
+@pytest.mark.parametrize(("expandable", "left"), [(False, 55), (True, 58)])
+def test_auto_plans_with_what_is_left_and_by_the_allocators_rules(device, expandable, left):
+    device(expandable=expandable)
+    setting = Setting("graph_0", Options(), GPU, PROFILES["h200"], host=0, trainable=2**30)
+    now = with_budget_now(setting)
+    assert now.given.budget == rounded_down(auto_budget(left * GIB, None, 2**30), DEVICE_DIGITS)
+    assert now.counts_reserved
+    assert now.allocator is (Allocator.EXPANDABLE if expandable else Allocator.SEGMENTS)
+
+
+def test_a_budget_in_bytes_is_for_what_is_allocated(device):
+    device()
+    setting = Setting("graph_0", Options(memory_budget=GIB), GPU, PROFILES["h200"], host=0, trainable=0)
+    now = with_budget_now(setting)
+    assert now.given.budget == GIB
+    assert not now.counts_reserved

@@ -162,3 +162,31 @@ def test_with_a_users_checkpoints_a_smaller_budget_never_holds_more_and_the_leas
     held = [peak(checkpointed, budget) for budget in (0.6, "min")]
     assert held == sorted(held, reverse=True)
     assert held[-1] <= 1.05 * peak(plain, "min")
+
+
+class WithResult(nn.Module):
+    """Returns what the loss is of, too: autograd makes zeros for its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 256)
+
+    def forward(self, x):
+        logits = self.head(self.body(x).sin())
+        return torch.log_softmax(logits, -1).square().mean(), logits
+
+
+def test_zeros_for_the_gradient_of_an_unused_result_are_planned_for():
+    model, x = WithResult(), torch.randn(256, 16)
+    fn = torch.compile(model, backend="memo_eager", options={"memory_budget": "min"})
+
+    def step():
+        loss, logits = fn(x)
+        loss.backward()
+        return logits
+
+    step()
+    model.zero_grad(set_to_none=True)
+    (plan,) = memo_compile.plans()
+    assert memo_compile.measure_peak(step) == pytest.approx(plan.predicted_peak, rel=0.01)

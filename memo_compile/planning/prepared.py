@@ -33,7 +33,7 @@ from memo_compile.workspaces.annotate import Workspaces
 
 log = logger(__name__)
 
-
+SMALLEST = 256  # bytes of a gradient of a result that counts
 DRAWN_AGAIN = (
     "by a policy of torch.utils.checkpoint random numbers must be drawn again (MUST_RECOMPUTE), and only torch's own "
     "split draws the same; leave them out of the policy (PREFER_RECOMPUTE), and they are planned"
@@ -149,8 +149,17 @@ def graph_peak(
     inputs = {n.name for n in forward.graph.find_nodes(op="placeholder")}
     # A saved value that is also a result is the user's: it is counted once, as a result.
     owned = frozenset(saved) - inputs - {n.name for n in results}
-    back = lifetimes(backward, fused=fused, owned_inputs=owned)
+    back = lifetimes(backward, fused=fused, owned_inputs=owned | tangents_of(backward))
     return max(max(front.live_bytes(), default=0), max(back.live_bytes(), default=0) + held)
+
+
+def tangents_of(backward: fx.GraphModule) -> frozenset[str]:
+    """Gradients of results that autograd hands to a backward, zeros where nobody used a result, by name.
+
+    It lets go of them in the call. Scalars, from which it starts, are in no plan.
+    """
+    inputs = backward.graph.find_nodes(op="placeholder")
+    return frozenset(n.name for n in inputs if "tangents" in str(n.target) and nbytes(n) >= SMALLEST)
 
 
 def held_between(forward: fx.GraphModule) -> int:

@@ -21,7 +21,7 @@ from memo_compile.passes.fx.facts import (
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.planning import residency
 from memo_compile.planning.anchors import anchor_sets, bottlenecks, first_needed
-from memo_compile.planning.prepared import Prepared, results_of, step_seconds
+from memo_compile.planning.prepared import Prepared, results_of, step_seconds, tangents_of
 
 SMALL = 16 * 1024  # bytes: below that an activation stays; moving it costs more than its room is worth
 
@@ -79,7 +79,7 @@ def view_of(p: Prepared, limits: Limits) -> View:
     names = frozenset(n.name for n in p.saved)
     fixed = names - frozenset(movable) - {n.name for n in results} - {n.name for n in p.saved if n.op == "placeholder"}
     front = lifetimes(p.forward, fused=p.fused)
-    back = lifetimes(p.backward, fused=p.fused, owned_inputs=names)
+    back = lifetimes(p.backward, fused=p.fused, owned_inputs=names | tangents_of(p.backward))
     base = front.live_bytes(skip=frozenset(movable))
     base += [b + held for b in back.live_bytes(skip=names - fixed)]
     of_others = (limits.calls - 1) * (held + sum(nbytes(n) for n in p.saved if n.name in fixed and storage_of(n) is n))

@@ -213,7 +213,8 @@ class _Compilation:
         budget = setting.options.memory_budget
         # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.
         if isinstance(budget, float) or (isinstance(budget, int) and budget > WORTHWHILE * p.unplanned_peak):
-            p = replace(p, unplanned_peak=rehearsal.unplanned_peak(p))
+            rehearsal, unplanned_peak = rehearsal.with_unplanned(p)
+            p = replace(p, unplanned_peak=unplanned_peak)
         with together(joint) as ranks:
             limits = ranks.agree(limits_for(setting, p.unplanned_peak))
             if least_rows:

@@ -52,7 +52,7 @@ class Rehearsal:
     `budget` is what slices that land early may use up, in bytes; None for no limit. `static` are indices of inputs at
     fixed addresses, `layers` the layer of each node of the joint graph that has one. With `scalar` no vector code is
     generated, which is sooner done. `ranged` is for graphs whose sizes are symbols: lines stand as Inductor has them.
-    `calls` are outstanding at once.
+    `calls` are outstanding at once. `unplanned` is the forward of torch's own split and what its dry run showed.
     """
 
     setting: Setting
@@ -64,18 +64,21 @@ class Rehearsal:
     budget: int | None = None
     ranged: bool = False
     calls: int = 1
+    unplanned: tuple[fx.GraphModule, Evidence] | None = None
 
-    def unplanned_peak(self, p: Prepared) -> int:
-        """What Inductor's own two graphs would hold in an arena."""
+    def with_unplanned(self, p: Prepared) -> tuple[Rehearsal, int]:
+        """The same with a dry run of Inductor's own two graphs, and what they would hold in an arena."""
         split = p.unplanned
-        plain = CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved)
-        return self.dry(plain).layout.peak
+        evidence = self.dry(CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved))
+        return replace(self, unplanned=(split.forward, evidence)), evidence.layout.peak
 
     def looked_at(self, decided: Decided) -> tuple[int, Evidence]:
         """The peak of what was decided, and what shows it."""
         if self.setting.options.verify == "poison":
             for node in (*decided.forward.graph.nodes, *decided.backward.graph.nodes):
                 node.meta[POISON] = True
+        elif self.unplanned is not None and decided.forward is self.unplanned[0]:
+            return self.unplanned[1].layout.peak, self.unplanned[1]
         evidence = self.dry(decided)
         return evidence.layout.peak, evidence
 

@@ -119,7 +119,7 @@ def _fitted(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) 
     target = limits.budget
     if p.fused and target is not None and target < p.unplanned_peak:
         target = int(AIM * target)
-    rounds = 0
+    rounds, least = 0, None
     for rounds in range(1, ROUNDS + 1):
         decided, peak, evidence = _looked_at(replace(limits, budget=target), decide, evaluate)
         if limits.budget is None or peak <= limits.budget:
@@ -128,7 +128,10 @@ def _fitted(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) 
         log.debug("%s: the plan for %s bytes holds %s, over a budget of %s", name, target, peak, limits.budget)
         assert target is not None
         target = max(1, min(target, decided.plan.predicted_peak) - int(OVERSHOOT * (peak - limits.budget)))
-    decided, peak, evidence = _smallest(p, limits, decide, evaluate)
+        if not decided.overlap:  # no plan keeps the target, and this is the smallest: a lower one gives it once more
+            least = decided, peak, evidence
+            break
+    decided, peak, evidence = _smallest(p, limits, decide, evaluate, least)
     if limits.budget is not None and peak > limits.budget and limits.promised and not trifling(peak, limits):
         raise BudgetTooSmall(limits.budget, peak, decided.peak_tensors, limits.beside)
     return Fitted(decided, peak, evidence, rounds + 1)
@@ -139,9 +142,19 @@ def trifling(peak: int, limits: Limits) -> bool:
     return limits.budget is not None and peak <= TRIFLE * (limits.budget + limits.beside)
 
 
-def _smallest(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> tuple[Decided, int, T]:
-    """The plan that holds least: of a small graph that may be the unplanned one, which a compiler fuses further."""
-    least = _looked_at(replace(limits, objective="memory"), decide, evaluate)
+def _smallest(
+    p: Prepared,
+    limits: Limits,
+    decide: Decide,
+    evaluate: Evaluate[T],
+    known: tuple[Decided, int, T] | None = None,
+) -> tuple[Decided, int, T]:
+    """The plan that holds least: of a small graph that may be the unplanned one, which a compiler fuses further.
+
+    Args:
+        known: the smallest plan that moves anything, where it was looked at before.
+    """
+    least = known or _looked_at(replace(limits, objective="memory"), decide, evaluate)
     if limits.offload == "all" or least[1] <= WORTHWHILE * p.unplanned_peak:
         return least
     unplanned = _looked_at(replace(limits, budget=None, objective="time", offload=False), decide, evaluate)

@@ -71,3 +71,15 @@ def test_a_budget_that_no_plan_keeps_is_refused_with_what_was_found(traced):
         )
     assert caught.value.least == p.unplanned_peak  # of the unplanned graph, which has no homes
     assert any("llama.py" in line for line in caught.value.peak_tensors)
+
+
+def test_the_smallest_plan_is_looked_at_once_where_none_keeps_the_target(traced):
+    p, limits = traced
+    known, _ = fitted(p, limits, lambda d: p.unplanned_peak // 2)
+    shared = replace(limits, budget=1, objective="time", promised=False)  # a share of a whole
+    found, asked = fitted(p, shared, lambda d: p.unplanned_peak // 2)
+    assert len(asked) == 1
+    assert found.decided.residency == known.decided.residency
+    found, asked = fitted(p, shared, lambda d: p.unplanned_peak - bool(not d.residency))
+    assert [bool(d.residency) for d in asked] == [True, False]
+    assert not found.decided.residency

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from memo_compile.codegen.emitted.body import Body, Kind, read_body
 from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
 from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffers_in, take_prefetch_buffer
 from memo_compile.codegen.emitted.text import source_of
+from memo_compile.codegen.emitted.views import Segment, common_dtype
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
@@ -220,9 +220,10 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
     """
     places = {b.name: b for b in buffers}
     prefetch_buffers = prefetch_buffers_in(lines)
-    shared = Counter(b.segment for b in buffers)
-    sizes = {s.name: s.size for s in segments}
-    unborn = {s.name: sum(1 for b in buffers if b.segment == s.name) for s in segments}
+    made = {m["name"]: m for m in map(_EMPTY.match, lines) if m and m["name"] in places}
+    of_segment = {s.name: [b for b in buffers if b.segment == s.name] for s in segments}
+    typed = {s.name: _typed(s, of_segment[s.name], made, prefetch_buffers) for s in segments}
+    unborn = {name: len(inside) for name, inside in of_segment.items()}
     taken: set[str] = set()
     out: list[str] = []
     for line in lines:
@@ -231,20 +232,38 @@ def rewrite(lines: Sequence[str], buffers: Sequence[ArenaBuffer], segments: Sequ
         if match is None or place is None:
             out.append(line)
             continue
+        indent, segment = match["indent"], typed[place.segment]
+        if segment.name not in taken:
+            taken.add(segment.name)
+            first = segment.taken(match["make"])
+            if _alone_in_prefetch(of_segment[segment.name], prefetch_buffers):
+                lease, offset = prefetch_buffers[match["name"]]
+                first = take_prefetch_buffer(segment.name, segment.size, lease, offset, match["make"])
+            out.append(f"{indent}{first}")
         shape, stride, dtype = split_arguments(match["args"])
-        indent, segment = match["indent"], place.segment
-        if segment not in taken:
-            taken.add(segment)
-            made = f"{segment} = {match['make']}(({sizes[segment]}, ), (1, ), torch.uint8)"
-            if shared[segment] == 1 and match["name"] in prefetch_buffers:
-                made = take_prefetch_buffer(segment, sizes[segment], *prefetch_buffers[match["name"]], match["make"])
-            out.append(f"{indent}{made}")
-        view = f"alloc_from_pool({segment}, {place.offset}, {dtype}, {shape}, {stride})"
-        out.append(f"{indent}{match['name']} = {view}")
-        unborn[segment] -= 1
-        if not unborn[segment]:
-            out.append(f"{indent}del {segment}")
+        out.append(f"{indent}{match['name']} = {segment.view(place.offset, dtype, shape, stride)}")
+        unborn[segment.name] -= 1
+        if not unborn[segment.name]:
+            out.append(f"{indent}del {segment.name}")
     return out
+
+
+def _alone_in_prefetch(buffers: Sequence[ArenaBuffer], prefetch_buffers: Container[str]) -> bool:
+    """Whether a segment holds nothing but what a slice is prefetched into."""
+    return len(buffers) == 1 and buffers[0].name in prefetch_buffers
+
+
+def _typed(
+    segment: ArenaSegment,
+    buffers: Sequence[ArenaBuffer],
+    made: Mapping[str, re.Match[str]],
+    prefetch_buffers: Container[str],
+) -> Segment:
+    """A segment with its dtype; one that a call before may have taken already is of bytes."""
+    if _alone_in_prefetch(buffers, prefetch_buffers):
+        return Segment(segment.name, segment.size)
+    dtypes = [split_arguments(made[b.name]["args"])[2] for b in buffers if b.name in made]
+    return Segment(segment.name, segment.size, common_dtype(segment.size, dtypes))
 
 
 def split_arguments(text: str) -> list[str]:

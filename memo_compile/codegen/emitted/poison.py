@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from memo_compile.codegen.emitted.text import PREFETCH_BUFFER, WAIT, statements_of
+from memo_compile.codegen.emitted.views import VIEWS
 from memo_compile.schema import ArenaBuffer, ArenaSegment
 
 IMPORT = "from memo_compile.runtime.poison import kept_bytes, poison, poison_host, poisoned_prefetch_buffer"
 _SEGMENT = re.compile(r"^\s*(?P<name>memo_arena_\d+) = (?P<maker>[\w.]+)\(")
-_BUFFER = re.compile(r"^\s*(?P<name>\w+) = alloc_from_pool\(")
+_BUFFER = re.compile(rf"^\s*(?P<name>\w+) = (?:{'|'.join(VIEWS)})\(memo_arena_\d+, ")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from memo_compile.codegen.emitted.text import PREFETCH, PREFETCH_BUFFER, call_in, statements_of
+from memo_compile.codegen.emitted.views import View, read_view
 from memo_compile.runtime.cross_call import EarlyPrefetch, Schedule
 
 
@@ -61,33 +61,30 @@ def prefetch_buffer_size(call: ast.expr) -> int | None:
 def schedule_of(lines: Sequence[str]) -> Schedule:
     """What an emitted backward prefetches, as if all of its prefetch buffers could be taken before it begins."""
     taken: dict[str, int] = {}
-    views: dict[str, tuple[str, Any, Any, Any]] = {}
+    views: dict[str, View] = {}
     prefetch_buffers: list[EarlyPrefetch] = []
     count = 0
     for target, call in _calls(lines):
         size = prefetch_buffer_size(call)
         if size is not None and target is not None:
             taken[target] = size
-        elif ast.unparse(call.func) == "alloc_from_pool" and target is not None:
-            segment, _, dtype, shape, stride = call.args
-            name = _name(segment)
-            assert name is not None
-            views[target] = (name, ast.unparse(dtype), ast.literal_eval(shape), ast.literal_eval(stride))
+        elif target is not None and (view := read_view(call, {})) is not None:
+            views[target] = view
         elif ast.unparse(call.func) == PREFETCH:
             count += 1
             buffer = _name(call.args[0])
-            if buffer is not None and buffer in views and views[buffer][0] in taken:
-                segment_name, dtype_name, shape, stride = views[buffer]
-                start, place = 0, call.args[0]
+            if buffer is not None and buffer in views and views[buffer].segment in taken:
+                view = views[buffer]
+                shape, stride, start, place = view.shape, view.stride, 0, call.args[0]
                 if isinstance(place, ast.Call):  # reinterpret_tensor(buffer, shape, stride, start)
                     shape, stride, start = (ast.literal_eval(a) for a in place.args[1:4])
-                dtype = getattr(torch, dtype_name.rsplit(".", 1)[1])
+                dtype = getattr(torch, view.dtype.rsplit(".", 1)[1])
                 offset = ast.literal_eval(call.args[2])
                 prefetch_buffers.append(
                     EarlyPrefetch(
                         buffer=buffer,
                         offset=offset,
-                        nbytes=taken[segment_name],
+                        nbytes=taken[view.segment],
                         dtype=dtype,
                         shape=tuple(shape),
                         stride=tuple(stride),

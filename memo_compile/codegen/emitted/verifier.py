@@ -1,6 +1,6 @@
 """Checks emitted code for overlaps, from its text alone: it knows nothing of the layout that the text came from.
 
-A region is the bytes of a view `alloc_from_pool(segment, offset, dtype, shape, stride)`. It is live from the statement
+A region is the bytes of a view of a segment (`memo_compile.codegen.emitted.views`). It is live from the statement
 that makes it to the last one that names it or an alias of it, and at least until its last name is deleted, since
 Inductor knows readers that no text names. A saved region is live until the backward has read it. Values that are
 passed to a line which memo does not know must not lie in a segment.
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from memo_compile.codegen.emitted.body import DTYPE_BYTES, alias_source, dense_bytes
+from memo_compile.codegen.emitted.body import DTYPE_BYTES, alias_source, allocation_of, dense_bytes
 from memo_compile.codegen.emitted.known import is_known, is_known_block
 from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffer_size
+from memo_compile.codegen.emitted.views import View, read_view
 from memo_compile.errors import PlacementOverlap
 
 
@@ -61,6 +62,7 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
     last = dict.fromkeys(inputs, 0)
     regions: dict[str, Region] = {}
     segments: dict[str, int] = {}
+    dtypes: dict[str, str] = {}  # of segments
     deleted: dict[str, int] = {}
     given: dict[str, str] = {}  # what a line that memo does not know touches: name -> that line
     for step, (statement, known) in enumerate(statements):
@@ -77,12 +79,11 @@ def read_regions(lines: Sequence[str], outputs: Sequence[str], inputs: Sequence[
         function = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
         if function.startswith("empty_strided") and name.startswith("memo_arena_"):
             assert isinstance(value, ast.Call)
-            segments[name] = ast.literal_eval(value.args[0])[0]
+            segments[name], dtypes[name] = allocation_of(value) or 0, ast.unparse(value.args[2])
         elif (size := prefetch_buffer_size(value)) is not None:
             segments[name] = size
-        elif function == "alloc_from_pool":
-            assert isinstance(value, ast.Call)
-            regions[name] = _region(name, value, step)
+        elif (view := read_view(value, dtypes)) is not None:
+            regions[name] = _region(name, view, step)
             owner[name], last[name] = (name,), step + 1
         elif shared := tuple(o for source in _sources(value) for o in owner.get(source, ())):
             owner[name] = shared
@@ -110,12 +111,9 @@ def _statements(body: Sequence[ast.stmt], known: bool = True) -> Iterator[tuple[
             yield statement, known and is_known(statement)
 
 
-def _region(name: str, call: ast.Call, step: int) -> Region:
-    segment, offset, dtype, shape, stride = call.args
-    assert isinstance(segment, ast.Name)
-    assert isinstance(dtype, ast.Attribute)
-    size = dense_bytes(ast.literal_eval(shape), ast.literal_eval(stride), DTYPE_BYTES.get(dtype.attr, 1))
-    return Region(name=name, segment=segment.id, offset=ast.literal_eval(offset), size=size, start=step, end=step + 1)
+def _region(name: str, view: View, step: int) -> Region:
+    size = dense_bytes(view.shape, view.stride, DTYPE_BYTES.get(view.dtype.removeprefix("torch."), 1))
+    return Region(name=name, segment=view.segment, offset=view.offset, size=size, start=step, end=step + 1)
 
 
 def _sources(value: ast.expr) -> list[str]:

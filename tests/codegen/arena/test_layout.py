@@ -92,7 +92,8 @@ def test_matmuls_are_written_into_the_arena_and_gradients_outside(trained):
     weights = 7 * zoo.SMALL["layers"] + 1
     for graph, results in (("forward", 0), ("backward", weights)):
         lines, returned = trained.body(graph)
-        placed = {m[1] for m in map(re.compile(r"(\w+) = alloc_from_pool\(memo_arena_\d+, \d+, ").match, lines) if m}
+        views = map(re.compile(r"(\w+) = (?:alloc_from_pool|reinterpret_tensor)\(memo_arena_\d+, ").match, lines)
+        placed = {m[1] for m in views if m}
         written = re.findall(r"extern_kernels\.mm\(.*out=(\w+)\)", "\n".join(lines))
         outside = {name for name in written if name not in placed}
         assert len(written) > len(outside) == results

@@ -50,6 +50,23 @@ def test_an_overlap_is_rejected(offset):
         verify_emitted(forward(offset))
 
 
+@pytest.mark.parametrize("start", [0, 8, 15])
+def test_an_overlap_in_a_segment_of_a_dtype_is_rejected(start):
+    """Such views start at an element."""
+    text = FORWARD.format(offset=0).replace("(128, ), (1, ), torch.uint8", "(32, ), (1, ), torch.float32")
+    text = text.replace("alloc_from_pool(memo_arena_0, 0, torch.float32, (16, ), (1, ))", "{}")
+
+    def read(first, second):
+        views = (f"reinterpret_tensor(memo_arena_0, (16, ), (1, ), {at})" for at in (first, second))
+        return read_regions(text.format(*views).splitlines(), ["buf1"], ["primals_1"])
+
+    verify_emitted(read(0, 16))
+    with pytest.raises(PlacementOverlap, match=r"buf1.*buf0"):
+        verify_emitted(read(0, start))
+    with pytest.raises(PlacementOverlap, match="has 128"):
+        verify_emitted(read(0, 16 + start + 1))
+
+
 def test_a_region_beyond_its_segment_is_rejected():
     with pytest.raises(PlacementOverlap, match="has 128"):
         verify_emitted(forward(96))

@@ -13,7 +13,7 @@ from torch._functorch import config
 
 from memo_compile.codegen.donation import nothing_donated
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
-from memo_compile.passes.fx.ranges import NoRange, has_symbols, write_numbers
+from memo_compile.passes.fx.ranges import has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide
 from memo_compile.planning.fit_budget import fit_budget
@@ -24,7 +24,7 @@ from memo_compile.runtime.calls import backward_call, boxed, forward_call
 from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
-from memo_compile.trace.ranks import groups_of, together
+from memo_compile.trace.ranks import together
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record, tell_of_results, told_of
 
 
@@ -93,8 +93,6 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
         return with_tiles(p, fitted.decided.limits or limits), replace(fitted.decided, plan=plan)
 
     if has_symbols(joint):
-        if groups_of(joint):
-            raise NoRange("ranks must plan for one length")
         unplanned = split_as_torch(joint, inputs, num_outputs, static)
         lengths = setting.options.lengths
         (p, decided), ends = over_range(joint, lengths, lambda graph, rows: planned(graph, least_rows=rows))

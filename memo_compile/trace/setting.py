@@ -32,7 +32,6 @@ from memo_compile.schema import Plan
 from memo_compile.trace.captured import under_compiled_autograd
 from memo_compile.trace.frames import check_limit, frame_name, warn_at_limit
 from memo_compile.trace.observer import Observe, nobody
-from memo_compile.trace.ranks import groups_of
 from memo_compile.trace.siblings import expected_calls
 
 log = logger("memo_compile")
@@ -302,10 +301,8 @@ def check_one_plan(joint: fx.GraphModule, setting: Setting) -> None:
     """Call this before a graph is planned for a range of lengths.
 
     Raises:
-        NoRange: ranks plan together, for one length; so does `verify="poison"`.
+        NoRange: `verify="poison"` is for one length.
     """
-    if groups_of(joint):
-        raise NoRange("ranks plan together, for one length")
     if setting.options.verify == "poison":
         raise NoRange("poison is for one length")
 

@@ -174,30 +174,40 @@ class Gathered(nn.Module):
         return x.square().mean() / 2  # of two ranks
 
 
-def gathered(rank, backend):
+def gathered(rank, backend, lengths):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(256, 256, generator=generator, dtype=torch.float64) / 16 for _ in range(4)]
-    data = torch.randn(2, 64, 256, generator=generator, dtype=torch.float64)
+    data = torch.randn(2, max(lengths), 256, generator=generator, dtype=torch.float64)
     leaves = [w.clone().requires_grad_() for w in weights]
-    x = data
-    for w in leaves:
-        x = torch.sin(F.linear(x, w)) + x
-    x.square().mean().backward()
     model = Gathered(weights, rank)
     run = torch.compile(model, backend=backend, options={**MIN, "offload": False})
-    run(data[rank]).backward()
+    for n in lengths:
+        x = data[:, :n]
+        for w in leaves:
+            x = torch.sin(F.linear(x, w)) + x
+        x.square().mean().backward()
+        run(data[rank, :n]).backward()
     off = max(
         float((p.grad - w.grad.chunk(2)[rank]).norm() / w.grad.norm())
         for p, w in zip(model.shards, leaves, strict=True)
     )
-    return off, [a.name for a in memo_compile.plans()[-1].activations if a.recomputed and a.shape == (256, 256)]
+    plans = memo_compile.plans()
+    return off, [[a.name for a in p.activations if a.recomputed and a.shape == (256, 256)] for p in plans], plans
 
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_parameters_gathered_in_the_graph_are_gathered_again_on_every_rank(ranks, backend):
-    (first, again), (second, there) = ranks.run(gathered, backend)
+    (first, (again,), _), (second, (there,), _) = ranks.run(gathered, backend, (64,))
     assert max(first, second) <= EXACT
     assert again == there != []
+
+
+@pytest.mark.parametrize("backend", EITHER)
+def test_ranks_plan_one_range_of_lengths_together(ranks, backend):
+    (first, (_, again), (_, plan)), (second, (_, there), _) = ranks.run(gathered, backend, (64, 48, 36, 60))
+    assert max(first, second) <= EXACT
+    assert again == there != []
+    assert plan.range.endswith("64]")
 
 
 class Ulysses(nn.Module):

@@ -16,7 +16,7 @@ import torch.fx as fx
 
 from memo_compile.errors import DrawnTwice
 from memo_compile.passes.analysis.recompute_chains import recompute_chain
-from memo_compile.passes.analysis.user_checkpoints import NO_POLICIES, Policies
+from memo_compile.passes.analysis.user_checkpoints import MARK, NO_POLICIES, Policies
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import (
     is_cheap,
@@ -56,7 +56,11 @@ def _torch_partitioner() -> Any:
 
 
 def split_min_cut(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, static_inputs: list[int] | None) -> Split:
-    """torch's own split: what `inductor` would run. The joint graph loses its dead and duplicate nodes on the way."""
+    """torch's own split: what `inductor` would run. The joint graph loses its dead and duplicate nodes on the way.
+
+    It keeps the marks of the user's checkpoints: torch adds marks of its own, which would be taken for the user's.
+    """
+    marks = {n.name: n.meta[MARK] for n in joint.graph.nodes if MARK in n.meta}
     forward, backward = _torch_partitioner().min_cut_rematerialization_partition(
         joint,
         inputs,
@@ -64,6 +68,10 @@ def split_min_cut(joint: fx.GraphModule, inputs: Any, num_fwd_outputs: int, stat
         num_fwd_outputs=num_fwd_outputs,
         static_lifetime_input_indices=static_inputs,
     )
+    for node in joint.graph.nodes:
+        node.meta.pop(MARK, None)
+        if node.name in marks:
+            node.meta[MARK] = marks[node.name]
     return Split(forward, backward, _saved_names(forward, num_fwd_outputs), num_fwd_outputs)
 
 

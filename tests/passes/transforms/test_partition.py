@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch._functorch.aot_autograd import aot_function
+from torch.utils.checkpoint import CheckpointPolicy
 
 from memo_compile.errors import DrawnTwice
 from memo_compile.passes.analysis.liveness import last_reads, lifetimes
 from memo_compile.passes.analysis.recompute_chains import recompute_chain
+from memo_compile.passes.analysis.user_checkpoints import MARK, policies_of
 from memo_compile.passes.fx.facts import is_seed, nbytes
 from memo_compile.passes.transforms.partition import (
     canonical_saved,
@@ -69,6 +71,18 @@ def test_a_split_saves_what_it_was_told_and_makes_the_rest_again():
     assert "mm" not in whole.saved
     backward = order_backward(whole.backward)
     assert any(n.target is torch.ops.aten.mm.default and n.name == "mm" for n in backward.graph.nodes)
+
+
+def test_a_split_leaves_the_marks_of_a_users_checkpoints_as_they_are():
+    """torch writes marks of its own between two checkpoints, which the next to ask would take for the user's."""
+    joint, split = joint_of(repeat_kv, torch.randn(8, 4), torch.randn(4, 4, requires_grad=True))
+    for region, node in enumerate(n for n in joint.graph.nodes if n.op == "call_function"):
+        node.meta |= {MARK: CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+    inputs = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
+    before = policies_of(joint)
+    split_min_cut(joint, inputs, split.num_forward_outputs, None)
+    assert policies_of(joint) == before
+    assert before.suggested
 
 
 def test_a_value_dies_after_its_last_reader():

@@ -9,11 +9,22 @@ from functools import cache
 from bench import roster
 from bench.measurement import Case
 from bench.models import make_model, model_flops
-from bench.pages import PLOTTED, longest
-from bench.rows import Row, Rows, is_current
+from bench.peers import AT
+from bench.rows import PLOTTED, NothingToStandOn, Row, Rows, is_current, longest, too_long_at, within
 
 K = 1024
 STREAMS, TILES = "checkpoint+streams", "checkpoint+streams+tiles"
+EVERY = (  # what one would use instead, of which each table has a row, and one of memo within its peak
+    *("inductor", "inductor-budget-0.5", "checkpoint", STREAMS, TILES, "inductor-offload", "checkpoint+liger"),
+)
+TABLES = (  # model, layers and lengths of the tables, what is worth most first
+    ("llama-8b", 4, (64, 128, 16, 8, 256, 512, 1024)),
+    ("gpt-7b", 4, (64, 256)),
+    ("llama-8b", 8, (64,)),
+    ("hf-llama-8b", 4, (64,)),
+    ("hf-llama-8b-lora", 4, (64,)),
+    ("hf-qwen3-moe", 4, (32,)),
+)
 SHORT = 16 * K  # tokens up to which a step is so short that six are timed
 LONG = 128 * K  # tokens from which one timed step is enough
 UNIT = 8 * K  # of lengths that are tried
@@ -39,6 +50,10 @@ def _llama(tokens: int, *peers: str) -> Iterator[Item]:
 
 def agenda(card: str = "") -> list[Item]:
     """All parts for a card, what is worth most first; a peer stands before memo within its peak."""
+    return list(dict.fromkeys([*_worth_most(card), *_whole_tables()]))
+
+
+def _worth_most(card: str) -> list[Item]:
     long = ("memo-110GiB", "memo-auto") if "H200" in card else ("memo-auto",)
     return [
         Item("tests"),
@@ -92,6 +107,14 @@ def agenda(card: str = "") -> list[Item]:
     ]
 
 
+def _whole_tables() -> Iterator[Item]:
+    """Every peer at every length."""
+    pairs = [peer for other in EVERY for peer in (other, f"{AT}{other}")]
+    for model, layers, lengths in TABLES:
+        for tokens in lengths:
+            yield from _row(model, layers, tokens * K, *pairs, "memo-min", "memo-auto")
+
+
 def in_small(item: Item) -> Item:
     """The same for a test of the program itself, on a CPU."""
     if item.case is None:
@@ -125,6 +148,32 @@ def state(item: Item, rows: Rows, parts: dict[str, Row], card: str) -> str:
     if row is not None:
         return "current" if is_current(row) else "older"
     return "other card" if any(rows.current(other, case) for other in rows.cards()) else "missing"
+
+
+def why_not(case: Case, rows: Rows, card: str) -> str:
+    """Why a row cannot be measured; "" where it can."""
+    ended = too_long_at(rows, card, case)
+    if ended:
+        return f"does not fit: ended at {ended // K}K tokens"
+    try:
+        within(case, rows, card)
+    except NothingToStandOn as error:
+        return str(error)
+    return ""
+
+
+def unrun(rows: Rows, card: str) -> list[tuple[Case, str]]:
+    """The rows of the agenda that a card does not have, each with the reason."""
+    tiny = any(row.get("tiny") for row in rows.rows.values() if row["card"] == card)
+    items = [in_small(item) if tiny else item for item in agenda(card)]
+    cases = [item.case for item in dict.fromkeys(items) if item.case is not None]
+    return [(case, _reason(case, rows, card)) for case in cases if rows.find(card, case) is None]
+
+
+def _reason(case: Case, rows: Rows, card: str) -> str:
+    other = roster.other_of(case.peer)
+    waits = bool(other) and rows.find(card, replace(case, peer=other)) is None
+    return (not waits and why_not(case, rows, card)) or "not yet"
 
 
 TESTS_LAST = 120.0  # seconds at a time; what has not passed by then goes on next time

@@ -1,22 +1,24 @@
-"""What the stream engine itself takes of the processor for each copy, on a CUDA that does nothing.
+"""What memo takes of the processor: its engine for each copy, and a whole step beside Inductor's.
 
     python -m bench.bookkeeping
 
-Microseconds, the fastest of many rounds: starting an offload and a prefetch, and putting the computation after each.
-What CUDA's own calls take comes on top: `bench.probes step` tells that, on a card.
+Microseconds, the fastest of many rounds, on a CUDA that does nothing: starting an offload and a prefetch, and putting
+the computation after each; and steps of a model whose kernels take next to nothing (`bench.small_steps`). What CUDA's
+own calls take comes on top: `bench.probes step` tells that, on a card.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from bench import small_steps
 from bench.common import save
+from bench.idle_cuda import IdleCuda
 from memo_compile.runtime.streams import StreamEngine
 
 ROUNDS, COPIES = 100, 100
@@ -24,51 +26,9 @@ CPU = torch.device("cpu")
 SLICES = {"dense": torch.zeros(16, 8), "rows of heads": torch.zeros(1, 4, 16, 8)[:, :, :6]}
 
 
-class _Idle:
-    """A stream, or an event."""
-
-    cuda_stream = 0
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def record(self, stream: Any) -> None:
-        pass
-
-
-class _Cuda:
-    """What `StreamEngine` asks of `torch.cuda`, done by nobody."""
-
-    Event = _Idle
-
-    def __init__(self) -> None:
-        self.stream = _Idle()
-
-    def Stream(self, device: torch.device) -> _Idle:  # noqa: N802
-        return self.stream
-
-    def current_stream(self, device: torch.device) -> _Idle:
-        return self.stream
-
-    def capturing(self) -> bool:
-        return False
-
-    def on(self, stream: Any) -> contextlib.nullcontext[None]:
-        return contextlib.nullcontext()
-
-    def copy(self, *what: Any) -> None:
-        pass
-
-    def copy_planes(self, *what: Any) -> bool:
-        return True
-
-
 def measured(name: str) -> dict[str, Any]:
     """One row: microseconds of each call for one kind of slice."""
-    engine, x = StreamEngine(CPU, cuda=_Cuda()), SLICES[name]
+    engine, x = StreamEngine(CPU, cuda=IdleCuda()), SLICES[name]
     lease = torch.zeros(1 << 16, dtype=torch.uint8)
     calls = {"offload": engine.offload, "offload_wait": engine.offload_wait}
     calls |= {"prefetch": engine.prefetch, "prefetch_wait": engine.prefetch_wait}
@@ -88,14 +48,35 @@ def _seconds(fn: Callable[..., None], x: torch.Tensor, lease: torch.Tensor) -> f
     return time.perf_counter() - started
 
 
-def main() -> None:
-    """Measure, and write the table."""
-    rows = [measured(name) for name in SLICES]
+def copies_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each kind of slice."""
     heads = list(rows[0])
     lines = ["| " + " | ".join(h.replace("_", " ") for h in heads) + " |", "|---" * len(heads) + "|"]
     lines += [f"| {r['slice']} | " + " | ".join(f"{r[h]:.1f}" for h in heads[1:]) + " |" for r in rows]
-    table = "Microseconds a copy, the fastest of 100 rounds of 100.\n\n" + "\n".join(lines)
-    save("bookkeeping", "python -m bench.bookkeeping", rows, table)
+    return f"Microseconds a copy, the fastest of {ROUNDS} rounds of {COPIES}.\n\n" + "\n".join(lines)
+
+
+def steps_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each side."""
+    heads = ["side", "copies", "µs a step", "× Inductor's", "at the median", *small_steps.PARTS]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for r in rows:
+        figures = [f"{r['us']:.0f}", f"{r['times']:.2f}", f"{r['times_median']:.2f}"]
+        shares = [f"{r[part]:.0%}" for part in small_steps.PARTS]
+        lines.append("| " + " | ".join([r["side"], str(r["copies"]), *figures, *shares]) + " |")
+    s = small_steps
+    return (
+        f"A step of {s.LAYERS} layers, {s.TOKENS} tokens wide {s.WIDTH}, forward and backward: processor time, the "
+        f"fastest of {s.ROUNDS} rounds of {s.STEPS} in turns; and shares of it while a profiler looks on, which makes "
+        "Python's calls dearer than they are.\n\n" + "\n".join(lines)
+    )
+
+
+def main() -> None:
+    """Measure, and write the tables."""
+    copies, steps = [measured(name) for name in SLICES], small_steps.rows()
+    table = copies_table(copies) + "\n\n" + steps_table(steps)
+    save("bookkeeping", "python -m bench.bookkeeping", [*copies, *steps], table)
     sys.stdout.write(table + "\n")
 
 

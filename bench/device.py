@@ -44,11 +44,11 @@ from typing import Any
 import torch
 
 from bench import pages, roster
-from bench.agenda import TESTS_LAST, Item, agenda, expected, in_small, resolved, state, took
+from bench.agenda import TESTS_LAST, Item, agenda, expected, in_small, resolved, state, took, why_not
 from bench.common import RESULTS, ROOT, child_environment
 from bench.fuzzing.oracle import FAILURES
 from bench.provenance import card, made
-from bench.rows import NothingToStandOn, Row, Rows, parts_beside, write_whole
+from bench.rows import Row, Rows, parts_beside, too_long_at, write_whole
 from bench.worker import Runner, end
 
 KINDS = ("tests", "fuzz", "rows", "probes")
@@ -202,12 +202,16 @@ class Session:
         print(f"on {self.card}, {left:.0f} s")
         for item in self.items():
             seconds = expected(item, self.rows, self.parts, self.card)
-            begun = seconds <= left
+            begun = seconds <= left and not self._is_too_long(item)
             left -= seconds * begun
             known = state(item, self.rows, self.parts, self.card)
             last = self._last(item)
             took = f"{last:.0f} s last time" if last else "never run here"
             print(f"{'run ' if begun else 'skip'} {item.name}: {known}, {seconds:.0f} s expected, {took}")
+
+    def _is_too_long(self, item: Item) -> bool:
+        case = resolved(item, self.rows, self.card)
+        return case is not None and too_long_at(self.rows, self.card, case) > 0
 
     def _last(self, item: Item) -> float | None:
         case = resolved(item, self.rows, self.card)
@@ -240,11 +244,11 @@ class Session:
         return item.name.startswith("longest ") or self._part(item)
 
     def _row(self, item: Item, case: Any) -> bool:
-        try:
-            row = self.runner.measure(case, self.left)
-        except NothingToStandOn as error:
-            print(f"{item.name}: {error}", flush=True)
+        hindrance = why_not(case, self.rows, self.card)
+        if hindrance:
+            print(f"{item.name}: {hindrance}", flush=True)
             return True
+        row = self.runner.measure(case, self.left)
         figure = "ended: no time" if row is None else row.get("failed") or f"{row['tokens_per_second']:.0f} tokens/s"
         self._say(item, figure)
         return row is not None

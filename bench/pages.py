@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import goals, questions, roster
+from bench.agenda import unrun
 from bench.common import RESULTS
-from bench.rows import Row, Rows, is_current
+from bench.rows import PLOTTED, Row, Rows, is_current, longest
 
 GIB = 2**30
 REMARKS = "gpu-remarks.md"  # beside the page, by hand; the program copies it below the tables
 UNSAID = ("log", "profile", "done")  # what is stored with a part and stands in no line
-PLOTTED = ("llama-8b", 4)  # model and layers
 
 HEAD = """# Measured on GPUs
 
@@ -31,7 +31,7 @@ def write(rows: Rows, parts: Mapping[str, Row]) -> None:
     shown = f"![tokens/s against peak, and the longest length by peer]({picture.name})\n" if plotted(rows) else ""
     goal = f"## What it is to show\n\n{goals.table(rows)}\n"
     asked = f"## Open questions\n\n`python -m bench.probes NAME` asks.\n\n{questions.table(parts)}\n"
-    chapters = [HEAD, goal, shown, tables(rows), asked, answers(parts), remarks(page.parent)]
+    chapters = [HEAD, goal, shown, tables(rows), not_run(rows), asked, answers(parts), remarks(page.parent)]
     page.write_text("\n".join(chapter for chapter in chapters if chapter))
     plot(rows, picture)
 
@@ -53,6 +53,19 @@ def tables(rows: Rows) -> str:
         f"## {model}, {layers} layers, {_tokens(tokens)} tokens\n\n{_reached(found, rows)}\n\n{_details(found)}\n"
         for (model, layers, tokens), found in sorted(groups.items())
     )
+
+
+def not_run(rows: Rows) -> str:
+    """What the agenda has beside the tables' rows, by card and length, and why there is none."""
+    lines = []
+    for card in rows.cards():
+        groups: dict[tuple[str, int, int, str], list[str]] = {}
+        for case, why in unrun(rows, card):
+            groups.setdefault((case.model, case.layers, case.tokens, why), []).append(case.peer)
+        short = card.removeprefix("NVIDIA ")
+        for (model, layers, tokens, why), peers in sorted(groups.items()):
+            lines.append(f"- {short}, {model}, {layers} layers, {_tokens(tokens)}, {why}: {', '.join(peers)}")
+    return "## Not run\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def answers(parts: Mapping[str, Row]) -> str:
@@ -142,18 +155,6 @@ def _figures(r: Row) -> list[str]:
 def _reserved(row: Row) -> int:
     """What is predicted of all that is reserved: a plan's part, and what the step begins with."""
     return int(row["allocated"] - row["peak"] + row["predicted_reserved"])
-
-
-def longest(rows: Rows, card: str, peer: str) -> tuple[int, int]:
-    """The longest length of the plotted model that trained, and the shortest above it that did not; 0 for none."""
-    mine = [r for r in rows.rows.values() if (r["model"], r["layers"], r["card"], r["peer"]) == (*PLOTTED, card, peer)]
-    good = max((r["tokens"] for r in mine if "failed" not in r), default=0)
-    return good, min((r["tokens"] for r in mine if _too_long(r) and r["tokens"] > good), default=0)
-
-
-def _too_long(row: Row) -> bool:
-    """Whether it failed for want of memory, of the device or of the host."""
-    return any(word in row.get("failed", "") for word in ("Memory", "Budget"))
 
 
 def plotted(rows: Rows) -> list[Row]:

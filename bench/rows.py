@@ -16,6 +16,7 @@ from bench import roster
 from bench.measurement import Case
 
 Row = dict[str, Any]
+PLOTTED = ("llama-8b", 4)  # model and layers of which longest lengths are sought
 UNSETTLED = ("died", "ImportError", "ModuleNotFoundError")  # failures to be tried again
 
 
@@ -86,3 +87,32 @@ def within(case: Case, rows: Rows, card: str) -> Case:
     if row is None or "failed" in row:
         raise NothingToStandOn(f"{other}: {row['failed'] if row else 'not measured'}")
     return replace(case, budget=int(row["peak"]))
+
+
+def longest(rows: Rows, card: str, peer: str) -> tuple[int, int]:
+    """The longest length of the plotted model that trained, and the shortest above it that did not; 0 for none."""
+    mine = _like(rows, card, Case(*PLOTTED, 0, peer))
+    good = max((r["tokens"] for r in mine if "failed" not in r), default=0)
+    return good, min((r["tokens"] for r in mine if _too_long(r) and r["tokens"] > good), default=0)
+
+
+def too_long_at(rows: Rows, card: str, case: Case) -> int:
+    """A shorter length at which the peer ended with the code that lies here; 0 for none.
+
+    Within another's peak nothing is known: that one's differs by length.
+    """
+    if roster.other_of(case.peer):
+        return 0
+    ended = [r["tokens"] for r in _like(rows, card, case) if _too_long(r) and is_current(r)]
+    return min((tokens for tokens in ended if tokens < case.tokens), default=0)
+
+
+def _like(rows: Rows, card: str, case: Case) -> list[Row]:
+    """The rows of one peer and model on a card, of any length."""
+    wanted = (card, case.model, case.layers, case.peer)
+    return [r for r in rows.rows.values() if (r["card"], r["model"], r["layers"], r["peer"]) == wanted]
+
+
+def _too_long(row: Row) -> bool:
+    """Whether it failed for want of memory, of the device or of the host."""
+    return any(word in row.get("failed", "") for word in ("Memory", "Budget"))

@@ -138,12 +138,10 @@ def liger(trained: Any) -> Run:
     """Checkpointing with Liger's fused linear cross entropy.
 
     Raises:
-        NotImplementedError: liger-kernel is not installed.
+        ImportError: liger-kernel is not installed, so that the row is asked for again.
     """
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
-    except ImportError as error:
-        raise NotImplementedError("liger-kernel is not installed") from error
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+
     checkpointed(trained)
 
     def run(tokens: Tensor, labels: Tensor) -> Tensor:

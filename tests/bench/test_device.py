@@ -181,6 +181,34 @@ def test_memo_within_a_peak_needs_that_peak_on_this_card(stored):
         rows.within(wanted, stored, "NVIDIA H200")
 
 
+def test_a_peer_that_ended_at_a_shorter_length_is_not_asked_for_a_longer_one(stored):
+    """But memo within another's peak is, since that grows with the length."""
+    longer = replace(CASE, tokens=131072)
+    for peer in ("checkpoint", "memo@checkpoint+streams"):
+        stored.add(row_of(replace(CASE, peer=peer), failed="OutOfMemoryError", said=""))
+    stored.add(row_of(replace(longer, peer="checkpoint+streams")))
+    assert agenda.why_not(longer, stored, "NVIDIA H200") == "does not fit: ended at 64K tokens"
+    assert not agenda.why_not(longer, stored, "NVIDIA H100")
+    assert not agenda.why_not(replace(longer, peer="memo@checkpoint+streams"), stored, "NVIDIA H200")
+    assert (
+        agenda.why_not(replace(CASE, peer="memo@checkpoint"), stored, "NVIDIA H200") == "checkpoint: OutOfMemoryError"
+    )
+    stored.add(row_of(CASE, failed="OutOfMemoryError", said="", code="old"))
+    assert not agenda.why_not(longer, stored, "NVIDIA H200")
+
+
+def test_the_page_says_of_every_row_of_the_agenda_that_is_missing_why(stored):
+    stored.add(row_of(CASE, failed="OutOfMemoryError", said=""))
+    page = pages.not_run(stored).splitlines()
+    (line,) = [line for line in page if "H200, llama-8b, 4 layers, 128K, does not fit: ended at 64K tokens:" in line]
+    assert line.endswith(": checkpoint")
+    (line,) = [line for line in page if "H200, llama-8b, 4 layers, 64K, checkpoint: OutOfMemoryError:" in line]
+    assert line.endswith(": memo@checkpoint")
+    known = {item.case.key for item in agenda.agenda("NVIDIA H200") if item.case is not None}
+    said = sum(len(line.rsplit(": ", 1)[1].split(", ")) for line in page if line.startswith("- "))
+    assert said == len(known) - 1
+
+
 def test_older_rows_are_marked_and_cards_stand_side_by_side(stored):
     stored.add(row_of(CASE))
     stored.add(row_of(CASE, card="NVIDIA H100", code="old"))
@@ -200,7 +228,7 @@ def test_the_next_length_is_between_what_ran_and_what_did_not_fit(stored):
     stored.add(row_of(replace(case, tokens=131072), failed="OutOfMemoryError", said=""))
     assert agenda.resolved(item, stored, "NVIDIA H200").tokens == 98304
     stored.add(row_of(replace(case, tokens=98304), failed="RuntimeError", said="no fault of its length"))
-    assert pages.longest(stored, "NVIDIA H200", "memo-auto") == (65536, 131072)
+    assert rows.longest(stored, "NVIDIA H200", "memo-auto") == (65536, 131072)
 
 
 def test_every_row_of_the_agenda_is_of_a_known_peer_that_comes_before_memo_within_its_peak():

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from bench.probes.timing import GIB, Answer, Scene, issued, locked, on_cuda, pinned_by_torch, timed
+from memo_compile.runtime.numa import node_of_device, nodes
 
 HUGE_PAGES, KEEP_FROM_CHILDREN, EMPTY_IN_CHILDREN = 14, 10, 18  # madvise's MADV_HUGEPAGE, _DONTFORK and _WIPEONFORK
 
 
 def link(scene: Scene) -> Answer:
-    """The link's GB/s each way, alone and both at once, and a series of matmuls alone and beside both copies."""
+    """The link's GB/s each way, alone and both at once, and a series of matmuls alone and beside both copies.
+
+    And the NUMA nodes: `locked` memory lies where its pages are first written, memo's on the GPU's node.
+    """
     on_cuda(scene)
     size = 2 * GIB
     (out, _), (back, _) = locked(size), locked(size)
@@ -46,6 +50,8 @@ def link(scene: Scene) -> Answer:
         "each_at_once_GBs": size / timed(both) / 1e9,
         "matmuls_s": timed(matmuls),
         "products_beside_copies_s": timed(beside),
+        "numa_nodes": len(nodes()),
+        "node_of_gpu": node_of_device(torch.device("cuda")),
     }
 
 

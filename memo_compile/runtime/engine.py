@@ -290,15 +290,8 @@ class Engine(ABC):
     # Bookkeeping.
 
     def _describe(self, kind: Direction, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Copy:
-        nbytes = device.numel() * device.element_size()
-        return Copy(
-            kind=kind,
-            lease=lease.data_ptr(),
-            offset=offset,
-            device=device.data_ptr(),
-            nbytes=nbytes,
-            thread=threading.get_ident(),
-        )
+        sides = lease.data_ptr(), offset, device.data_ptr()
+        return Copy(kind, *sides, nbytes=device.nbytes, thread=threading.get_ident())
 
     def _begin(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor) -> None:
         with self._lock:
@@ -356,5 +349,4 @@ def host_view(lease: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Ten
 
     Host bytes hold a value in row-major order, whatever strides it has on the device.
     """
-    nbytes = like.numel() * like.element_size()
-    return lease[offset : offset + nbytes].view(like.dtype).view(like.shape)
+    return lease[offset : offset + like.nbytes].view(like.dtype).view_as(like)

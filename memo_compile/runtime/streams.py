@@ -67,7 +67,7 @@ class StreamEngine(Engine):
         # A capture begins with the device idle, and events do not reach across its border.
         if isinstance(after, _Queued) and after.captured == captured:
             stream.wait_event(after.done)
-        src, dst = src.detach(), dst.detach()
+        src, dst = _plain(src), _plain(dst)
         self._queue(copy.kind, dst, src, stream)
         done = self._cuda.Event()
         done.record(stream)
@@ -76,7 +76,7 @@ class StreamEngine(Engine):
         return _Queued(*fields, done, tensor, captured)
 
     def _queue(self, kind: Direction, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
-        flat = planes(dst, src)
+        flat = [] if dst.is_contiguous() and src.is_contiguous() else planes(dst, src)
         if flat and self._cuda.copy_planes(flat, kind, stream):
             return
         with self._cuda.on(stream):
@@ -105,6 +105,11 @@ class StreamEngine(Engine):
 
 
 _NOTHING = torch.empty(0)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its history."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 class _Cuda:

@@ -88,7 +88,8 @@ QUESTIONS = (
         "step",
         "`times_plain` above 1.05: issuing is what to shorten, and `memo_ops` says whose it is. `gaps` larger"
         " than Inductor's: the device waits for the processor, or for copies",
-        "not run on a card",
+        "on the CPU, at 8 layers whose kernels take next to nothing: 1.03 without a budget, 1.34 within half "
+        "(`bench/results/bookkeeping.md`). Not run on a card",
     ),
     Question(
         "Does `memo doctor --measure` take less than a minute?",

@@ -2,7 +2,7 @@
 
 torch binds `cudaHostRegister` and `cudaHostUnregister` (torch/csrc/cuda/shared/cudart.cpp), which give back their error
 and leave it behind as the thread's last one: the next kernel that torch launches would report it as its own. Neither
-`cudaGetLastError` nor a copy in two dimensions is bound, so that both are called by ctypes.
+`cudaGetLastError` nor copies by address are bound, so that they are called by ctypes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ def page_unlock(address: int) -> int:
 
 
 def copy_planes(planes: Iterable[Plane], kind: Direction, stream: int) -> bool:
-    """Queue copies in two dimensions on a stream; whether all were taken."""
+    """Queue copies by address on a stream, those of several rows in two dimensions; whether all were taken."""
     runtime = library()
     if runtime is None:
         return False
     for p in planes:
-        sides = p.dst, p.dst_pitch, p.src, p.src_pitch
-        if _cleared(runtime.cudaMemcpy2DAsync(*sides, p.width, p.height, _KINDS[kind], stream)):
+        if p.height == 1:  # of any length, where pitches have a limit
+            error = runtime.cudaMemcpyAsync(p.dst, p.src, p.width, _KINDS[kind], stream)
+        else:
+            sides = p.dst, p.dst_pitch, p.src, p.src_pitch
+            error = runtime.cudaMemcpy2DAsync(*sides, p.width, p.height, _KINDS[kind], stream)
+        if _cleared(error):
             return False
     return True
 
@@ -72,6 +76,7 @@ def library() -> Any:
         return None
     runtime = ctypes.CDLL(path)
     runtime.cudaGetLastError.argtypes = []
+    runtime.cudaMemcpyAsync.argtypes = [_POINTER, _POINTER, _SIZE, ctypes.c_int, _POINTER]
     runtime.cudaMemcpy2DAsync.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_int, _POINTER]
     return runtime
 

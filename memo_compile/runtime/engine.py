@@ -155,7 +155,7 @@ class Engine(ABC):
     def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy `src` to the lease's bytes from `offset` on, once `src` has been produced."""
         self._await_producer()
-        self._begin(self._describe(Direction.D2H, src, lease, offset), src, host_view(lease, offset, src))
+        self._begin(self._describe(Direction.D2H, src, lease, offset), src, lease)
 
     def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may write where `src` lies."""
@@ -164,7 +164,7 @@ class Engine(ABC):
     def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy the lease's bytes to `dst`, once the computation has passed the last reader of that place."""
         self._await_readers()
-        self._begin(self._describe(Direction.H2D, dst, lease, offset), host_view(lease, offset, dst), dst)
+        self._begin(self._describe(Direction.H2D, dst, lease, offset), dst, lease)
 
     def prefetch_wait(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may read `dst`."""
@@ -264,8 +264,11 @@ class Engine(ABC):
         """The next copy of this kind starts after what the computation has been given so far."""
 
     @abstractmethod
-    def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
-        """Start a copy, after `after`. What comes back keeps both sides alive until it has ended."""
+    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> Copy:
+        """Start a copy between a value on the device and its place in a lease, after `after`.
+
+        What comes back keeps both sides alive until it has ended.
+        """
 
     @abstractmethod
     def _finish(self, kind: Direction) -> None:
@@ -293,7 +296,7 @@ class Engine(ABC):
         sides = lease.data_ptr(), offset, device.data_ptr()
         return Copy(kind, *sides, nbytes=device.nbytes, thread=threading.get_ident())
 
-    def _begin(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor) -> None:
+    def _begin(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor) -> None:
         with self._lock:
             stale = self._pending.get(copy.key)
         if stale is not None:
@@ -301,7 +304,7 @@ class Engine(ABC):
         try:
             # One step for other threads: who sees a copy can wait for it, and the last read is the last.
             with self._lock:
-                started = self._launch(copy, src, dst, self._before(copy))
+                started = self._launch(copy, device, lease, self._before(copy))
                 self._pending[copy.key] = started
                 self._remember(started)
         except BaseException:  # failed or interrupted half-way: what was queued of it still copies

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +18,7 @@ WIDE = 4096  # bytes: rows of so much are worth their place in a copy in two dim
 MOST_PITCH = 2**31 - 1  # bytes: cudaDevAttrMaxPitch, the same for all devices since compute capability 2
 
 
-@dataclass(frozen=True)
-class Plane:
+class Plane(NamedTuple):
     """`height` rows of `width` bytes, from the addresses of the first on; the pitches are bytes from row to row."""
 
     dst: int
@@ -37,26 +37,41 @@ class _Axis:
 
 
 def planes(dst: torch.Tensor, src: torch.Tensor) -> list[Plane]:
-    """One copy as copies in two dimensions, such as the token rows of all heads.
+    """One copy as copies in two dimensions, such as the token rows of all heads; a dense one is a single row.
 
-    Empty where it is dense, and where a row is strided itself or rows overlap: then see `pieces`.
+    Empty where a row is strided itself or rows overlap: then see `pieces`.
 
     >>> [(p.height, p.width) for p in planes(torch.zeros(2, 3, 4), torch.zeros(2, 8, 4)[:, :3])]
     [(2, 48)]
     """
-    to, origin = dst.data_ptr(), src.data_ptr()
     relative = _planes(tuple(dst.shape), dst.stride(), src.stride(), dst.element_size())
-    return [
-        Plane(
-            dst=to + p.dst,
-            src=origin + p.src,
-            width=p.width,
-            height=p.height,
-            dst_pitch=p.dst_pitch,
-            src_pitch=p.src_pitch,
-        )
-        for p in relative
-    ]
+    return _at(relative, dst.data_ptr(), src.data_ptr())
+
+
+def planes_to_host(src: torch.Tensor, address: int) -> list[Plane]:
+    """`planes` to host memory, where a value lies dense from an address on."""
+    return _at(_planes(*_shape_and_strides(src), src.element_size()), address, src.data_ptr())
+
+
+def planes_from_host(dst: torch.Tensor, address: int) -> list[Plane]:
+    """`planes` the other way."""
+    shape, dense, stride = _shape_and_strides(dst)
+    return _at(_planes(shape, stride, dense, dst.element_size()), dst.data_ptr(), address)
+
+
+def _shape_and_strides(tensor: torch.Tensor) -> tuple[Ints, Ints, Ints]:
+    """Its shape, the strides of a dense value of that shape, and its own."""
+    shape = tuple(tensor.shape)
+    return shape, _dense_strides(shape), tensor.stride()
+
+
+@lru_cache(maxsize=4096)
+def _dense_strides(shape: Ints) -> Ints:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _at(relative: Sequence[Plane], dst: int, src: int) -> list[Plane]:
+    return [Plane(dst + to, src + origin, *rest) for to, origin, *rest in relative]
 
 
 @lru_cache(maxsize=4096)  # a step asks the same of each of its slices, and the host is in a hurry
@@ -64,6 +79,8 @@ def _planes(shape: Ints, dst: Ints, src: Ints, element: int) -> tuple[Plane, ...
     """`planes` of values at address 0, by their shape and strides (elements) and the bytes of an element."""
     outer = _outer_dims(shape, dst, src)
     width = math.prod(shape[outer:]) * element
+    if outer == 0:
+        return (Plane(0, 0, width, 1, width, width),) if width else ()
     axes = _joined([_Axis(n, d * element, s * element) for n, d, s in zip(shape, dst, src, strict=True)][:outer])
     rows = max((a for a in axes if _is_pitch(a, width)), key=lambda a: a.size, default=None)
     if rows is None or outer == len(shape) or not _worth_it(axes, rows, width):

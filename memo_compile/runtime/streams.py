@@ -12,8 +12,8 @@ import torch
 
 from memo_compile.hardware.device_memory import held, obtainable
 from memo_compile.runtime import cudart
-from memo_compile.runtime.engine import Copy, Direction, Engine, Recorder
-from memo_compile.runtime.pieces import Plane, pieces, planes
+from memo_compile.runtime.engine import Copy, Direction, Engine, Recorder, host_view
+from memo_compile.runtime.pieces import Plane, pieces, planes_from_host, planes_to_host
 
 
 @dataclass(eq=False)
@@ -61,24 +61,29 @@ class StreamEngine(Engine):
     def _queue_after_computation(self, kind: Direction) -> None:
         self._streams[kind].wait_stream(self._cuda.current_stream(self._device))
 
-    def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> Copy:
         stream = self._streams[copy.kind]
         captured = self._cuda.capturing()
         # A capture begins with the device idle, and events do not reach across its border.
         if isinstance(after, _Queued) and after.captured == captured:
             stream.wait_event(after.done)
-        src, dst = _plain(src), _plain(dst)
-        self._queue(copy.kind, dst, src, stream)
+        self._queue(copy, device, lease, stream)
         done = self._cuda.Event()
         done.record(stream)
-        tensor = src if copy.kind is Direction.D2H else dst
+        tensor = device.detach() if device.requires_grad else device
         fields = (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
         return _Queued(*fields, done, tensor, captured)
 
-    def _queue(self, kind: Direction, dst: torch.Tensor, src: torch.Tensor, stream: Any) -> None:
-        flat = [] if dst.is_contiguous() and src.is_contiguous() else planes(dst, src)
-        if flat and self._cuda.copy_planes(flat, kind, stream):
+    def _queue(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, stream: Any) -> None:
+        """By address, which takes the processor least, else by torch."""
+        to_host = copy.kind is Direction.D2H
+        flat: list[Plane] = []
+        if copy.offset + copy.nbytes <= lease.nbytes and lease.is_contiguous():  # else torch complains
+            flat = (planes_to_host if to_host else planes_from_host)(device, copy.lease + copy.offset)
+        if flat and self._cuda.copy_planes(flat, copy.kind, stream):
             return
+        host = host_view(lease, copy.offset, device)
+        dst, src = (host, device.detach()) if to_host else (device.detach(), host)
         with self._cuda.on(stream):
             for to, origin in pieces(dst, src):
                 self._cuda.copy(to, origin, stream)
@@ -107,11 +112,6 @@ class StreamEngine(Engine):
 _NOTHING = torch.empty(0)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without its history."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
 class _Cuda:
     """`torch.cuda` as the engine needs it."""
 
@@ -138,7 +138,7 @@ class _Cuda:
 
     @staticmethod
     def copy_planes(flat: Sequence[Plane], kind: Direction, stream: torch.cuda.Stream) -> bool:
-        """Queue copies in two dimensions; whether the runtime took all of them."""
+        """Queue copies by address; whether the runtime took all of them."""
         return cudart.copy_planes(flat, kind, int(stream.cuda_stream))
 
     @staticmethod

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from memo_compile.errors import TransferFailed
-from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder
+from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorder, host_view
 
 Delay = Callable[[Direction], float]  # seconds to wait before a copy
 
@@ -59,9 +59,11 @@ class ThreadEngine(Engine):
     def _queue_after_computation(self, kind: Direction) -> None:
         pass
 
-    def _launch(self, copy: Copy, src: torch.Tensor, dst: torch.Tensor, after: Copy | None) -> Copy:
+    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> Copy:
         assert after is None or isinstance(after, _Job)
-        job = _Job(*_fields(copy), src.detach(), dst.detach(), self._delay, after)
+        here, there = device.detach(), host_view(lease, copy.offset, device)
+        src, dst = (here, there) if copy.kind is Direction.D2H else (there, here)
+        job = _Job(*_fields(copy), src, dst, self._delay, after)
         worker = self._queues.get(copy.kind) or self._worker(copy.kind)
         worker.put(job)
         return job

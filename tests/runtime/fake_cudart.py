@@ -35,6 +35,13 @@ class Runtime:
         error, self.last = self.last, 0
         return error
 
+    def cudaMemcpyAsync(self, dst, src, nbytes, kind, stream):  # noqa: N802
+        if self.refuse:
+            return self._end()
+        self.copies.append((kind, stream, nbytes))
+        ctypes.memmove(dst, src, nbytes)
+        return 0
+
     def cudaMemcpy2DAsync(self, dst, dst_pitch, src, src_pitch, width, height, kind, stream):  # noqa: N802
         if self.refuse:
             return self._end()

@@ -105,10 +105,20 @@ def test_planes_are_copied_by_the_runtime(monkeypatch, kind, number):
     assert runtime.copies == [(number, 77, 5 * 16 * 4, 4)]
 
 
-def test_a_copy_that_the_runtime_refuses_leaves_no_error_behind(monkeypatch):
+@pytest.mark.parametrize(("kind", "number"), [("H2D", 1), ("D2H", 2)])
+def test_what_is_dense_is_copied_by_the_runtime_at_once(monkeypatch, kind, number):
+    runtime = install(monkeypatch, Runtime())
+    src, dst = torch.randn(4, 5, 16), torch.zeros(4, 5, 16)
+    assert cudart.copy_planes(planes(dst, src), kind, 77)
+    assert torch.equal(dst, src)
+    assert runtime.copies == [(number, 77, 4 * 5 * 16 * 4)]
+
+
+@pytest.mark.parametrize("rows", [5, 8], ids=["strided", "dense"])
+def test_a_copy_that_the_runtime_refuses_leaves_no_error_behind(monkeypatch, rows):
     runtime = install(monkeypatch, Runtime(refuse=12))  # cudaErrorInvalidPitchValue
-    src = torch.randn(4, 8, 16)[:, :5]
-    assert not cudart.copy_planes(planes(torch.zeros(4, 5, 16), src), "D2H", 0)
+    src = torch.randn(4, 8, 16)[:, :rows]
+    assert not cudart.copy_planes(planes(torch.zeros(4, rows, 16), src), "D2H", 0)
     assert runtime.last == 0
 
 

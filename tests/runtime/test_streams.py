@@ -75,6 +75,31 @@ def test_token_rows_of_all_heads_are_one_copy_in_two_dimensions(monkeypatch):
     cuda.close()
 
 
+def test_what_is_dense_is_one_copy_by_its_address(monkeypatch):
+    cuda = Cuda(two_dimensions=True)
+    monkeypatch.setattr(cuda, "copy", lambda *args: pytest.fail("torch copied"))
+    engine, lease = StreamEngine(CPU, cuda=cuda), torch.zeros(4096, dtype=torch.uint8)
+    src, dst = torch.randn(3, 5), torch.zeros(3, 5)
+    engine.offload(src, lease, 64)
+    engine.offload_wait(src, lease, 64)
+    engine.prefetch(dst, lease, 64)
+    engine.prefetch_wait(dst, lease, 64)
+    cuda.compute.synchronize()
+    assert torch.equal(dst, src)
+    assert lease.count_nonzero() == lease[64 : 64 + src.nbytes].count_nonzero()
+    cuda.close()
+
+
+@pytest.mark.parametrize("way", ["offload", "prefetch"])
+def test_nothing_is_copied_beyond_a_lease(way):
+    cuda = Cuda(two_dimensions=True)
+    engine = StreamEngine(CPU, cuda=cuda)
+    with pytest.raises(RuntimeError):
+        getattr(engine, way)(torch.zeros(16), torch.zeros(64, dtype=torch.uint8), 4)
+    assert engine.pending == 0
+    cuda.close()
+
+
 def strided(shape, order):
     """A value of this shape whose dimensions lie in memory in this order."""
     return torch.zeros([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
@@ -83,7 +108,7 @@ def strided(shape, order):
 @pytest.mark.parametrize(
     ("value", "count", "height"),
     [
-        (torch.zeros(8, 4), 0, 0),
+        (torch.zeros(8, 4), 1, 1),
         (torch.zeros(8, 4)[:, :2], 1, 8),
         (torch.zeros(2, 5, 8, 4)[:, :, :3], 1, 10),
         (torch.zeros(2, 5, 8, 4)[:, :4, :3], 2, 4),
@@ -93,7 +118,7 @@ def strided(shape, order):
         (torch.zeros(2 * MOST_PIECES, 4)[:, :2], 0, 0),
         (torch.zeros(2 * MOST_PIECES, WIDE // 2)[:, : WIDE // 4], 1, 2 * MOST_PIECES),
         (torch.zeros(0, 4)[:, :2], 0, 0),
-        (torch.tensor(1.0), 0, 0),
+        (torch.tensor(1.0), 1, 1),
     ],
     ids=["dense", "rows", "heads", "some heads", "permuted", "elements", "overlap", "many", "wide", "empty", "scalar"],
 )

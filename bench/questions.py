@@ -79,7 +79,8 @@ QUESTIONS = (
     Question(
         "What do many small copies cost?",
         "pieces",
-        "`processor_s` at once below one by one: copies in two dimensions pay. `device_s` should be alike",
+        "`processor_s` at once below one by one, and dense by address below by torch: copies by address pay. "
+        "`device_s` should be alike",
         "32 pieces of 8 MiB: 24 µs of the processor at once, 574 one by one, 4.9 ms of the device either way "
         "(H200, 4ca084a)",
     ),

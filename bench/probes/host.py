@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.probes.timing import GIB, Answer, Scene, issued, locked, on_cuda, pinned_by_torch, timed
+from memo_compile.runtime.cudart import copy_planes
+from memo_compile.runtime.engine import Direction
 from memo_compile.runtime.numa import node_of_device, nodes
+from memo_compile.runtime.pieces import planes
 
 HUGE_PAGES, KEEP_FROM_CHILDREN, EMPTY_IN_CHILDREN = 14, 10, 18  # madvise's MADV_HUGEPAGE, _DONTFORK and _WIPEONFORK
 
@@ -76,28 +80,31 @@ def locking(scene: Scene) -> Answer:
 
 
 def pieces(scene: Scene) -> Answer:
-    """32 pieces of 8 MiB to the host: one by one, and as one two-dimensional copy."""
+    """32 pieces of 8 MiB to the host: one by one, as one two-dimensional copy, and dense by torch and by address."""
     on_cuda(scene)
-    heads, tokens, size = 32, 65536, 128
+    heads, tokens, size = 32, scene.size(65536), 128
     source = torch.zeros(heads, tokens, size, dtype=torch.bfloat16, device="cuda")
-    half = tokens // 2
-    host, _ = locked(heads * half * size * 2)
-    there = host.view(torch.bfloat16).view(heads, half, size)
-    runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '0').split('.')[0]}")
+    half = source[:, : tokens // 2]
+    host, _ = locked(half.numel() * half.element_size())
+    there = host.view(torch.bfloat16).view(half.shape)
+    dense = source[: heads // 2].view(half.shape)
 
     def one_by_one() -> None:
         for head in range(heads):
-            there[head].copy_(source[head, :half], non_blocking=True)
+            there[head].copy_(half[head], non_blocking=True)
 
-    def at_once() -> None:
-        row, wide = ctypes.c_size_t(half * size * 2), ctypes.c_size_t(tokens * size * 2)
-        to_host, stream = 2, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        ends = ctypes.c_void_p(there.data_ptr()), row, ctypes.c_void_p(source.data_ptr()), wide
-        if runtime.cudaMemcpy2DAsync(*ends, row, ctypes.c_size_t(heads), to_host, stream):
-            raise OSError("cudaMemcpy2DAsync")
+    def by_address(value: Tensor) -> None:
+        if not copy_planes(planes(there, value), Direction.D2H, torch.cuda.current_stream().cuda_stream):
+            raise OSError("the runtime refuses")
 
+    ways: dict[str, Callable[[], Any]] = {
+        "one_by_one": one_by_one,
+        "at_once": lambda: by_address(half),
+        "dense_by_torch": lambda: there.copy_(dense, non_blocking=True),
+        "dense_by_address": lambda: by_address(dense),
+    }
     answer = {}
-    for name, copy in (("one_by_one", one_by_one), ("at_once", at_once)):
+    for name, copy in ways.items():
         timed(copy)
         answer[name] = {"device_s": timed(copy), "processor_s": issued(copy)}
     return answer

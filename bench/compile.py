@@ -90,16 +90,16 @@ class Parts:
     def watched(self) -> Iterator[None]:
         """Within, memo's compilations are timed."""
         from torch._inductor import compile_fx
-        from torch._inductor.async_compile import AsyncCompile
 
         from memo_compile.codegen.compiler import _Compilation
+        from memo_compile.codegen.kernels import Awaited
         from memo_compile.codegen.rehearsal import Rehearsal
 
         places: tuple[tuple[Any, str, str], ...] = (
             (_Compilation, "partition", "planning"),
             (Rehearsal, "dry", "dry runs"),
             (compile_fx, "compile_fx_inner", "lowering"),
-            (AsyncCompile, "cpp_pybinding", "kernels"),
+            (Awaited, "result", "kernels"),
         )
         with ExitStack() as stack:
             for owner, name, part in places:

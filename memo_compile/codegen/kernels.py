@@ -1,17 +1,68 @@
-"""Lets kernels compile beside the graphs that follow.
+"""Lets kernels compile beside the graphs that follow, several C++ kernels together.
 
 A module that Inductor emits waits for its C++ or Triton kernels when it is imported. The forward's wait would leave all
 but the compiler's processes idle, with the backward still to be lowered.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `AsyncCompile.wait(scope)`, the last statement of an emitted
-module, which replaces futures among its globals.
+module, which replaces futures among its globals; `AsyncCompile.cpp_pybinding`, which makes a kernel of a text; `submit`
+and `get_compile_threads`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+
+from memo_compile.codegen.kernel_units import Kernel, Unit, compiled_alone, in_units
+
+
+class Awaited:
+    """A kernel that is not compiled yet. It stands in a module's globals; what calls it there waits."""
+
+    def __init__(self) -> None:
+        self.load: Callable[[], Callable[..., Any]] | None = None
+
+    def result(self) -> Callable[..., Any]:
+        """The kernel."""
+        assert self.load is not None, "its module has not been imported whole"
+        return self.load()
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the kernel."""
+        return self.result()(*args)
+
+
+class _Kernels:
+    """The C++ kernels of one compilation, each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Kernel, Awaited] = {}
+        self._waiting: list[Kernel] = []
+
+    def add(self, _: Any, argtypes: list[str], source: str) -> Awaited:
+        """A kernel of an emitted module; called in place of `AsyncCompile.cpp_pybinding`."""
+        kernel = Kernel(tuple(argtypes), source)
+        if kernel not in self._known:
+            self._known[kernel] = Awaited()
+            self._waiting.append(kernel)
+        return self._known[kernel]
+
+    def start(self, compiler: Any) -> None:
+        """Compile what was added, with the settings of Inductor that hold now."""
+        from torch._inductor.async_compile import get_compile_threads  # loads Inductor
+
+        kernels, self._waiting = self._waiting, []
+        threads = get_compile_threads()
+        submit = compiler.submit if threads > 1 else None
+        for some in in_units(kernels, threads):
+            if len(some) == 1:
+                self._known[some[0]].load = compiled_alone(some[0], submit)
+                continue
+            unit = Unit(some, submit)
+            for i, kernel in enumerate(some):
+                self._known[kernel].load = partial(unit.kernel, i)
 
 
 @contextlib.contextmanager
@@ -21,15 +72,18 @@ def kernels_beside() -> Iterator[None]:
 
     compilers: Any = async_compile.AsyncCompile
     waiting: list[tuple[Any, dict[str, Any]]] = []
-    original = compilers.wait
+    kernels = _Kernels()
+    original, make = compilers.wait, compilers.cpp_pybinding
 
     def later(self: Any, scope: dict[str, Any]) -> None:
+        kernels.start(self)
         waiting.append((self, scope))
 
-    compilers.wait = later
+    compilers.wait, compilers.cpp_pybinding = later, lambda *args: kernels.add(*args)
     try:
         yield
     finally:
-        compilers.wait = original
+        compilers.wait, compilers.cpp_pybinding = original, make
     for compiler, scope in waiting:
+        scope.update({name: value.result() for name, value in scope.items() if isinstance(value, Awaited)})
         compiler.wait(scope)

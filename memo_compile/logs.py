@@ -21,7 +21,7 @@ def logger(name: str) -> logging.Logger:
     return log
 
 
-def first_rank(_: logging.LogRecord) -> bool:
+def first_rank(_: logging.LogRecord | None = None) -> bool:
     """Whether this process is the first rank, or alone."""
     from torch import distributed  # loads torch
 

@@ -1,4 +1,4 @@
-"""List, check or clear the plans that are kept for the next process, in torch's cache."""
+"""List, check or clear the plans that are kept for the next process, in torch's cache and beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from memo_compile.codegen.caching.entries import Entry
 
 HELP = "list, check or clear the plans in torch's cache"
-KEY_SHOWN = 16  # characters of a key, which has 53
+KEY_SHOWN = 16  # characters of a key, which has 53 or 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def _show(console: Console, found: Sequence[Entry]) -> None:
     table = Table("key", "written", "MiB", "budget MiB", "peak MiB", "unplanned MiB", box=None)
     for entry in found:
         when = datetime.fromtimestamp(entry.written).strftime("%Y-%m-%d %H:%M")
-        plan, row = entry.plan, (entry.path.parent.name[:KEY_SHOWN], when, f"{entry.size / MIB:.1f}")
+        plan, row = entry.plan, (entry.key[:KEY_SHOWN], when, f"{entry.size / MIB:.1f}")
         if plan is None:
             table.add_row(*row, entry.fault)
             continue

@@ -21,10 +21,13 @@ import torch.fx as fx
 from memo_compile.codegen.arena.layout import ArenaLayout, handed_on, plan_arena
 from memo_compile.codegen.arena.sides import buffers_of
 from memo_compile.codegen.caching.key import key_for
+from memo_compile.codegen.caching.plan_key import keeps_plans, plan_key
+from memo_compile.codegen.caching.plans import keep
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poisoned
 from memo_compile.codegen.emitted.verifier import read_regions, verify_emitted
+from memo_compile.codegen.fitting import fit_or_find
 from memo_compile.codegen.inductor import collection_paused, num_outputs, settings_for, through_inductor
 from memo_compile.codegen.kernels import kernels_beside
 from memo_compile.codegen.mutations import in_place_where_known, readers_before_writers
@@ -55,23 +58,19 @@ from memo_compile.passes.fx.facts import check_sizes
 from memo_compile.passes.fx.meta import LAYER
 from memo_compile.passes.fx.ranges import NoRange, NothingPlanned, has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
-from memo_compile.planning.decide import Decided, decide, lease_input, lease_output
-from memo_compile.planning.fit_budget import WORTHWHILE, Decide, Fitted, fit_budget
-from memo_compile.planning.fit_reserved import fit_reserved
+from memo_compile.planning.decide import Decided, lease_input, lease_output
 from memo_compile.planning.prepared import Prepared, of_calls, prepare
-from memo_compile.planning.problem import Limits
 from memo_compile.planning.ranges import for_a_range, in_symbols, over_range
 from memo_compile.planning.tiling import with_tiles
+from memo_compile.progress import Progress
 from memo_compile.runtime.cross_call import Schedule
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan, Side
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.observer import Observe, Observer, nobody
-from memo_compile.trace.ranks import together
 from memo_compile.trace.setting import (
     Setting,
     check_one_plan,
     check_planned,
-    limits_for,
     record,
     setting_for,
     tell_of_results,
@@ -84,8 +83,10 @@ log = logger(__name__)
 
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
-    with collection_paused(), kernels_beside(), readers_before_writers(), in_place_where_known():
-        return _compiled(gm, inputs, setting)
+    with Progress(setting.name) as progress:
+        waited = partial(progress.step, "compiling kernels")
+        with collection_paused(), kernels_beside(waited), readers_before_writers(), in_place_where_known():
+            return _compiled(gm, inputs, replace(setting, progress=progress))
 
 
 def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
@@ -94,7 +95,8 @@ def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Ca
     setting = with_budget_now(setting)
     key, found = key_for(setting, gm, inputs), Found(setting)
     through = partial(through_inductor, key=key, loaded=found.loaded)
-    run = _Compilation(setting, num_outputs(gm), gradients_inside=takes_gradients(gm), key=key)
+    inside = takes_gradients(gm)
+    run = _Compilation(setting, num_outputs(gm), gradients_inside=inside, key=key, keeps=keeps_plans(setting))
     try:
         compiled: Any = through(run.partition, run.inner, gm, inputs, setting.options)
     except _Exceeded as exceeded:
@@ -104,6 +106,8 @@ def _compiled(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Ca
         compiled = through(run.partition, run.inner, gm, inputs, setting.options)
     found.tell()
     if isinstance(run.course.phase, Planned):
+        if run.course.phase.to_keep is not None:
+            keep(run.course.phase.to_keep)
         compiled = run.course.phase.observer.measured("forward", compiled, setting.device)
     return setting.first_step.forward(compiled)
 
@@ -128,17 +132,6 @@ class _Exceeded(BaseException):
     def __init__(self, planned: Planned) -> None:
         super().__init__()
         self.planned = planned
-
-
-def _fitted(p: Prepared, limits: Limits, make: Decide, rehearsal: Rehearsal) -> Fitted[Evidence]:
-    """The fastest plan within the budget, of which what is reserved is a part or what is allocated."""
-
-    def fit(limits: Limits) -> Fitted[Evidence]:
-        return fit_budget(p, limits, make, replace(rehearsal, budget=limits.budget).looked_at)
-
-    if not rehearsal.setting.counts_reserved:
-        return fit(limits)
-    return fit_reserved(fit, limits, lambda e: e.layout.reserved(rehearsal.setting.allocator))[0]
 
 
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: Observe = nobody) -> Looked | None:
@@ -177,6 +170,7 @@ class _Compilation:
     scalar: bool = True
     rounds: int = 0  # before
     key: str | None = None
+    keeps: bool = False
     course: Course = field(default_factory=Course)
 
     def partition(
@@ -210,19 +204,10 @@ class _Compilation:
             scalar=self.scalar,
             calls=setting.calls,
         )
-        budget = setting.options.memory_budget
-        # A ratio is of what Inductor holds; of bytes it is asked only where that may be within them.
-        if isinstance(budget, float) or (isinstance(budget, int) and budget > WORTHWHILE * p.unplanned_peak):
-            rehearsal, unplanned_peak = rehearsal.with_unplanned(p)
-            p = replace(p, unplanned_peak=unplanned_peak)
-        with together(joint) as ranks:
-            limits = ranks.agree(limits_for(setting, p.unplanned_peak))
-            if least_rows:
-                limits = for_a_range(limits, p.tokens.tokens, least_rows)
-            rehearsal = replace(rehearsal, budget=limits.budget)
-            make = partial(decide, p, name=setting.name, backend="memo", watch=observer.watch)
-            fitted = _fitted(p, limits, make, rehearsal)
-            ranks.confirm(fitted.decided)
+        numbers = (num_forward_outputs, static, self.num_user_outputs, least_rows)
+        key = plan_key(setting, p, *numbers) if self.keeps else None
+        found = fit_or_find(p, rehearsal, partial(for_a_range, p, least=least_rows), observer.watch, key)
+        p, rehearsal, limits, fitted = found.prepared, found.rehearsal, found.limits, found.fitted
         told = told_of(limits, fitted.decided, fitted.peak)
         check_planned(setting, told)
         tell_of_results(setting, fitted.decided.forward, num_forward_outputs, fitted.peak)
@@ -247,6 +232,7 @@ class _Compilation:
             links=links,
             observer=observer,
             told=told,
+            to_keep=found.to_keep,
         )
 
     def _over_range(self, joint: fx.GraphModule, asked: _Asked) -> Planned:
@@ -289,6 +275,7 @@ class _Compilation:
         if backward:
             donated = donatable(decided, self.course.at(ForwardEmitted).evidence.forward, num_forward_outputs)
         graph = decided.backward if backward else decided.forward
+        self.setting.progress.step(f"lowering the {'backward' if backward else 'forward'}")
         compile_bodies(graph)
         with settings_for(decided, graph), donating(donated), arena_wrapper(self._hooks(planned, backward)):
             compiled: Any = compile_fx_inner(gm, inputs, **kwargs)

@@ -81,9 +81,7 @@ def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int
         p = prepare(graph, inputs, num_outputs, static, setting.profile, fused=False, watch=dump.watch)
         p = of_calls(p, setting.calls)
         with together(graph) as ranks:
-            limits = ranks.agree(limits_for(setting, p.unplanned_peak))
-            if least_rows:
-                limits = for_a_range(limits, p.tokens.tokens, least_rows)
+            limits = for_a_range(p, ranks.agree(limits_for(setting, p.unplanned_peak)), least=least_rows)
             make = partial(decide, p, name=setting.name, backend="memo_eager", watch=dump.watch)
             fitted = fit_budget(p, limits, make, lambda d: (d.plan.predicted_peak, None))
             ranks.confirm(fitted.decided)

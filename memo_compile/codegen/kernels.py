@@ -66,8 +66,12 @@ class _Kernels:
 
 
 @contextlib.contextmanager
-def kernels_beside() -> Iterator[None]:
-    """Within, emitted modules are loaded without waiting for their kernels; all are there when it ends."""
+def kernels_beside(waited: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within, emitted modules are loaded without waiting for their kernels; all are there when it ends.
+
+    Args:
+        waited: is called before the kernels are waited for.
+    """
     from torch._inductor import async_compile  # loads Inductor
 
     compilers: Any = async_compile.AsyncCompile
@@ -84,6 +88,8 @@ def kernels_beside() -> Iterator[None]:
         yield
     finally:
         compilers.wait, compilers.cpp_pybinding = original, make
+    if waiting and waited is not None:
+        waited()
     for compiler, scope in waiting:
         scope.update({name: value.result() for name, value in scope.items() if isinstance(value, Awaited)})
         compiler.wait(scope)

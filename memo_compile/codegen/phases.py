@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from memo_compile.codegen.arena.layout import ArenaLayout, Link
 from memo_compile.codegen.arena.sides import buffers_of
+from memo_compile.codegen.caching.plans import KeptPlan
 from memo_compile.codegen.emitted.prefetch_buffers import how_many_early, schedule_of
 from memo_compile.codegen.emitted.verifier import EmittedRegions
 from memo_compile.codegen.rehearsal import Evidence, Rehearsal
@@ -29,7 +30,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Planned:
-    """The joint graph was planned. `evidence` is of dry runs, until there is better."""
+    """The joint graph was planned. `evidence` is of dry runs, until there is better; `to_keep` may serve again."""
 
     prepared: Prepared
     decided: Decided
@@ -39,16 +40,17 @@ class Planned:
     links: tuple[Link, ...]
     observer: Observer
     told: Told
+    to_keep: KeptPlan | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForwardEmitted(Planned):
     """The forward's text was read and verified; `evidence.forward` is of it."""
 
     regions: EmittedRegions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackwardEmitted(ForwardEmitted):
     """The backward's text, too; `schedule` is what a call before it may start for it."""
 

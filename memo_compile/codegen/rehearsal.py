@@ -84,6 +84,7 @@ class Rehearsal:
 
     def dry(self, decided: CarriedOut) -> Evidence:
         """Dry runs of both graphs, and the arena that they would have."""
+        self.setting.progress.step("looking at what Inductor would emit")
         for graph in (decided.forward, decided.backward):
             count_scratch(graph)
         with settings_for(decided, decided.forward):

@@ -211,4 +211,10 @@ def _unplanned(p: Prepared, limits: Limits, name: str, backend: str, started: fl
         activations=tuple(activation_plan(n, whole, Cause.FITS) for n in kept if nbytes(n)),
         workspaces=workspaces_in(split.forward, split.backward),
     )
+    return decided_unplanned(p, limits, plan)
+
+
+def decided_unplanned(p: Prepared, limits: Limits, plan: Plan) -> Decided:
+    """A plan that moves nothing, and torch's own split, which carries it out."""
+    split = p.unplanned
     return Decided(forward=split.forward, backward=split.backward, saved=split.saved, plan=plan, limits=limits)

@@ -162,11 +162,13 @@ def _check_growing(joint: fx.GraphModule, box: Mapping[Any, tuple[int, int]]) ->
             raise NoRange(f"a value of shape {tuple(value.shape)} may be larger where a length is smaller")
 
 
-def for_a_range(limits: Limits, tokens: int, least: int) -> Limits:
-    """Limits of a plan for a range: slices have rows at every length, and tiles are of one."""
+def for_a_range(p: Prepared, limits: Limits, *, least: int) -> Limits:
+    """Limits of a plan for a range: slices have at least `least` rows, and tiles are of one; 0 for one length alone."""
+    if not least:
+        return limits
     if limits.tiles not in (1, "auto"):
         raise NoRange("tiles are of one length")
-    return replace(limits, tiles=1, slice_tokens=slice_rows(tokens, least, limits.slice_tokens))
+    return replace(limits, tiles=1, slice_tokens=slice_rows(p.tokens.tokens, least, limits.slice_tokens))
 
 
 def slice_rows(tokens: int, least: int, asked: int) -> int:

@@ -24,6 +24,7 @@ from memo_compile.passes.fx.sizes import elements
 from memo_compile.passes.fx.unusual import on_streams, unusual_ops
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.problem import Limits
+from memo_compile.progress import Progress
 from memo_compile.registry import registry
 from memo_compile.runtime.first_step import FirstStep
 from memo_compile.runtime.ops import pool
@@ -78,7 +79,8 @@ class Setting:
     `calls` of its graph wait for their backward at once.
 
     `given` are the budget's bytes where they are settled already; else they are found when they are asked for.
-    `first_step` is told what comes of it, and measures; `observe` makes the observer of the graph.
+    `first_step` is told what comes of it, and measures; `observe` makes the observer of the graph. `progress`
+    shows what takes long.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Setting:
     first_step: FirstStep = field(default_factory=lambda: FirstStep(""))
     observe: Observe = nobody
     given: Given | None = None
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def family(self) -> str:

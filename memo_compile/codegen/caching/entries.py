@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memo_compile.codegen.caching import plans
 from memo_compile.logs import logger
 from memo_compile.passes.transforms.tiles import TILED
 from memo_compile.schema import Plan
@@ -33,6 +35,11 @@ class Entry:
     plan: Plan | None = None
     fault: str = ""
 
+    @property
+    def key(self) -> str:
+        """What it is kept under."""
+        return self.path.name if self.path.parent == plans.plans_folder() else self.path.parent.name
+
 
 def cache_folder() -> Path:
     """Where torch keeps what AOTAutograd compiled."""
@@ -43,13 +50,16 @@ def cache_folder() -> Path:
 
 
 def entries() -> Iterator[Entry]:
-    """All entries that hold plans, whole or not, oldest first."""
+    """All entries that hold plans, whole or not, oldest first: torch's with their code, then those by themselves."""
     files = (f for f in cache_folder().glob("*/*") if f.is_file() and not f.name.startswith("."))
     for path in sorted(files, key=_written):
         with contextlib.suppress(OSError):  # another process may delete it
             content = path.read_bytes()
             if MARK in content:
-                yield _read(path, content)
+                yield _read(path, len(content), partial(_plan_of, path.parent.name, path.name, content))
+    for path in sorted(plans.kept_files(), key=_written):
+        with contextlib.suppress(OSError):
+            yield _read(path, path.stat().st_size, partial(_kept_alone, path))
 
 
 def _written(path: Path) -> float:
@@ -59,16 +69,15 @@ def _written(path: Path) -> float:
         return 0.0
 
 
-def _read(path: Path, content: bytes) -> Entry:
-    entry = Entry(path, len(content), _written(path))
+def _read(path: Path, size: int, plan: Callable[[], Plan]) -> Entry:
     try:
-        return Entry(*_head(entry), plan=_plan_of(path.parent.name, path.name, content))
+        return Entry(path, size, _written(path), plan=plan())
     except Exception as error:  # whatever a torn pickle raises
-        return Entry(*_head(entry), fault=f"{type(error).__name__}: {error}")
+        return Entry(path, size, _written(path), fault=f"{type(error).__name__}: {error}")
 
 
-def _head(entry: Entry) -> tuple[Path, int, float]:
-    return entry.path, entry.size, entry.written
+def _kept_alone(path: Path) -> Plan:
+    return plans.read(path).plan
 
 
 def _plan_of(key: str, name: str, content: bytes) -> Plan:

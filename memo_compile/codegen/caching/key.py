@@ -73,13 +73,17 @@ def source_digest() -> str:
 
 
 def _torch_caches() -> bool:
-    """Whether torch is one whose entries can hold a plan, and its user wants what it compiles to be kept.
+    """Whether torch is one whose entries can hold a plan, and its user wants what it compiles to be kept."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= FIRST and torch_keeps()
+
+
+def torch_keeps() -> bool:
+    """Whether torch's user wants what torch compiles to be kept.
 
     Private torch APIs, tried with torch 2.13: the settings of AOTAutograd's and of Inductor's cache.
     """
     from torch._inductor import config as inductor  # loads Inductor
 
     compiler: Any = torch.compiler.config
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    wanted = functorch.enable_autograd_cache and inductor.fx_graph_cache
-    return version >= FIRST and bool(wanted) and not compiler.force_disable_caches
+    return bool(functorch.enable_autograd_cache and inductor.fx_graph_cache) and not compiler.force_disable_caches

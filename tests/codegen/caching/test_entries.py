@@ -12,7 +12,7 @@ from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
 import memo_compile
 from memo_compile.cli import main
 from memo_compile.codegen import compiler
-from memo_compile.codegen.caching import key
+from memo_compile.codegen.caching import key, plans
 from memo_compile.codegen.caching.entries import entries
 from memo_compile.errors import CompiledAutograd, memo_error
 from memo_compile.trace import setting
@@ -34,6 +34,8 @@ def folder(monkeypatch, tmp_path):
     """An empty cache; the C++ kernels of tests before stay."""
     monkeypatch.setenv("MEMO_CACHE", "1")
     monkeypatch.setattr(AOTAutogradCache, "_get_tmp_dir", classmethod(lambda _: str(tmp_path / "kept")))
+    monkeypatch.setattr(compiler, "keeps_plans", lambda _: False)
+    monkeypatch.setattr(plans, "plans_folder", lambda: tmp_path / "plans")
     return tmp_path / "kept"
 
 
@@ -44,6 +46,7 @@ def filled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMO_CACHE", "1")
         patch.setattr(AOTAutogradCache, "_get_tmp_dir", classmethod(lambda _: str(kept)))
+        patch.setattr(compiler, "keeps_plans", lambda _: False)
         return kept, step()
 
 

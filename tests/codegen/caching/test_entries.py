@@ -160,9 +160,13 @@ def test_an_attempt_that_was_thrown_away_is_not_kept(monkeypatch):
             raise compiler._Exceeded(self.course.phase)
         return place(self, body)
 
+    alone = []
     monkeypatch.setattr(compiler._Compilation, "_place_backward", exceeded)
+    monkeypatch.setattr(compiler, "keeps_plans", lambda _: True)
+    monkeypatch.setattr(compiler, "keep", alone.append)
     plan = step()
     assert plan.rounds == 2
+    assert len(alone) == 1
     assert [as_kept(e.plan) for e in entries()] == [as_kept(plan)]
 
 

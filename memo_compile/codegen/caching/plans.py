@@ -6,7 +6,7 @@ dry run showed now: no entry can make code wrong.
 
 The folder stands beside torch's entries: `CACHE/memo_plans/KEY`, a file's first bytes being the hash of the others.
 
-Private torch APIs, tried with torch 2.11 and 2.13: `torch._inductor.runtime.cache_dir_utils.cache_dir`.
+Private torch APIs, tried with torch 2.13: `torch._inductor.runtime.cache_dir_utils.cache_dir`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ _MODULES = {
     "plan": "memo_compile.api",
     "plans": "memo_compile.api",
     "reset": "memo_compile.api",
+    "sequence_parallel": "memo_compile.api",
     "transfer_stats": "memo_compile.runtime.ops",
 }
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from memo_compile import errors as errors
     from memo_compile import models as models
     from memo_compile import placement as placement
-    from memo_compile.api import loss_only, plan, plans, reset
+    from memo_compile.api import loss_only, plan, plans, reset, sequence_parallel
     from memo_compile.errors import BudgetTooSmall, MemoError
     from memo_compile.options import Options
     from memo_compile.report.explain import explain
@@ -64,5 +65,6 @@ __all__ = [
     "plan",
     "plans",
     "reset",
+    "sequence_parallel",
     "transfer_stats",
 ]

@@ -51,6 +51,33 @@ def _without_the_rest(result: Any) -> Any:
     raise NoLoss(type(result).__name__)
 
 
+def sequence_parallel(model: M, mesh: Any, options: Mapping[str, Any] | None = None, backend: str = "memo") -> M:
+    """Compile a model so that the ranks of a mesh share its tokens out (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    Each rank is given the whole batch, (batch, tokens), and holds a part of the activations: what goes token by token
+    is computed for this rank's tokens, attention for its heads. Losses are those of all tokens, and gradients of
+    parameters are summed over the ranks within the step: every rank has those of one process.
+
+    Args:
+        model: a module whose attention is `torch.nn.functional.scaled_dot_product_attention` without dropout. Its
+            parameters are the same on all ranks.
+        mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Tokens, and heads of queries, keys and
+            values, are multiples of its size.
+        options: memo's, a budget among them.
+        backend: "memo" or "memo_eager".
+
+    Returns:
+        The same model, compiled in place.
+
+    Raises:
+        NotShareable: in the first step, at an op that reads other tokens in another way.
+    """
+    compiled: Any = model
+    group = mesh.get_group().group_name
+    compiled.compile(backend=backend, options={**(options or {}), "sequence_parallel": group})
+    return model
+
+
 def plans() -> list[Plan]:
     """The plans that this process has compiled, newest last: the latest 512 since `reset`.
 

@@ -335,6 +335,17 @@ class NoReport(MemoError):
     """A folder that holds nothing to make a report of."""
 
 
+class NotShareable(MemoError):
+    """Tokens that ranks cannot share out (`sequence_parallel`)."""
+
+    def __init__(self, reason: str, where: str) -> None:
+        super().__init__(
+            f"sequence_parallel: {reason}; {where}. Ranks share out what goes token by token, sums over tokens, and "
+            "attention by torch.nn.functional.scaled_dot_product_attention without dropout, whose heads and tokens "
+            "are multiples of the number of ranks. Write that part so, or leave it outside of what is compiled."
+        )
+
+
 class RanksDisagree(MemoError):
     """Ranks that run one graph together would carry out different plans of it."""
 

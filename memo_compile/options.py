@@ -55,6 +55,9 @@ class Options:
         calls: how many calls of one graph wait for their backward at once (blocks that are compiled alone, microbatches
             of a pipeline). Budgets are for all of them. "auto": as many as there are modules like the compiled one; a
             step that makes more is planned again.
+        cache: whether plan and code are kept for the next process.
+        sequence_parallel: the name of a process group whose ranks share the tokens out, which
+            `memo_compile.sequence_parallel` writes.
     """
 
     memory_budget: int | float | str = "auto"
@@ -73,6 +76,7 @@ class Options:
     lengths: str | tuple[int, ...] = "range"
     calls: int | str = "auto"
     cache: bool = True
+    sequence_parallel: str | None = None
 
     @staticmethod
     def parse(
@@ -116,7 +120,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _typed(key: str, text: str) -> Any:
     """An environment's text as the type that the option has."""
-    if key in {"dump", "hardware", "mode"}:
+    if key in {"dump", "hardware", "mode", "sequence_parallel"}:
         return text
     if key in {"offload", "recompute", "verify", "cache"}:
         known = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
@@ -296,6 +300,12 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
+def _group(key: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and 0 < len(value) < 300):
+        return value
+    raise InvalidOption(key, value, "the name of a process group, or None")
+
+
 def _mode(key: str, value: Any) -> str | None:
     if value is None:
         return None
@@ -327,6 +337,7 @@ _CHECKS = {
     "dump": _path,
     "verify": _verify,
     "inductor": _patches,
+    "sequence_parallel": _group,
     "mode": _mode,
     "lengths": _lengths,
     "calls": _calls,

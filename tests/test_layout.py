@@ -14,7 +14,7 @@ LONGEST = 400  # lines of a module
 FLOORS = (
     ("errors", "quiet", "schema", "versions"),
     ("logs", "registry"),
-    ("models", "placement", "hardware"),
+    ("models", "placement", "hardware", "progress"),
     ("data", "options", "passes"),
     ("workspaces",),
     ("planning",),

@@ -12,6 +12,7 @@ import torch.fx as fx
 from torch._functorch import config
 
 from memo_compile.codegen.donation import nothing_donated
+from memo_compile.options import Options
 from memo_compile.passes.fx.facts import check_sizes, is_on_host
 from memo_compile.passes.fx.ranges import has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
@@ -25,6 +26,7 @@ from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.ranks import together
+from memo_compile.trace.sequence import share_sequence
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record, tell_of_results, told_of
 
 
@@ -67,13 +69,14 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
             bw_compiler=backward,
             inference_compiler=inference,
             partition_fn=partition,
-            decompositions=losses_by_rows() if asks_for_tiles(setting.options.tiles) else None,
+            decompositions=_decompositions(setting.options),
         )(gm, inputs)
     return first_step.forward(compiled)
 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
     check_sizes(joint)
+    share_sequence(joint, static, setting)
     dump = setting.observe(setting.options.dump, setting.name)
 
     def planned(graph: fx.GraphModule, *, least_rows: int = 0) -> tuple[Prepared, Decided]:
@@ -111,14 +114,40 @@ def asks_for_tiles(tiles: int | str) -> bool:
     return isinstance(tiles, int) and tiles > 1
 
 
+def _decompositions(o: Options) -> dict[Any, Any] | None:
+    """Losses, and gradients of norms, as ops that go row by row, where tokens are shared out or run in tiles."""
+    if o.sequence_parallel is not None:
+        return {**losses_by_rows(), **norms_by_rows(), torch.ops.aten.slice_backward.default: _padded}
+    return losses_by_rows() if asks_for_tiles(o.tiles) else None
+
+
 @cache
 def losses_by_rows() -> dict[Any, Any]:
     """Losses in ops that go row by row, as Inductor has them: torch's own add up over the tokens within."""
+    aten: Any = torch.ops.aten
+    return _by_rows(aten.nll_loss_forward, aten.nll_loss_backward)
+
+
+@cache
+def norms_by_rows() -> dict[Any, Any]:
+    """Gradients of norms in ops of which each goes row by row, or adds up over the tokens."""
+    aten: Any = torch.ops.aten
+    return _by_rows(aten.native_layer_norm_backward, aten._fused_rms_norm, aten._fused_rms_norm_backward)
+
+
+def _padded(gradient: torch.Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Any:
+    """`slice_backward` as a padding, which goes row by row along other dimensions."""
+    if step != 1:
+        return NotImplemented
+    after = sizes[dim] - start - gradient.shape[dim]
+    last = gradient.dim() - 1 - dim % gradient.dim()
+    return torch.ops.aten.constant_pad_nd.default(gradient, [0, 0] * last + [start, after])
+
+
+def _by_rows(*ops: Any) -> dict[Any, Any]:
     from torch._decomp import get_decompositions  # loads torch's references
 
-    aten: Any = torch.ops.aten
-    losses = [aten.nll_loss_forward, aten.nll_loss_backward]
-    return dict(get_decompositions(losses))
+    return dict(get_decompositions(ops))
 
 
 class _Interpreter(fx.Interpreter):

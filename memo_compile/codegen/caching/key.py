@@ -39,7 +39,8 @@ def key_for(setting: Setting, gm: fx.GraphModule, inputs: Sequence[Any]) -> str 
     """
     if not setting.options.cache or setting.options.dump is not None or not _torch_caches():
         return None
-    if any(is_symbolic(size) for size in sizes_of(inputs)) or may_plan_together(gm, inputs):
+    together = may_plan_together(gm, inputs) or setting.options.sequence_parallel is not None
+    if any(is_symbolic(size) for size in sizes_of(inputs)) or together:
         return None
     return digest_of(setting)
 

@@ -222,6 +222,16 @@ def _written_places(node: fx.Node, axes: Axes) -> Flow | None:
     return Flow((axis,), tuple(axis for _ in operands)) if alike else None
 
 
+def _stacked(node: fx.Node, axes: Axes) -> Flow | None:
+    """`stack(values, dim)`: a new dimension beside that of the tokens."""
+    args: Any = node.args
+    known = [axes[a] for a in node.all_input_nodes if a in axes]
+    dim = wrapped(args[1] if len(args) > 1 else 0, len(shape_of(node)))
+    if any(axis != known[0] for axis in known):
+        return None
+    return Flow((known[0].at(known[0].dim + (dim <= known[0].dim)),), tuple(known[0] for _ in node.all_input_nodes))
+
+
 def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
     """A constant in the shape of another value, of which nothing else is read."""
     source = node.args[0]
@@ -238,6 +248,7 @@ _MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
     "aten::_log_softmax_backward_data": _softmax_gradient,
     "aten::_softmax_backward_data": _softmax_gradient,
     "aten::scatter": _written_places,
+    "aten::stack": _stacked,
     "aten::zeros_like": _constant_like,
     "aten::ones_like": _constant_like,
 }

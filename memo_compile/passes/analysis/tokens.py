@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class TokenReport:
     stops: tuple[TokenStop, ...]
 
 
-def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenReport:
+def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node], dims: Collection[int] = (0, 1)) -> TokenReport:
     """Follow the token axis from the data inputs, and write `TokenInfo` to each node that it reaches.
 
     The axis is the dimension of the data inputs along which most bytes can be cut off, down to one token: the sequence
@@ -59,11 +59,12 @@ def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenRepor
     Args:
         gm: a joint or forward graph with static shapes.
         inputs: placeholders that hold data (no parameters).
+        dims: dimensions of the data inputs that may be it.
     """
     for node in gm.graph.nodes:
         node.meta.pop(TOKENS, None)
     best: tuple[float, dict[fx.Node, TokenAxis], dict[fx.Node, TokenInfo], list[TokenStop]] | None = None
-    for size, seeds in _candidates(inputs):
+    for size, seeds in _candidates(inputs, dims):
         infos, stops = _follow(gm, seeds)
         score = sum(nbytes(n) for n, info in infos.items() if info.sliceable) * (1 - 1 / size)
         if best is None or score > best[0]:
@@ -78,15 +79,16 @@ def annotate_tokens(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> TokenRepor
     return TokenReport(f"{where} of the data inputs ({size} tokens)", size, tuple(stops))
 
 
-def _candidates(inputs: Sequence[fx.Node]) -> list[tuple[int, dict[fx.Node, TokenAxis]]]:
+def _candidates(inputs: Sequence[fx.Node], dims: Collection[int]) -> list[tuple[int, dict[fx.Node, TokenAxis]]]:
     """Tokens and seeds: all inputs along one dimension, or each along that of its first two which counts tokens.
 
     A block is given (batch, tokens, width), and tables of positions (tokens, size).
     """
     sizes = [shape_of(n)[:2] for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
     alike = {(dim, size) for shape in sizes for dim, size in enumerate(shape) if size > 1}
-    ordered = sorted(alike, key=lambda c: (-c[0], -c[1]))
-    mixed = sorted({size for _, size in alike if len({dim for dim, s in alike if s == size}) > 1}, reverse=True)
+    wanted = {(dim, size) for dim, size in alike if dim in dims}
+    ordered = sorted(wanted, key=lambda c: (-c[0], -c[1]))
+    mixed = sorted({size for _, size in wanted if len({dim for dim, s in alike if s == size}) > 1}, reverse=True)
     found = [(size, _seed(inputs, (dim,), size)) for dim, size in ordered]
     return found + [(size, _seed(inputs, (0, 1), size)) for size in mixed]
 

@@ -1,0 +1,370 @@
+"""Shares the tokens of a joint graph out over ranks: sequence parallelism, after DeepSpeed-Ulysses (arXiv 2309.14509).
+
+Every rank is given all inputs, and computes its rows of whatever has tokens. What is made from data alone (labels,
+positions, masks) is made whole on every rank, and cut where it meets activations. Attention stands between two
+all-to-alls: all tokens of some heads for some tokens of all heads, and back. What sums over tokens (the loss, gradients
+of weights) is a partial sum on each rank, and an all-reduce. An op that reads other tokens in another way is refused.
+
+Each value has up to three versions here: `whole`, its `rows` on this rank, and all rows of this rank's `heads`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from memo_compile.errors import NotShareable
+from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
+from memo_compile.passes.analysis.token_axis import TokenAxis, is_tensor, shape_of
+from memo_compile.passes.analysis.tokens import TokenInfo
+from memo_compile.passes.fx.build import call
+from memo_compile.passes.fx.facts import op_name, schema_name, source_line
+from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
+
+ATTENTIONS = frozenset(
+    f"aten::_scaled_dot_product_{kind}{backward}"
+    for kind, backward in (
+        ("flash_attention", ""),
+        ("flash_attention", "_backward"),
+        ("flash_attention_for_cpu", ""),
+        ("flash_attention_for_cpu", "_backward"),
+        ("efficient_attention", ""),
+        ("efficient_attention", "_backward"),
+        ("cudnn_attention", ""),
+        ("cudnn_attention", "_backward"),
+    )
+)
+HEADS, SEQUENCE = 1, 2  # dimensions of (batch, heads, tokens, size), as attention takes it
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of all tokens: one of `ranks` in the process group called `group`."""
+
+    group: str
+    ranks: int
+    rank: int
+
+
+def share_tokens(joint: fx.GraphModule, data: Sequence[fx.Node], part: Part) -> None:
+    """Rewrite a joint graph, with its token axes annotated, so that this rank computes its part of the tokens.
+
+    Args:
+        joint: forward and backward, with numbers for sizes; its inputs and results stay as they are.
+        data: the placeholders that hold data: tokens, labels, masks, or activations.
+        part: which tokens are this rank's.
+
+    Raises:
+        NotShareable: an op reads other tokens and is no attention, or tokens or heads are no multiple of the ranks.
+    """
+    _mark_gradients_of_attention(joint)
+    shares = _Shares(fx.Graph(), part, _activations(joint, data), tile_rows(joint))
+    for node in joint.graph.find_nodes(op="placeholder"):
+        shares.wholes[node] = shares.graph.node_copy(node)
+    for node in joint.graph.nodes:
+        if node.op == "get_attr":
+            shares.wholes[node] = shares.graph.node_copy(node)
+        elif node.op == "call_function" and not _made_on_demand(node):
+            # In the order of the graph, which is that in which memory is to be had.
+            shares.rows(node) if node in shares.activations and shares.axis(node) else shares.whole(node)
+        elif node.op == "output":
+            results = fx.node.map_arg(node.args, shares.result)
+            copy = shares.graph.output(results[0])
+            copy.meta.update(node.meta)
+    shares.graph.eliminate_dead_code()
+    joint.graph = shares.graph
+    joint.recompile()
+
+
+def _activations(joint: fx.GraphModule, data: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """What is made from data and from parameters, and so what is worth sharing out; data that are activations too."""
+    from_data, others = set(data), {n for n in joint.graph.find_nodes(op="placeholder") if n not in set(data)}
+    found = {n for n in data if is_tensor(n) and n.meta["val"].is_floating_point() and TOKENS in n.meta}
+    for node in joint.graph.nodes:
+        if node.op != "call_function":
+            continue
+        sources = node.all_input_nodes
+        if any(a in from_data for a in sources):
+            from_data.add(node)
+        if any(a in others for a in sources):
+            others.add(node)
+        if any(a in found for a in sources) or (node in from_data and node in others):
+            found.add(node)
+    return frozenset(found)
+
+
+def _of_attention(node: fx.Node) -> bool:
+    return schema_name(node) in ATTENTIONS
+
+
+def _item_of_attention(node: fx.Node) -> bool:
+    return node.target is operator.getitem and _of_attention(node.all_input_nodes[0]) and is_tensor(node)
+
+
+def _mark_gradients_of_attention(joint: fx.GraphModule) -> None:
+    """Those of queries, keys and values have their tokens where these have."""
+    for node in joint.graph.nodes:
+        if _item_of_attention(node) and TOKENS not in node.meta and len(shape_of(node)) == SEQUENCE + 2:
+            axis = TokenAxis(SEQUENCE, 1, shape_of(node)[SEQUENCE], 1)
+            node.meta[TOKENS] = TokenInfo(axis=axis, operands=(None,), sliceable=False, mixing=True, reason="attention")
+
+
+def _made_on_demand(node: fx.Node) -> bool:
+    """Which version is wanted of these their readers say."""
+    return _of_attention(node) or _item_of_attention(node)
+
+
+def _joined_with_nothing(node: fx.Node) -> fx.Node | None:
+    """The one operand of a concatenation that has elements, as where a cache of keys is empty yet."""
+    if schema_name(node) != "aten::cat":
+        return None
+    full = [a for a in node.all_input_nodes if 0 not in shape_of(a)]
+    return full[0] if len(full) == 1 and shape_of(full[0]) == shape_of(node) else None
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The graph that is built, and the versions that nodes of the first one have there so far."""
+
+    graph: fx.Graph
+    part: Part
+    activations: frozenset[fx.Node]
+    known: Mapping[fx.Node, Rows]
+    wholes: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    some_rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    some_heads: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def axis(self, node: fx.Node) -> TokenAxis | None:
+        """The token axis of a value; None where it has none, as a sum over tokens."""
+        if node in self.known:
+            return None if self.known[node].summed else self.known[node].axis
+        return node.meta[TOKENS].axis if TOKENS in node.meta else None
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """All of a value. Sums over tokens become sums over ranks."""
+        if node not in self.wholes:
+            self.wholes[node] = self._whole(node)
+        return self.wholes[node]
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        if node not in self.activations:
+            return self.graph.node_copy(node, self.whole)
+        if self.axis(node) is not None or _of_attention(node):
+            raise NotShareable(f"a later op reads all tokens of {op_name(node)}", source_line(node))
+        if not any(a in self.activations and a not in self.wholes and self.axis(a) for a in node.all_input_nodes):
+            return self.graph.node_copy(node, self.whole)
+        needs = self._summed(node)
+        if needs is None:
+            raise NotShareable(f"{op_name(node)} reads all tokens", source_line(node))
+        args: Any = fx.node.map_arg(node.args, lambda a: self.rows(a, needs[a]) if a in needs else self.whole(a))
+        total = self._added(call(self.graph, node.target, args, dict(node.kwargs)))
+        return self._aten("div", total, self.part.ranks, overload="Tensor") if _is_mean(node) else total
+
+    def _summed(self, node: fx.Node) -> dict[fx.Node, TokenAxis] | None:
+        """Of a sum over tokens, the operands of which rows are read; None where it is no such sum."""
+        if node in self.known and self.known[node].summed:
+            operands, needs = node.all_input_nodes, self.known[node].needs
+            return {a: need for a, need in zip(operands, needs, strict=True) if need is not None}
+        rule = _SUMS.get(schema_name(node))
+        return rule(node, self.axis) if rule is not None else None
+
+    def rows(self, node: fx.Node, axis: TokenAxis | None = None) -> fx.Node:
+        """This rank's rows of a value along its axis, or one that is asked for."""
+        axis = axis or self.axis(node)
+        assert axis is not None
+        own = self.axis(node)
+        if node not in self.activations:
+            lo, hi = self._bounds(axis, node)
+            return slice_value(self.graph, self.whole(node), axis, lo, hi)
+        if own != axis:
+            raise NotShareable(f"{op_name(node)} has its tokens in another dimension", source_line(node))
+        if node not in self.some_rows:
+            self.some_rows[node] = self._rows(node, axis)
+        return self.some_rows[node]
+
+    def _bounds(self, axis: TokenAxis, node: fx.Node) -> tuple[int, int]:
+        part, remainder = divmod(axis.tokens, self.part.ranks)
+        if remainder:
+            raise NotShareable(f"{axis.tokens} tokens are no multiple of {self.part.ranks} ranks", source_line(node))
+        return self.part.rank * part, (self.part.rank + 1) * part
+
+    def _rows(self, node: fx.Node, axis: TokenAxis) -> fx.Node:
+        lo, hi = self._bounds(axis, node)
+        if node.op == "placeholder":
+            return slice_value(self.graph, self.wholes[node], axis, lo, hi)
+        if _item_of_attention(node):
+            return _like(self.graph, node, self._to_tokens(self.heads(node)))
+        if (only := _joined_with_nothing(node)) is not None:
+            return self.rows(only, axis)
+        if node not in self.known:
+            raise NotShareable(f"{op_name(node)} reads other tokens", source_line(node))
+        needs = self.known[node].needs
+        info = TokenInfo(axis=axis, operands=needs, sliceable=True, mixing=False, reason="")
+        operands = zip(node.all_input_nodes, needs, strict=True)
+        args = {a: self.whole(a) if need is None else self.rows(a, need) for a, need in operands}
+        return sliced_copy(self.graph, node, info, args, lo, hi)
+
+    def heads(self, node: fx.Node) -> fx.Node:
+        """All tokens of this rank's heads of a value: (batch, heads / ranks, tokens, size)."""
+        if node not in self.some_heads:
+            self.some_heads[node] = self._heads(node)
+        return self.some_heads[node]
+
+    def _heads(self, node: fx.Node) -> fx.Node:
+        if _of_attention(node):
+            return self._attention(node)
+        if _item_of_attention(node):
+            return call(self.graph, operator.getitem, (self.heads(node.all_input_nodes[0]), node.args[1]))
+        axis = self.axis(node)
+        if len(shape_of(node)) != SEQUENCE + 2 or axis != TokenAxis(SEQUENCE, 1, shape_of(node)[SEQUENCE], 1):
+            raise NotShareable(f"attention of {op_name(node)}, which has no tokens at dimension 2", source_line(node))
+        return self._to_heads(self.rows(node), node)
+
+    def _attention(self, node: fx.Node) -> fx.Node:
+        """The op on this rank's heads. Its kernel sees all tokens, so that masks and causality are as they were."""
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given.get("dropout_p", 0.0):
+            raise NotShareable("attention with dropout draws other numbers on each rank", source_line(node))
+        args: Any = fx.node.map_arg(node.args, self._operand)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self._operand)
+        return call(self.graph, node.target, args, kwargs)
+
+    def _operand(self, node: fx.Node) -> fx.Node:
+        """An operand of attention: a mask is whole, for one head or all; of heads it has this rank's."""
+        if node in self.activations and (self.axis(node) is not None or _item_of_attention(node)):
+            return self.heads(node)
+        whole = self.whole(node)
+        if not is_tensor(node) or len(shape_of(node)) != SEQUENCE + 2 or shape_of(node)[HEADS] == 1:
+            return whole
+        heads = shape_of(node)[HEADS] // self.part.ranks
+        first = self.part.rank * heads
+        return call(self.graph, torch.ops.aten.slice.Tensor, (whole, HEADS, first, first + heads))
+
+    # Each all-to-all sends a block to every rank: the blocks stand in dimension 0.
+
+    def _to_heads(self, rows: fx.Node, node: fx.Node) -> fx.Node:
+        batch, heads, tokens, size = shape_of(rows)
+        ranks = self.part.ranks
+        if heads % ranks:
+            raise NotShareable(f"{heads} heads are no multiple of {ranks} ranks", source_line(node))
+        blocks = self._aten("reshape", rows, [batch, ranks, heads // ranks, tokens, size])
+        got = self._swapped(self._aten("permute", blocks, [1, 0, 2, 3, 4]))  # (from rank, batch, heads, tokens, size)
+        joined = self._aten("permute", got, [1, 2, 0, 3, 4])
+        return self._aten("reshape", joined, [batch, heads // ranks, ranks * tokens, size])
+
+    def _to_tokens(self, heads: fx.Node) -> fx.Node:
+        batch, mine, tokens, size = shape_of(heads)
+        ranks = self.part.ranks
+        blocks = self._aten("reshape", heads, [batch, mine, ranks, tokens // ranks, size])
+        got = self._swapped(self._aten("permute", blocks, [2, 0, 1, 3, 4]))
+        joined = self._aten("permute", got, [1, 0, 2, 3, 4])
+        return self._aten("reshape", joined, [batch, ranks * mine, tokens // ranks, size])
+
+    def _swapped(self, blocks: fx.Node) -> fx.Node:
+        """Block i of dimension 0 goes to rank i."""
+        shape = list(shape_of(blocks))
+        dense = call(self.graph, torch.ops.aten.clone.default, (blocks,), {"memory_format": torch.contiguous_format})
+        flat = self._aten("reshape", dense, [-1])
+        sizes = [flat.meta["val"].numel() // self.part.ranks] * self.part.ranks
+        functional: Any = torch.ops._c10d_functional
+        sent = call(self.graph, functional.all_to_all_single.default, (flat, sizes, sizes, self.part.group))
+        return self._aten("reshape", self._waited(sent), shape)
+
+    def _added(self, partial: fx.Node) -> fx.Node:
+        """The sum over ranks."""
+        functional: Any = torch.ops._c10d_functional
+        return self._waited(call(self.graph, functional.all_reduce.default, (partial, "sum", self.part.group)))
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """What is returned is returned whole, on every rank."""
+        axis = self.axis(node)
+        if node not in self.activations or axis is None or node in self.wholes:
+            return self.whole(node)
+        if axis.outer != 1:
+            raise NotShareable(f"{op_name(node)} is returned with its tokens within a dimension", source_line(node))
+        first = self._aten("transpose", self.rows(node), 0, axis.dim, overload="int")
+        dense = call(self.graph, torch.ops.aten.clone.default, (first,), {"memory_format": torch.contiguous_format})
+        functional: Any = torch.ops._c10d_functional
+        gather = functional.all_gather_into_tensor.default
+        everyone = self._waited(call(self.graph, gather, (dense, self.part.ranks, self.part.group)))
+        return _like(self.graph, node, self._aten("transpose", everyone, 0, axis.dim, overload="int"))
+
+    def _waited(self, started: fx.Node) -> fx.Node:
+        functional: Any = torch.ops._c10d_functional
+        return call(self.graph, functional.wait_tensor.default, (started,))
+
+    def _aten(self, name: str, *args: Any, overload: str = "default") -> fx.Node:
+        return call(self.graph, getattr(getattr(torch.ops.aten, name), overload), args)
+
+
+def _like(graph: fx.Graph, node: fx.Node, made: fx.Node) -> fx.Node:
+    """A value with its dimensions in memory in the order that `node` has: later views rely on it."""
+    strides = node.meta["val"].stride()
+    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    aten = torch.ops.aten
+    dense = call(graph, aten.permute.default, (made, order))
+    dense = call(graph, aten.clone.default, (dense,), {"memory_format": torch.contiguous_format})
+    return call(graph, aten.permute.default, (dense, [order.index(d) for d in range(len(order))]))
+
+
+# Sums over tokens beside those that tiles add up: the operands of which rows are read.
+
+Needs = dict[fx.Node, TokenAxis]
+AxisOf = Callable[[fx.Node], "TokenAxis | None"]
+
+
+def _is_mean(node: fx.Node) -> bool:
+    return schema_name(node) == "aten::mean"
+
+
+def _mean(node: fx.Node, axis_of: AxisOf) -> Needs | None:
+    args: Any = node.args
+    source = args[0]
+    axis, rank = axis_of(source), len(shape_of(source))
+    over = {d % rank for d in args[1]} if len(args) > 1 and args[1] else set(range(rank))
+    return {source: axis} if axis is not None and axis.dim in over else None
+
+
+def _embedding(node: fx.Node, axis_of: AxisOf) -> Needs | None:
+    gradient, indices = node.all_input_nodes[:2]
+    axis = axis_of(gradient)
+    return {gradient: axis, indices: axis} if axis is not None else None
+
+
+def _put(node: fx.Node, axis_of: AxisOf) -> Needs | None:
+    """Inductor's gradient of an embedding: rows are added to zeros, each at one index."""
+    args: Any = node.args
+    base, indices, rows, *accumulate = args
+    axis = axis_of(rows)
+    zeros = isinstance(base, fx.Node) and schema_name(base) == "aten::full" and not base.args[1]
+    if axis is None or len(indices) != 1 or accumulate != [True] or not zeros:
+        return None
+    return {rows: axis, indices[0]: axis} if axis.dim < len(shape_of(indices[0])) else None
+
+
+def _masked_put(node: fx.Node, axis_of: AxisOf) -> Needs | None:
+    """The same, of rows that a mask chooses."""
+    args: Any = node.args
+    base, mask, indices, rows = args
+    axis = axis_of(rows)
+    zeros = isinstance(base, fx.Node) and schema_name(base) == "aten::full" and not base.args[1]
+    places = (mask, *indices)
+    if axis is None or not zeros or len(indices) != 1 or any(len(shape_of(n)) <= axis.dim for n in places):
+        return None
+    return {rows: axis, **{n: axis for n in places if shape_of(n)[axis.dim] > 1}}
+
+
+_SUMS: Mapping[str, Callable[[fx.Node, AxisOf], Needs | None]] = {
+    "aten::mean": _mean,
+    "aten::embedding_dense_backward": _embedding,
+    "aten::index_put": _put,
+    "aten::_unsafe_index_put": _put,
+    "aten::_unsafe_masked_index_put_accumulate": _masked_put,
+}

@@ -1,0 +1,47 @@
+"""Sequence parallelism as the user asks for it: which tokens of a joint graph are this rank's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+import torch.fx as fx
+
+from memo_compile.errors import NotShareable
+from memo_compile.passes.analysis.tokens import annotate_tokens
+from memo_compile.passes.fx.ranges import NoRange, has_symbols
+from memo_compile.passes.transforms.sequence_shards import Part, share_tokens
+from memo_compile.trace.setting import Setting
+
+TOKENS = 1  # the dimension of data inputs that counts tokens
+
+
+def share_sequence(joint: fx.GraphModule, static_inputs: list[int] | None, setting: Setting) -> None:
+    """Let a joint graph compute this rank's part of the tokens, where `setting` says so.
+
+    Private: `torch.distributed.distributed_c10d._resolve_process_group`, tried with torch 2.13.
+
+    Raises:
+        NotShareable: the graph has no tokens, or an op reads all of them.
+        NoRange: sizes are symbols; each length is shared out for itself.
+    """
+    group = setting.options.sequence_parallel
+    if group is None:
+        return
+    if has_symbols(joint):
+        raise NoRange("tokens are shared out for one length")
+    static = set(static_inputs or ())
+    placeholders = [n for n in joint.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    data = [n for i, n in enumerate(placeholders) if i not in static]
+    if not annotate_tokens(joint, data, dims=(TOKENS,)).tokens:
+        raise NotShareable("no input has tokens at dimension 1", "the inputs")
+    share_tokens(joint, data, part_of(group))
+
+
+def part_of(group: str) -> Part:
+    """This process's part of what a process group shares out."""
+    from torch.distributed import distributed_c10d as c10d  # not in every build of torch
+
+    private: Any = c10d
+    found = private._resolve_process_group(group)
+    return Part(group=group, ranks=dist.get_world_size(found), rank=dist.get_rank(found))

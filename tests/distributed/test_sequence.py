@@ -1,0 +1,92 @@
+"""Ranks share the tokens of a model out: gradients are those of one process, and each rank holds its part."""
+
+import math
+
+import pytest
+import torch
+import zoo
+from modes import TOKENS, batch, llama, worst
+from ranks import Ranks
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import init_device_mesh
+
+import memo_compile
+from memo_compile.errors import NotShareable, memo_error
+
+EXACT = 1e-12  # of a gradient in float64
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    both = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield both
+    both.stop()
+
+
+def hf_llama():
+    torch.manual_seed(0)
+    return memo_compile.loss_only(zoo.hf_llama()).double()
+
+
+MODELS = {"llama": llama, "hf_llama": hf_llama}
+
+
+def loss_of(run, ids):
+    out = run(ids, labels=ids)
+    return out if isinstance(out, torch.Tensor) else out.loss
+
+
+def shared(rank, name, backend):
+    ids, mesh = batch()[:1], init_device_mesh("cpu", (2,))
+    reference, model = MODELS[name](), MODELS[name]()
+    loss_of(reference, ids).backward()
+    memo_compile.sequence_parallel(model, mesh, {"memory_budget": "min"}, backend)
+    loss = loss_of(model, ids)
+    loss.backward()
+    (plan,) = memo_compile.plans()
+    alone = memo_compile.plan(reference, (ids,), {"labels": ids}, {"memory_budget": "min"})
+    return worst(model, {n: p.grad for n, p in reference.named_parameters()}), elements(plan) / elements(alone)
+
+
+def elements(plan):
+    """Of all saved activations."""
+    assert any(a.offloaded or a.recomputed for a in plan.activations)
+    return sum(math.prod(a.shape) for a in plan.activations)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("llama", "memo_eager"),
+        ("hf_llama", "memo_eager"),
+        pytest.param("llama", "memo", marks=pytest.mark.grid),
+        pytest.param("hf_llama", "memo", marks=pytest.mark.grid),
+    ],
+)
+def test_gradients_are_those_of_one_process(ranks, name, backend):
+    for off, share in ranks.run(shared, name, backend):
+        assert off <= EXACT
+        assert share <= 0.7  # tables of positions and masks are whole on each rank, which shows in a small model
+
+
+class Shifted(nn.Module):
+    """Each row reads the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.up(torch.roll(self.up(x), 1, 1)).square().mean()
+
+
+def refused(rank):
+    model = memo_compile.sequence_parallel(Shifted(), init_device_mesh("cpu", (2,)), backend="memo_eager")
+    with pytest.raises(BackendCompilerFailed, match=r"roll.*test_sequence\.py:\d+: return self\.up") as refusal:
+        model(torch.randn(1, TOKENS, 32))
+    assert isinstance(memo_error(refusal.value), NotShareable)
+
+
+def test_an_op_that_reads_other_tokens_is_refused_with_its_line(ranks):
+    ranks.run(refused)

@@ -67,7 +67,7 @@ def on_a_rank(rank, name, arguments):
 
 def test_examples_for_several_devices(tmp_path):
     both = Ranks(tmp_path)
-    for name in ("fsdp_blocks", "tensor_parallel"):
+    for name in ("fsdp_blocks", "tensor_parallel", "sequence_parallel"):
         for losses in both.run(on_a_rank, name, [*TINY, "--steps", "3"]):
             assert losses[-1] < losses[0]
     both.stop()

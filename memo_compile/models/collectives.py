@@ -72,3 +72,17 @@ def all_reduce(x: Tensor, reduction: str, ranks: int, group: str) -> Tensor:
 @all_reduce.register_fake
 def _(x: Tensor, reduction: str, ranks: int, group: str) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::shard", mutates_args=())
+def shard(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
+    """This rank's share of the rows of `x`, which all ranks hold. Nothing is sent, and the graph names no rank."""
+    rows = x.shape[dim] // ranks
+    return x.narrow(dim, dist.get_rank(_group(group)) * rows, rows).clone(memory_format=torch.contiguous_format)
+
+
+@shard.register_fake
+def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] //= ranks
+    return x.new_empty(shape)

@@ -39,9 +39,9 @@ def share_sequence(joint: fx.GraphModule, static_inputs: list[int] | None, setti
 
 
 def part_of(group: str) -> Part:
-    """This process's part of what a process group shares out."""
+    """What each rank of a process group has of what it shares out."""
     from torch.distributed import distributed_c10d as c10d  # not in every build of torch
 
     private: Any = c10d
     found = private._resolve_process_group(group)
-    return Part(group=group, ranks=dist.get_world_size(found), rank=dist.get_rank(found))
+    return Part(group=group, ranks=dist.get_world_size(found))

@@ -41,6 +41,16 @@ def _collective(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
 
 
 @of_first_operand
+def _shared_out(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
+    """A rank's share of what all hold: of tokens, these are new ones."""
+    args: Any = node.args
+    dim = wrapped(args[1], len(shape_of(source)))
+    if dim != axis.dim:
+        return Flow((axis,), only(node, source, axis))
+    return fresh(node, axis)
+
+
+@of_first_operand
 def _among_ranks(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     """Rows of all ranks are gathered, or shared out. Of a sequence that is shared out a rank has other rows."""
     before, after = shape_of(source)[0], shape_of(node)[0]
@@ -80,6 +90,7 @@ COLLECTIVES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("_c10d_functional::all_gather_into_tensor", "_c10d_functional::reduce_scatter_tensor"), _among_ranks
     ),
+    "memo_collectives::shard": _shared_out,
     "_c10d_functional::all_to_all_single": _to_other_ranks,
     "_c10d_functional::all_reduce": _reduced,
     "_c10d_functional::wait_tensor": _waited,

@@ -11,7 +11,7 @@ Each value has up to three versions here: `whole`, its `rows` on this rank, and 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,15 @@ import torch
 import torch.fx as fx
 
 from memo_compile.errors import NotShareable
+from memo_compile.models import collectives as collectives  # defines the ops
 from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
 from memo_compile.passes.analysis.token_axis import TokenAxis, is_tensor, shape_of
+from memo_compile.passes.analysis.token_sums import SUMS, Needs, is_mean
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import op_name, schema_name, source_line
 from memo_compile.passes.fx.meta import TOKENS
-from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
+from memo_compile.passes.transforms.token_slices import sliced_copy
 
 ATTENTIONS = frozenset(
     f"aten::_scaled_dot_product_{kind}{backward}"
@@ -40,16 +42,16 @@ ATTENTIONS = frozenset(
         ("cudnn_attention", "_backward"),
     )
 )
+SAME = frozenset({"aten::detach", "aten::alias"})
 HEADS, SEQUENCE = 1, 2  # dimensions of (batch, heads, tokens, size), as attention takes it
 
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's part of all tokens: one of `ranks` in the process group called `group`."""
+    """A rank's part of all tokens: one of `ranks` in the process group called `group`. Which one no graph says."""
 
     group: str
     ranks: int
-    rank: int
 
 
 def share_tokens(joint: fx.GraphModule, data: Sequence[fx.Node], part: Part) -> None:
@@ -105,6 +107,13 @@ def _of_attention(node: fx.Node) -> bool:
 
 def _item_of_attention(node: fx.Node) -> bool:
     return node.target is operator.getitem and _of_attention(node.all_input_nodes[0]) and is_tensor(node)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a value is another name of."""
+    while schema_name(node) in SAME:
+        (node,) = node.all_input_nodes
+    return node
 
 
 def _mark_gradients_of_attention(joint: fx.GraphModule) -> None:
@@ -163,15 +172,15 @@ class _Shares:
         if needs is None:
             raise NotShareable(f"{op_name(node)} reads all tokens", source_line(node))
         args: Any = fx.node.map_arg(node.args, lambda a: self.rows(a, needs[a]) if a in needs else self.whole(a))
-        total = self._added(call(self.graph, node.target, args, dict(node.kwargs)))
-        return self._aten("div", total, self.part.ranks, overload="Tensor") if _is_mean(node) else total
+        total = self._added(_told(call(self.graph, node.target, args, dict(node.kwargs)), node))
+        return self._aten("div", total, self.part.ranks, overload="Tensor") if is_mean(node) else total
 
-    def _summed(self, node: fx.Node) -> dict[fx.Node, TokenAxis] | None:
+    def _summed(self, node: fx.Node) -> Needs | None:
         """Of a sum over tokens, the operands of which rows are read; None where it is no such sum."""
         if node in self.known and self.known[node].summed:
             operands, needs = node.all_input_nodes, self.known[node].needs
             return {a: need for a, need in zip(operands, needs, strict=True) if need is not None}
-        rule = _SUMS.get(schema_name(node))
+        rule = SUMS.get(schema_name(node))
         return rule(node, self.axis) if rule is not None else None
 
     def rows(self, node: fx.Node, axis: TokenAxis | None = None) -> fx.Node:
@@ -180,26 +189,41 @@ class _Shares:
         assert axis is not None
         own = self.axis(node)
         if node not in self.activations:
-            lo, hi = self._bounds(axis, node)
-            return slice_value(self.graph, self.whole(node), axis, lo, hi)
+            self._count(axis, node)
+            return self._mine(self.whole(node), axis)
         if own != axis:
             raise NotShareable(f"{op_name(node)} has its tokens in another dimension", source_line(node))
         if node not in self.some_rows:
             self.some_rows[node] = self._rows(node, axis)
         return self.some_rows[node]
 
-    def _bounds(self, axis: TokenAxis, node: fx.Node) -> tuple[int, int]:
+    def _count(self, axis: TokenAxis, node: fx.Node) -> int:
+        """Tokens of a rank."""
         part, remainder = divmod(axis.tokens, self.part.ranks)
         if remainder:
             raise NotShareable(f"{axis.tokens} tokens are no multiple of {self.part.ranks} ranks", source_line(node))
-        return self.part.rank * part, (self.part.rank + 1) * part
+        return part
+
+    def _mine(self, whole: fx.Node, axis: TokenAxis) -> fx.Node:
+        """This rank's rows of a value that all ranks have."""
+        shape = list(shape_of(whole))
+        if axis.outer == 1:
+            return self._shard(whole, axis.dim)
+        unfolded = [*shape[: axis.dim], axis.outer, shape[axis.dim] // axis.outer, *shape[axis.dim + 1 :]]
+        mine = self._shard(self._aten("reshape", whole, unfolded), axis.dim + 1)
+        shape[axis.dim] //= self.part.ranks
+        return self._aten("reshape", mine, shape)
+
+    def _shard(self, whole: fx.Node, dim: int) -> fx.Node:
+        op: Any = torch.ops.memo_collectives.shard.default
+        return call(self.graph, op, (whole, dim, self.part.ranks, self.part.group))
 
     def _rows(self, node: fx.Node, axis: TokenAxis) -> fx.Node:
-        lo, hi = self._bounds(axis, node)
+        count = self._count(axis, node)
         if node.op == "placeholder":
-            return slice_value(self.graph, self.wholes[node], axis, lo, hi)
+            return self._mine(self.wholes[node], axis)
         if _item_of_attention(node):
-            return _like(self.graph, node, self._to_tokens(self.heads(node)))
+            return _like(self.graph, node, self._fewer_heads(self._to_tokens(self.heads(node)), shape_of(node)[HEADS]))
         if (only := _joined_with_nothing(node)) is not None:
             return self.rows(only, axis)
         if node not in self.known:
@@ -208,7 +232,7 @@ class _Shares:
         info = TokenInfo(axis=axis, operands=needs, sliceable=True, mixing=False, reason="")
         operands = zip(node.all_input_nodes, needs, strict=True)
         args = {a: self.whole(a) if need is None else self.rows(a, need) for a, need in operands}
-        return sliced_copy(self.graph, node, info, args, lo, hi)
+        return sliced_copy(self.graph, node, info, args, 0, count)
 
     def heads(self, node: fx.Node) -> fx.Node:
         """All tokens of this rank's heads of a value: (batch, heads / ranks, tokens, size)."""
@@ -221,6 +245,8 @@ class _Shares:
             return self._attention(node)
         if _item_of_attention(node):
             return call(self.graph, operator.getitem, (self.heads(node.all_input_nodes[0]), node.args[1]))
+        if schema_name(node) in SAME and _item_of_attention(_source(node)):
+            return call(self.graph, node.target, (self.heads(node.all_input_nodes[0]),))
         axis = self.axis(node)
         if len(shape_of(node)) != SEQUENCE + 2 or axis != TokenAxis(SEQUENCE, 1, shape_of(node)[SEQUENCE], 1):
             raise NotShareable(f"attention of {op_name(node)}, which has no tokens at dimension 2", source_line(node))
@@ -234,7 +260,7 @@ class _Shares:
             raise NotShareable("attention with dropout draws other numbers on each rank", source_line(node))
         args: Any = fx.node.map_arg(node.args, self._operand)
         kwargs: Any = fx.node.map_arg(node.kwargs, self._operand)
-        return call(self.graph, node.target, args, kwargs)
+        return _told(call(self.graph, node.target, args, kwargs), node)
 
     def _operand(self, node: fx.Node) -> fx.Node:
         """An operand of attention: a mask is whole, for one head or all; of heads it has this rank's."""
@@ -243,13 +269,30 @@ class _Shares:
         whole = self.whole(node)
         if not is_tensor(node) or len(shape_of(node)) != SEQUENCE + 2 or shape_of(node)[HEADS] == 1:
             return whole
-        heads = shape_of(node)[HEADS] // self.part.ranks
-        first = self.part.rank * heads
-        return call(self.graph, torch.ops.aten.slice.Tensor, (whole, HEADS, first, first + heads))
+        return self._shard(whole, HEADS)
+
+    # Where there are fewer heads of keys and values than ranks, each rank has a copy of the one that its queries read.
+
+    def _more_heads(self, rows: fx.Node) -> fx.Node:
+        batch, heads, tokens, size = shape_of(rows)
+        copies, remainder = divmod(self.part.ranks, heads)
+        if remainder or copies < 2:
+            return rows
+        wide = self._aten("expand", self._aten("unsqueeze", rows, 2), [batch, heads, copies, tokens, size])
+        return self._aten("reshape", wide, [batch, heads * copies, tokens, size])
+
+    def _fewer_heads(self, rows: fx.Node, heads: int) -> fx.Node:
+        """Gradients of copies are added up."""
+        batch, copied, tokens, size = shape_of(rows)
+        if copied == heads:
+            return rows
+        wide = self._aten("reshape", rows, [batch, heads, copied // heads, tokens, size])
+        return self._aten("sum", wide, [2], overload="dim_IntList")
 
     # Each all-to-all sends a block to every rank: the blocks stand in dimension 0.
 
     def _to_heads(self, rows: fx.Node, node: fx.Node) -> fx.Node:
+        rows = self._more_heads(rows)
         batch, heads, tokens, size = shape_of(rows)
         ranks = self.part.ranks
         if heads % ranks:
@@ -304,6 +347,12 @@ class _Shares:
         return call(self.graph, getattr(getattr(torch.ops.aten, name), overload), args)
 
 
+def _told(made: fx.Node, node: fx.Node) -> fx.Node:
+    """A node that stands for `node` comes from the same line."""
+    made.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
+    return made
+
+
 def _like(graph: fx.Graph, node: fx.Node, made: fx.Node) -> fx.Node:
     """A value with its dimensions in memory in the order that `node` has: later views rely on it."""
     strides = node.meta["val"].stride()
@@ -312,59 +361,3 @@ def _like(graph: fx.Graph, node: fx.Node, made: fx.Node) -> fx.Node:
     dense = call(graph, aten.permute.default, (made, order))
     dense = call(graph, aten.clone.default, (dense,), {"memory_format": torch.contiguous_format})
     return call(graph, aten.permute.default, (dense, [order.index(d) for d in range(len(order))]))
-
-
-# Sums over tokens beside those that tiles add up: the operands of which rows are read.
-
-Needs = dict[fx.Node, TokenAxis]
-AxisOf = Callable[[fx.Node], "TokenAxis | None"]
-
-
-def _is_mean(node: fx.Node) -> bool:
-    return schema_name(node) == "aten::mean"
-
-
-def _mean(node: fx.Node, axis_of: AxisOf) -> Needs | None:
-    args: Any = node.args
-    source = args[0]
-    axis, rank = axis_of(source), len(shape_of(source))
-    over = {d % rank for d in args[1]} if len(args) > 1 and args[1] else set(range(rank))
-    return {source: axis} if axis is not None and axis.dim in over else None
-
-
-def _embedding(node: fx.Node, axis_of: AxisOf) -> Needs | None:
-    gradient, indices = node.all_input_nodes[:2]
-    axis = axis_of(gradient)
-    return {gradient: axis, indices: axis} if axis is not None else None
-
-
-def _put(node: fx.Node, axis_of: AxisOf) -> Needs | None:
-    """Inductor's gradient of an embedding: rows are added to zeros, each at one index."""
-    args: Any = node.args
-    base, indices, rows, *accumulate = args
-    axis = axis_of(rows)
-    zeros = isinstance(base, fx.Node) and schema_name(base) == "aten::full" and not base.args[1]
-    if axis is None or len(indices) != 1 or accumulate != [True] or not zeros:
-        return None
-    return {rows: axis, indices[0]: axis} if axis.dim < len(shape_of(indices[0])) else None
-
-
-def _masked_put(node: fx.Node, axis_of: AxisOf) -> Needs | None:
-    """The same, of rows that a mask chooses."""
-    args: Any = node.args
-    base, mask, indices, rows = args
-    axis = axis_of(rows)
-    zeros = isinstance(base, fx.Node) and schema_name(base) == "aten::full" and not base.args[1]
-    places = (mask, *indices)
-    if axis is None or not zeros or len(indices) != 1 or any(len(shape_of(n)) <= axis.dim for n in places):
-        return None
-    return {rows: axis, **{n: axis for n in places if shape_of(n)[axis.dim] > 1}}
-
-
-_SUMS: Mapping[str, Callable[[fx.Node, AxisOf], Needs | None]] = {
-    "aten::mean": _mean,
-    "aten::embedding_dense_backward": _embedding,
-    "aten::index_put": _put,
-    "aten::_unsafe_index_put": _put,
-    "aten::_unsafe_masked_index_put_accumulate": _masked_put,
-}

@@ -60,8 +60,23 @@ FAILURES = ("wrong", "error", "poison", "order", "budget", "crash", "hang")
 
 def judge(program: Program, backend: str, *, device: str = "cpu", ladder: bool = False) -> Verdict:
     """Run a program in all ways. `ladder`: also measure what several budgets hold."""
-    where = torch.device(device)
-    logging.getLogger("memo_compile").setLevel(logging.ERROR)
+    with _errors_alone():
+        return _judged(program, backend, torch.device(device), ladder)
+
+
+@contextlib.contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Within, memo warns of nothing: drawn programs give cause to at every step."""
+    log = logging.getLogger("memo_compile")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _judged(program: Program, backend: str, where: torch.device, ladder: bool) -> Verdict:
     try:
         expected = _steps(program, where, None)
     except Exception as error:

@@ -277,6 +277,7 @@ def test_each_module_that_makes_a_lock_or_a_thread_says_what_a_child_does_withou
         "hardware/calibration.py",  # workers within one measurement
         "placement/deadline.py",  # a timer within one solver's context
         "placement/search.py",  # workers within one search
+        "progress.py",  # of one compilation
         "runtime/cross_call.py",  # of the devices' engines, which ops.py drops
         "runtime/engine.py",
         "runtime/host.py",

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.logs import logger
 from memo_compile.planning.decide import Decided
-from memo_compile.planning.prepared import Prepared
+from memo_compile.planning.prepared import Prepared, held_between
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.search import least_peak
 from memo_compile.planning.tiling import TILES, tiled, widest_of, with_tiles
@@ -158,7 +158,8 @@ def _smallest(
     if limits.offload == "all" or least[1] <= WORTHWHILE * p.unplanned_peak:
         return least
     unplanned = _looked_at(replace(limits, budget=None, objective="time", offload=False), decide, evaluate)
-    if least[1] <= unplanned[1]:
+    # Of equal peaks, what holds less between the forward and the backward: other graphs of the step run then.
+    if (least[1], held_between(least[0].forward)) <= (unplanned[1], held_between(unplanned[0].forward)):
         return least
     return replace(unplanned[0], peak_tensors=least[0].peak_tensors), *unplanned[1:]
 

@@ -47,6 +47,16 @@ def test_the_unplanned_graph_is_the_least_where_no_plan_holds_less(traced):
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("unplanned_holds", [0, 2])
+def test_of_equal_peaks_what_holds_less_between_forward_and_backward_is_taken(traced, monkeypatch, unplanned_holds):
+    p, limits = traced
+    between = "memo_compile.planning.fit_budget.held_between"
+    monkeypatch.setattr(between, lambda graph: unplanned_holds if graph is p.unplanned.forward else 1)
+    found, asked = fitted(p, limits, lambda d: p.unplanned_peak)
+    assert len(asked) == 2
+    assert bool(found.decided.residency) == (unplanned_holds > 1)
+
+
 def test_a_missed_budget_is_aimed_at_again_lower(traced):
     p, limits = traced
     budget = int(0.8 * p.unplanned_peak)

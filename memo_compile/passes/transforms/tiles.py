@@ -27,6 +27,8 @@ from memo_compile.passes.transforms.tile_bodies import (
 )
 
 TILED = "memo.tiled_.default"
+# Where Inductor looks for the strides that an op's operands must have; without it lays values out as it likes.
+AS_GIVEN = "eager_input_vals"
 
 
 def tile_regions(gm: fx.GraphModule, tiles: int, wide: int, *, fused: bool, prefix: str) -> fx.GraphModule:
@@ -86,7 +88,9 @@ def _outline(gm: fx.GraphModule, region: Region, tiles: int, fused: bool, name: 
     with graph.inserting_before(first):
         places = [_place(graph, node) for node in made]
         node = graph.create_node("call_function", torch.ops.memo.tiled_.default, (places, operands, key), name=name)
-    node.meta.update({"val": None, WHY: why})
+    node.meta.update(
+        {"val": None, WHY: why, AS_GIVEN: (((None,) * len(places), [n.meta["val"] for n in operands], key), {})}
+    )
     _replace(gm, region, dict(zip(made, places, strict=True)), node)
 
 

@@ -61,7 +61,6 @@ def elements(plan):
         ("llama", "memo_eager"),
         ("hf_llama", "memo_eager"),
         pytest.param("llama", "memo", marks=pytest.mark.grid),
-        pytest.param("hf_llama", "memo", marks=pytest.mark.grid),
     ],
 )
 def test_gradients_are_those_of_one_process(ranks, name, backend):

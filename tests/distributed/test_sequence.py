@@ -80,12 +80,20 @@ class Shifted(nn.Module):
         return self.up(torch.roll(self.up(x), 1, 1)).square().mean()
 
 
-def refused(rank):
-    model = memo_compile.sequence_parallel(Shifted(), init_device_mesh("cpu", (2,)), backend="memo_eager")
-    with pytest.raises(BackendCompilerFailed, match=r"roll.*test_sequence\.py:\d+: return self\.up") as refusal:
+class Halved(Shifted):
+    """A loss of the first half: rows of which each rank would have others than it has of the whole."""
+
+    def forward(self, x):
+        return self.up(x).tanh()[:, : TOKENS // 2].square().mean()
+
+
+def refused(rank, kind, reason):
+    model = memo_compile.sequence_parallel(kind(), init_device_mesh("cpu", (2,)), backend="memo_eager")
+    with pytest.raises(BackendCompilerFailed, match=rf"{reason}.*test_sequence\.py:\d+: return self\.up") as refusal:
         model(torch.randn(1, TOKENS, 32))
     assert isinstance(memo_error(refusal.value), NotShareable)
 
 
-def test_an_op_that_reads_other_tokens_is_refused_with_its_line(ranks):
-    ranks.run(refused)
+@pytest.mark.parametrize(("kind", "reason"), [(Shifted, "roll"), (Halved, "leaves tokens out")])
+def test_an_op_that_reads_other_tokens_is_refused_with_its_line(ranks, kind, reason):
+    ranks.run(refused, kind, reason)

@@ -229,6 +229,9 @@ class _Shares:
         if node not in self.known:
             raise NotShareable(f"{op_name(node)} reads other tokens", source_line(node))
         needs = self.known[node].needs
+        # Of another number of tokens (`x[:, :n]`) this rank has other rows: what tiles may do is wrong here.
+        if any(need is not None and need.tokens != axis.tokens for need in needs):
+            raise NotShareable(f"{op_name(node)} leaves tokens out, or adds some", source_line(node))
         info = TokenInfo(axis=axis, operands=needs, sliceable=True, mixing=False, reason="")
         operands = zip(node.all_input_nodes, needs, strict=True)
         args = {a: self.whole(a) if need is None else self.rows(a, need) for a, need in operands}

@@ -61,8 +61,8 @@ def sequence_parallel(model: M, mesh: Any, options: Mapping[str, Any] | None = N
     Args:
         model: a module whose attention is `torch.nn.functional.scaled_dot_product_attention` without dropout. Its
             parameters are the same on all ranks.
-        mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Tokens, and heads of queries, keys and
-            values, are multiples of its size.
+        mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Tokens and heads of queries are multiples
+            of its size; heads of keys and values too, or they divide it.
         options: memo's, a budget among them.
         backend: "memo" or "memo_eager".
 

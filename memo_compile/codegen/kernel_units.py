@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from memo_compile.logs import logger
@@ -68,14 +68,12 @@ class Unit:
     def __init__(self, kernels: Sequence[Kernel], submit: Callable[..., Any] | None) -> None:
         self._kernels, self._submit = kernels, submit
         self._load: Callable[[], Any] = _bindings_cache().load_async(unit_of(kernels), submit_fn=submit)
-        self._loaded: list[Callable[..., Any]] | None = None
 
     def kernel(self, i: int) -> Callable[..., Any]:
         """The `i`-th kernel, once it is compiled."""
-        if self._loaded is None:
-            self._loaded = self._functions()
-        return self._loaded[i]
+        return self._functions[i]
 
+    @cached_property
     def _functions(self) -> list[Callable[..., Any]]:
         from torch._inductor.exc import CppCompileError  # loads Inductor
 

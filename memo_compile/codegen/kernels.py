@@ -11,58 +11,59 @@ and `get_compile_threads`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from memo_compile.codegen.kernel_units import Kernel, Unit, compiled_alone, in_units
 
+Load = Callable[[], Callable[..., Any]]
 
+
+@dataclass(frozen=True)
 class Awaited:
     """A kernel that is not compiled yet. It stands in a module's globals; what calls it there waits."""
 
-    def __init__(self) -> None:
-        self.load: Callable[[], Callable[..., Any]] | None = None
+    kernel: Kernel
+    loads: Mapping[Kernel, Load] = field(repr=False)
 
     def result(self) -> Callable[..., Any]:
-        """The kernel."""
-        assert self.load is not None, "its module has not been imported whole"
-        return self.load()
+        """The kernel, which was started when its module was imported whole."""
+        return self.loads[self.kernel]()
 
     def __call__(self, *args: Any) -> Any:
         """Run the kernel."""
         return self.result()(*args)
 
 
+@dataclass(frozen=True)
 class _Kernels:
-    """The C++ kernels of one compilation, each once."""
+    """The C++ kernels of one compilation, each once: those that wait to be started, and what loads the others."""
 
-    def __init__(self) -> None:
-        self._known: dict[Kernel, Awaited] = {}
-        self._waiting: list[Kernel] = []
+    waiting: dict[Kernel, None] = field(default_factory=dict)
+    loads: dict[Kernel, Load] = field(default_factory=dict)
 
     def add(self, _: Any, argtypes: list[str], source: str) -> Awaited:
         """A kernel of an emitted module; called in place of `AsyncCompile.cpp_pybinding`."""
         kernel = Kernel(tuple(argtypes), source)
-        if kernel not in self._known:
-            self._known[kernel] = Awaited()
-            self._waiting.append(kernel)
-        return self._known[kernel]
+        if kernel not in self.loads:
+            self.waiting[kernel] = None
+        return Awaited(kernel, self.loads)
 
     def start(self, compiler: Any) -> None:
         """Compile what was added, with the settings of Inductor that hold now."""
         from torch._inductor.async_compile import get_compile_threads  # loads Inductor
 
-        kernels, self._waiting = self._waiting, []
         threads = get_compile_threads()
         submit = compiler.submit if threads > 1 else None
-        for some in in_units(kernels, threads):
+        for some in in_units(list(self.waiting), threads):
             if len(some) == 1:
-                self._known[some[0]].load = compiled_alone(some[0], submit)
+                self.loads[some[0]] = compiled_alone(some[0], submit)
                 continue
             unit = Unit(some, submit)
-            for i, kernel in enumerate(some):
-                self._known[kernel].load = partial(unit.kernel, i)
+            self.loads.update({kernel: partial(unit.kernel, i) for i, kernel in enumerate(some)})
+        self.waiting.clear()
 
 
 @contextlib.contextmanager

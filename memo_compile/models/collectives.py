@@ -6,6 +6,8 @@ run again in the backward, as Megatron does under full recomputation: every rank
 
 `dim` holds the rows of all ranks one after another: row t of rank r is (r, t). Slice t of a gathered value is therefore
 made from slice t of the shards, which is the rule that `passes.analysis.token_rules` has for them.
+
+Private torch API, tried with torch 2.13: `torch.distributed.distributed_c10d._resolve_process_group`.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from torch import Tensor
 NAMESPACE = "memo_collectives"
 
 
-def _group(name: str) -> Any:
+def process_group(name: str) -> Any:
     """The process group of that name; the default one for ""."""
     if not name:
         return dist.group.WORLD
     from torch.distributed import distributed_c10d  # not in every build of torch
 
-    resolve: Any = distributed_c10d.__dict__["_resolve_process_group"]
-    return resolve(name)
+    private: Any = distributed_c10d
+    return private._resolve_process_group(name)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
@@ -34,7 +36,7 @@ def all_gather(x: Tensor, dim: int, ranks: int, group: str, after: Tensor | None
     """Every rank's `x`, joined along `dim`. With `after`, not before that value exists."""
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, rows, group=_group(group))
+    dist.all_gather_into_tensor(out, rows, group=process_group(group))
     return out.movedim(0, dim).contiguous()
 
 
@@ -50,7 +52,7 @@ def reduce_scatter(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
     """The sum over ranks of `x`, of which each rank gets its share of `dim`."""
     rows = x.movedim(dim, 0).contiguous()
     out = rows.new_empty((rows.shape[0] // ranks, *rows.shape[1:]))
-    dist.reduce_scatter_tensor(out, rows, group=_group(group))
+    dist.reduce_scatter_tensor(out, rows, group=process_group(group))
     return out.movedim(0, dim).contiguous()
 
 
@@ -65,7 +67,7 @@ def _(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
 def all_reduce(x: Tensor, reduction: str, ranks: int, group: str) -> Tensor:
     """The sum ("sum") or largest ("max") of all ranks' `x`."""
     out = x.clone()
-    dist.all_reduce(out, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=_group(group))
+    dist.all_reduce(out, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM, group=process_group(group))
     return out
 
 
@@ -78,7 +80,7 @@ def _(x: Tensor, reduction: str, ranks: int, group: str) -> Tensor:
 def shard(x: Tensor, dim: int, ranks: int, group: str) -> Tensor:
     """This rank's share of the rows of `x`, which all ranks hold. Nothing is sent, and the graph names no rank."""
     rows = x.shape[dim] // ranks
-    return x.narrow(dim, dist.get_rank(_group(group)) * rows, rows).clone(memory_format=torch.contiguous_format)
+    return x.narrow(dim, dist.get_rank(process_group(group)) * rows, rows).clone(memory_format=torch.contiguous_format)
 
 
 @shard.register_fake

@@ -6,8 +6,7 @@ differs between them (free bytes of the device and of the host) before they plan
 what they have decided. They talk through the store that the processes met at, and only about graphs with collectives:
 ranks that run different programs, or graphs without collectives, wait for nobody.
 
-Private torch APIs, tried with torch 2.13: of `torch.distributed.distributed_c10d`
-`_get_default_store` and `_resolve_process_group`.
+Private torch API, tried with torch 2.13: `torch.distributed.distributed_c10d._get_default_store`.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memo_compile.errors import RanksDisagree
+from memo_compile.models.collectives import process_group
 from memo_compile.planning.decide import Decided
 from memo_compile.planning.problem import Limits
 
@@ -210,7 +210,7 @@ def _group(name: str) -> Group | None:
     from torch.distributed import distributed_c10d as c10d  # not in every build of torch
 
     private: Any = c10d
-    group = private._resolve_process_group(name) if name else dist.group.WORLD
+    group = process_group(name)
     if group is None or group.size() < 2 or dist.get_backend(group) == "fake":
         return None
     return Group(name, dist.get_rank(), tuple(dist.get_process_group_ranks(group)), private._get_default_store())

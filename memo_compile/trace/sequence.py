@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 import torch.fx as fx
 
 from memo_compile.errors import NotShareable
+from memo_compile.models.collectives import process_group
 from memo_compile.passes.analysis.tokens import annotate_tokens
 from memo_compile.passes.fx.ranges import NoRange, has_symbols
 from memo_compile.passes.transforms.sequence_shards import Part, share_tokens
@@ -18,8 +17,6 @@ TOKENS = 1  # the dimension of data inputs that counts tokens
 
 def share_sequence(joint: fx.GraphModule, static_inputs: list[int] | None, setting: Setting) -> None:
     """Let a joint graph compute this rank's part of the tokens, where `setting` says so.
-
-    Private: `torch.distributed.distributed_c10d._resolve_process_group`, tried with torch 2.13.
 
     Raises:
         NotShareable: the graph has no tokens, or an op reads all of them.
@@ -35,13 +32,4 @@ def share_sequence(joint: fx.GraphModule, static_inputs: list[int] | None, setti
     data = [n for i, n in enumerate(placeholders) if i not in static]
     if not annotate_tokens(joint, data, dims=(TOKENS,)).tokens:
         raise NotShareable("no input has tokens at dimension 1", "the inputs")
-    share_tokens(joint, data, part_of(group))
-
-
-def part_of(group: str) -> Part:
-    """What each rank of a process group has of what it shares out."""
-    from torch.distributed import distributed_c10d as c10d  # not in every build of torch
-
-    private: Any = c10d
-    found = private._resolve_process_group(group)
-    return Part(group=group, ranks=dist.get_world_size(found))
+    share_tokens(joint, data, Part(group, dist.get_world_size(process_group(group))))

@@ -56,8 +56,9 @@ def test_kernels_that_do_not_compile_together_are_compiled_alone(monkeypatch):
 
 
 def test_a_kernel_that_nobody_put_in_place_waits_when_it_is_called():
-    waited = Awaited()
-    waited.load = lambda: max
+    kernel, loads = adding(1), {}
+    waited = Awaited(kernel, loads)
+    loads[kernel] = lambda: max
     assert waited(1, 2) == 2
 
 

@@ -281,6 +281,7 @@ def _threads(program: Program, made: Made, fn: Callable[..., Any]) -> Observed:
         return found
     wanted = [p for p in made.model.parameters() if p.requires_grad]
     results: dict[int, Observed] = {}
+    errors: list[Exception] = []
 
     def step(number: int) -> Observed:
         outputs = fn(*_given(program, made.batches[number]))
@@ -294,13 +295,16 @@ def _threads(program: Program, made: Made, fn: Callable[..., Any]) -> Observed:
             for _ in range(3):
                 results[number] = step(number)
         except Exception as error:
-            results[number] = [(f"thread {number} failed: {_said(error)}", torch.ones(1))]
+            errors.append(error)
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    # A thread's refusal is the program's: two calls at once may need more host memory than their budget.
+    if errors:
+        raise errors[0]
     return found + [entry for n in range(2) for entry in results[n]]
 
 

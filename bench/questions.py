@@ -89,7 +89,7 @@ QUESTIONS = (
         "step",
         "`times_plain` above 1.05: issuing is what to shorten, and `memo_ops` says whose it is. `gaps` larger"
         " than Inductor's: the device waits for the processor, or for copies",
-        "on the CPU, at 8 layers whose kernels take next to nothing: 1.03 without a budget, 1.34 within half "
+        "on the CPU, at 8 layers whose kernels take next to nothing: 1.02 without a budget, 1.21 within half "
         "(`bench/results/bookkeeping.md`). Not run on a card",
     ),
     Question(

@@ -25,6 +25,7 @@ from memo_compile.codegen.caching.plan_key import keeps_plans, plan_key
 from memo_compile.codegen.caching.plans import keep
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
+from memo_compile.codegen.emitted.direct import direct
 from memo_compile.codegen.emitted.poison import IMPORT, kept_for_backward, poisoned
 from memo_compile.codegen.emitted.verifier import read_regions, verify_emitted
 from memo_compile.codegen.fitting import fit_or_find
@@ -302,7 +303,7 @@ class _Compilation:
         return Hooks(
             self._place_backward if backward else self._place_forward,
             self._inspect_backward if backward else self._inspect_forward,
-            partial(self._poisoned, backward=backward) if poison else None,
+            partial(self._poisoned, backward=backward) if poison else direct,
             partial(arrangement.lines, backward=backward) if arrangement is not None else None,
             planned.rehearsal.device_name(),
         )

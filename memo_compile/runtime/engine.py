@@ -43,7 +43,11 @@ STARTS = {Direction.D2H: SpanKind.START_D2H, Direction.H2D: SpanKind.START_H2D}
 WAITS = {Direction.D2H: SpanKind.WAIT_D2H, Direction.H2D: SpanKind.WAIT_H2D}
 
 
-@dataclass(eq=False)
+# What a wait names: the way, the addresses of lease and device side, and the offset in the lease between them.
+Key = tuple[Direction, int, int, int]
+
+
+@dataclass(eq=False, slots=True)
 class Copy:
     """One copy. `lease` and `device` are the addresses of its two sides."""
 
@@ -55,7 +59,7 @@ class Copy:
     thread: int
 
     @property
-    def key(self) -> tuple[Direction, int, int, int]:
+    def key(self) -> Key:
         """What a wait names."""
         return (self.kind, self.lease, self.offset, self.device)
 
@@ -113,15 +117,17 @@ class Recorder:
         with self._lock:
             self._bytes[copy.kind] += copy.nbytes
             self._copies[copy.kind] += 1
-        now = time.perf_counter()
-        self.span(STARTS[copy.kind], copy, now, now)
+        if self.trace is not None:
+            now = time.perf_counter()
+            self.span(STARTS[copy.kind], copy, now, now)
 
     def waited(self, copy: Copy, begin: float) -> None:
         """The computation was put after a copy, for which it stood still since `begin`."""
         end = time.perf_counter()
         with self._lock:
             self._waited += end - begin
-        self.span(WAITS[copy.kind], copy, begin, end)
+        if self.trace is not None:
+            self.span(WAITS[copy.kind], copy, begin, end)
 
     def span(self, kind: SpanKind, copy: Copy, begin: float, end: float) -> None:
         """Something of a copy has ended."""
@@ -146,7 +152,7 @@ class Engine(ABC):
         self.recorder = recorder or Recorder()
         # Reentrant: a user's destructor may call while this thread is inside.
         self._lock = threading.RLock()
-        self._pending: dict[tuple[Direction, int, int, int], Copy] = {}
+        self._pending: dict[Key, Copy] = {}
         self._offloaded: dict[tuple[int, int], Copy] = {}
         self._last_read: dict[int, Copy] = {}
 
@@ -155,32 +161,32 @@ class Engine(ABC):
     def offload(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy `src` to the lease's bytes from `offset` on, once `src` has been produced."""
         self._await_producer()
-        self._begin(self._describe(Direction.D2H, src, lease, offset), src, lease)
+        self._begin(Direction.D2H, src, lease, offset)
 
     def offload_wait(self, src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may write where `src` lies."""
-        self._end(self._describe(Direction.D2H, src, lease, offset))
+        self._end(Direction.D2H, src, lease, offset)
 
     def prefetch(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Start to copy the lease's bytes to `dst`, once the computation has passed the last reader of that place."""
         self._await_readers()
-        self._begin(self._describe(Direction.H2D, dst, lease, offset), dst, lease)
+        self._begin(Direction.H2D, dst, lease, offset)
 
     def prefetch_wait(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """From here on the computation may read `dst`."""
-        self._end(self._describe(Direction.H2D, dst, lease, offset))
+        self._end(Direction.H2D, dst, lease, offset)
 
     # What the host side calls.
 
     def is_prefetching(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> bool:
         """Whether a prefetch of just this was started and not yet waited for."""
         with self._lock:
-            return self._describe(Direction.H2D, dst, lease, offset).key in self._pending
+            return key_of(Direction.H2D, dst, lease, offset) in self._pending
 
     def discard(self, dst: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         """Wait for a prefetch that nobody will ask for, and forget it: `dst` may go."""
         with self._lock:
-            copy = self._pending.get(self._describe(Direction.H2D, dst, lease, offset).key)
+            copy = self._pending.get(key_of(Direction.H2D, dst, lease, offset))
         self._drop([copy] if copy is not None else [])
 
     def spare(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
@@ -264,10 +270,14 @@ class Engine(ABC):
         """The next copy of this kind starts after what the computation has been given so far."""
 
     @abstractmethod
-    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> Copy:
+    def _copy(self, kind: Direction, lease: int, offset: int, device: int, nbytes: int, thread: int) -> Copy:
+        """A copy of this engine's, not launched yet."""
+
+    @abstractmethod
+    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> None:
         """Start a copy between a value on the device and its place in a lease, after `after`.
 
-        What comes back keeps both sides alive until it has ended.
+        From here on the copy keeps both sides alive until it has ended.
         """
 
     @abstractmethod
@@ -292,23 +302,21 @@ class Engine(ABC):
 
     # Bookkeeping.
 
-    def _describe(self, kind: Direction, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Copy:
+    def _begin(self, kind: Direction, device: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
         sides = lease.data_ptr(), offset, device.data_ptr()
-        return Copy(kind, *sides, nbytes=device.nbytes, thread=threading.get_ident())
-
-    def _begin(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor) -> None:
-        with self._lock:
-            stale = self._pending.get(copy.key)
+        copy = self._copy(kind, *sides, device.nbytes, threading.get_ident())
+        key = copy.key
+        stale = self._pending.get(key)
         if stale is not None:
             self._drop([stale])
         try:
             # One step for other threads: who sees a copy can wait for it, and the last read is the last.
             with self._lock:
-                started = self._launch(copy, device, lease, self._before(copy))
-                self._pending[copy.key] = started
-                self._remember(started)
+                self._launch(copy, device, lease, self._before(copy))
+                self._pending[key] = copy
+                self._remember(copy)
         except BaseException:  # failed or interrupted half-way: what was queued of it still copies
-            self._finish(copy.kind)
+            self._finish(kind)
             raise
         self.recorder.started(copy)
 
@@ -321,13 +329,12 @@ class Engine(ABC):
         else:
             self._last_read[started.lease] = started
 
-    def _end(self, named: Copy) -> None:
-        with self._lock:
-            copy = self._pending.get(named.key)
+    def _end(self, kind: Direction, device: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
+        key = key_of(kind, device, lease, offset)
+        copy = self._pending.get(key)
         if copy is None:
             raise TransferFailed(
-                f"a wait for a {named.kind} copy of {named.nbytes} bytes at host offset {named.offset} that was never "
-                "started"
+                f"a wait for a {kind} copy of {device.nbytes} bytes at host offset {offset} that was never started"
             )
         begin = time.perf_counter()
         try:
@@ -336,7 +343,7 @@ class Engine(ABC):
             self._drop([copy])
             raise
         with self._lock:
-            self._pending.pop(named.key, None)
+            self._pending.pop(key, None)
         self.recorder.waited(copy, begin)
 
     def _drop(self, copies: list[Copy]) -> None:
@@ -345,6 +352,11 @@ class Engine(ABC):
             with self._lock:
                 if self._pending.get(copy.key) is copy:
                     del self._pending[copy.key]
+
+
+def key_of(kind: Direction, device: torch.Tensor, lease: torch.Tensor, offset: int) -> Key:
+    """What a wait for a copy between `device` and its place in `lease` names."""
+    return (kind, lease.data_ptr(), offset, device.data_ptr())
 
 
 def host_view(lease: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:

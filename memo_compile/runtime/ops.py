@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -123,8 +124,10 @@ def _forget_elsewhere(device: torch.device, lease: torch.Tensor) -> None:
 
 def _offload(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
     pool().check_own(lease)
-    _forget_elsewhere(src.device, lease)
-    engine(src.device).offload(src, lease, offset)
+    mover = engine(src.device)
+    if len(_of_device()) > 1:
+        _forget_elsewhere(src.device, lease)
+    mover.offload(src, lease, offset)
 
 
 def _offload_wait(src: torch.Tensor, lease: torch.Tensor, offset: int) -> None:
@@ -176,6 +179,25 @@ def _fake_keep(src: torch.Tensor) -> torch.Tensor:
     return torch.empty(src.shape, dtype=src.dtype, device=src.device)
 
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "host_lease": _host_lease,
+    "offload": _offload,
+    "offload_wait": _offload_wait,
+    "prefetch_": _prefetch,
+    "wait_": _wait,
+    "prefetch_buffer": _prefetch_buffer,
+    "keep": _keep,
+    "mm_into_": _mm_into,
+    "addmm_into_": _addmm_into,
+    "poison_": poison,
+    "tiled_": tiles.tiled_,
+    "addmm_onto_": tiles.addmm_onto_,
+    "attention_onto": attention.attention_onto,
+    "attention_onto_": attention.attention_onto_,
+    "attention_backward_onto": attention.attention_backward_onto,
+    "attention_backward_onto_": attention.attention_backward_onto_,
+}
+
 _FAKES = {
     "host_lease": _fake_lease,
     "prefetch_buffer": _fake_prefetch_buffer,
@@ -193,24 +215,7 @@ def register() -> torch.library.Library:
     library = torch.library.Library("memo", "DEF")
     for schema in _SCHEMAS:
         library.define(schema)
-    for name, function in (
-        ("host_lease", _host_lease),
-        ("offload", _offload),
-        ("offload_wait", _offload_wait),
-        ("prefetch_", _prefetch),
-        ("wait_", _wait),
-        ("prefetch_buffer", _prefetch_buffer),
-        ("keep", _keep),
-        ("mm_into_", _mm_into),
-        ("addmm_into_", _addmm_into),
-        ("poison_", poison),
-        ("tiled_", tiles.tiled_),
-        ("addmm_onto_", tiles.addmm_onto_),
-        ("attention_onto", attention.attention_onto),
-        ("attention_onto_", attention.attention_onto_),
-        ("attention_backward_onto", attention.attention_backward_onto),
-        ("attention_backward_onto_", attention.attention_backward_onto_),
-    ):
+    for name, function in FUNCTIONS.items():
         library.impl(name, function, "CompositeExplicitAutograd")
         fake: Any = _FAKES.get(name, _fake_nothing)
         torch.library.register_fake(f"memo::{name}", fake, lib=library)

@@ -50,31 +50,35 @@ def planes(dst: torch.Tensor, src: torch.Tensor) -> list[Plane]:
 
 def planes_to_host(src: torch.Tensor, address: int) -> list[Plane]:
     """`planes` to host memory, where a value lies dense from an address on."""
-    return _at(_planes(*_shape_and_strides(src), src.element_size()), address, src.data_ptr())
+    relative = _planes_to_dense(src.shape, src.stride(), src.element_size())
+    return _at(relative, address, src.data_ptr())
 
 
 def planes_from_host(dst: torch.Tensor, address: int) -> list[Plane]:
     """`planes` the other way."""
-    shape, dense, stride = _shape_and_strides(dst)
-    return _at(_planes(shape, stride, dense, dst.element_size()), dst.data_ptr(), address)
+    relative = _planes_from_dense(dst.shape, dst.stride(), dst.element_size())
+    return _at(relative, dst.data_ptr(), address)
 
 
-def _shape_and_strides(tensor: torch.Tensor) -> tuple[Ints, Ints, Ints]:
-    """Its shape, the strides of a dense value of that shape, and its own."""
-    shape = tuple(tensor.shape)
-    return shape, _dense_strides(shape), tensor.stride()
+@lru_cache(maxsize=4096)  # a step asks the same of each of its slices, and the host is in a hurry
+def _planes_to_dense(shape: Ints, stride: Ints, element: int) -> tuple[Plane, ...]:
+    return _planes(tuple(shape), _dense_strides(shape), stride, element)
 
 
 @lru_cache(maxsize=4096)
+def _planes_from_dense(shape: Ints, stride: Ints, element: int) -> tuple[Plane, ...]:
+    return _planes(tuple(shape), stride, _dense_strides(shape), element)
+
+
 def _dense_strides(shape: Ints) -> Ints:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _at(relative: Sequence[Plane], dst: int, src: int) -> list[Plane]:
-    return [Plane(dst + to, src + origin, *rest) for to, origin, *rest in relative]
+    return [Plane(dst + p[0], src + p[1], p[2], p[3], p[4], p[5]) for p in relative]
 
 
-@lru_cache(maxsize=4096)  # a step asks the same of each of its slices, and the host is in a hurry
+@lru_cache(maxsize=4096)
 def _planes(shape: Ints, dst: Ints, src: Ints, element: int) -> tuple[Plane, ...]:
     """`planes` of values at address 0, by their shape and strides (elements) and the bytes of an element."""
     outer = _outer_dims(shape, dst, src)

@@ -16,13 +16,13 @@ from memo_compile.runtime.engine import Copy, Direction, Engine, Recorder, host_
 from memo_compile.runtime.pieces import Plane, pieces, planes_from_host, planes_to_host
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Queued(Copy):
     """A copy on a stream. It holds the device side alone: the host side's block is guarded by the engine's rules."""
 
-    done: Any
-    tensor: torch.Tensor
-    captured: bool  # recorded into a CUDA graph
+    done: Any = None
+    tensor: torch.Tensor | None = None
+    captured: bool = False  # recorded into a CUDA graph
 
 
 class StreamEngine(Engine):
@@ -61,7 +61,11 @@ class StreamEngine(Engine):
     def _queue_after_computation(self, kind: Direction) -> None:
         self._streams[kind].wait_stream(self._cuda.current_stream(self._device))
 
-    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> Copy:
+    def _copy(self, kind: Direction, lease: int, offset: int, device: int, nbytes: int, thread: int) -> Copy:
+        return _Queued(kind, lease, offset, device, nbytes, thread)
+
+    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> None:
+        assert isinstance(copy, _Queued)
         stream = self._streams[copy.kind]
         captured = self._cuda.capturing()
         # A capture begins with the device idle, and events do not reach across its border.
@@ -70,9 +74,8 @@ class StreamEngine(Engine):
         self._queue(copy, device, lease, stream)
         done = self._cuda.Event()
         done.record(stream)
-        tensor = device.detach() if device.requires_grad else device
-        fields = (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
-        return _Queued(*fields, done, tensor, captured)
+        copy.done, copy.captured = done, captured
+        copy.tensor = device.detach() if device.requires_grad else device
 
     def _queue(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, stream: Any) -> None:
         """By address, which takes the processor least, else by torch."""
@@ -97,19 +100,16 @@ class StreamEngine(Engine):
         assert isinstance(copy, _Queued)
         self._cuda.current_stream(self._device).wait_event(copy.done)
         # The allocator hands a freed block out again in the order of the current stream, which is now after the copy.
-        copy.tensor = _NOTHING
+        copy.tensor = None
 
     def _join(self, copy: Copy) -> None:
         assert isinstance(copy, _Queued)
         if not copy.captured:
             copy.done.synchronize()
-        copy.tensor = _NOTHING
+        copy.tensor = None
 
     def _let_go(self, copy: Copy) -> None:
         self._join(copy)
-
-
-_NOTHING = torch.empty(0)
 
 
 class _Cuda:

@@ -21,12 +21,12 @@ from memo_compile.runtime.engine import COPIES, Copy, Direction, Engine, Recorde
 Delay = Callable[[Direction], float]  # seconds to wait before a copy
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job(Copy):
-    src: torch.Tensor | None  # references: neither side is freed before the copy has ended
-    dst: torch.Tensor | None
-    delay: Delay | None
-    after: _Job | None
+    src: torch.Tensor | None = None  # references: neither side is freed before the copy has ended
+    dst: torch.Tensor | None = None
+    delay: Delay | None = None
+    after: _Job | None = None
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
@@ -59,14 +59,17 @@ class ThreadEngine(Engine):
     def _queue_after_computation(self, kind: Direction) -> None:
         pass
 
-    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> Copy:
+    def _copy(self, kind: Direction, lease: int, offset: int, device: int, nbytes: int, thread: int) -> Copy:
+        return _Job(kind, lease, offset, device, nbytes, thread)
+
+    def _launch(self, copy: Copy, device: torch.Tensor, lease: torch.Tensor, after: Copy | None) -> None:
+        assert isinstance(copy, _Job)
         assert after is None or isinstance(after, _Job)
         here, there = device.detach(), host_view(lease, copy.offset, device)
-        src, dst = (here, there) if copy.kind is Direction.D2H else (there, here)
-        job = _Job(*_fields(copy), src, dst, self._delay, after)
+        copy.src, copy.dst = (here, there) if copy.kind is Direction.D2H else (there, here)
+        copy.delay, copy.after = self._delay, after
         worker = self._queues.get(copy.kind) or self._worker(copy.kind)
-        worker.put(job)
-        return job
+        worker.put(copy)
 
     def _finish(self, kind: Direction) -> None:
         worker = self._queues.get(kind)
@@ -95,10 +98,6 @@ class ThreadEngine(Engine):
         threading.Thread(target=_work, args=(jobs, self.recorder), name=f"memo-{kind}", daemon=True).start()
         self._queues[kind] = jobs
         return jobs
-
-
-def _fields(copy: Copy) -> tuple[Direction, int, int, int, int, int]:
-    return (copy.kind, copy.lease, copy.offset, copy.device, copy.nbytes, copy.thread)
 
 
 def _work(jobs: _Jobs, recorder: Recorder) -> None:

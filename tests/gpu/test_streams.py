@@ -13,7 +13,7 @@ import torch
 import memo_compile
 from memo_compile import errors
 from memo_compile.runtime import cudart
-from memo_compile.runtime.engine import Engine
+from memo_compile.runtime.engine import Engine, key_of
 from memo_compile.runtime.ops import cross_calls, engine, pool, register
 from memo_compile.runtime.streams import _Cuda
 
@@ -257,7 +257,7 @@ def test_without_waits_delays_are_seen(device, monkeypatch, wait):
     mover = engine(device)
 
     def forget(tensor, lease, offset):
-        mover._pending.pop(mover._describe(way, tensor, lease, offset).key)
+        mover._pending.pop(key_of(way, tensor, lease, offset))
         if way == "D2H":
             tensor.view(torch.uint8).fill_(255)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import memo_compile
+from memo_compile.runtime.engine import key_of
 from memo_compile.runtime.ops import cross_calls, engine, pool, recorder
 
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def without(monkeypatch, *removed):
     def replaced(kind, wait):
         def run(tensor, lease, offset):
             if (kind, offset) in removed:
-                mover._pending.pop(mover._describe(kind, tensor, lease, offset).key)
+                mover._pending.pop(key_of(kind, tensor, lease, offset))
             else:
                 wait(tensor, lease, offset)
             if kind == "D2H":

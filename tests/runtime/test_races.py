@@ -14,7 +14,7 @@ from runtime.simulated import Cuda
 
 from memo_compile.errors import TransferFailed
 from memo_compile.runtime.cross_call import CrossCallPrefetch, EarlyPrefetch, Schedule
-from memo_compile.runtime.engine import Engine
+from memo_compile.runtime.engine import Engine, key_of
 from memo_compile.runtime.host import HostPool
 from memo_compile.runtime.streams import StreamEngine
 from memo_compile.runtime.threads import ThreadEngine
@@ -123,7 +123,7 @@ def test_a_copy_waits_for_the_computation_before_it(monkeypatch, rule):
 def test_the_computation_waits_for_a_copy(monkeypatch, kind, wait):
     def forget(self, tensor, lease, offset):
         way = "D2H" if wait == "offload_wait" else "H2D"
-        self._pending.pop(self._describe(way, tensor, lease, offset).key)
+        self._pending.pop(key_of(way, tensor, lease, offset))
 
     monkeypatch.setattr(Engine, wait, forget)
     assert wrong(kind)

@@ -249,16 +249,15 @@ def test_a_gradient_that_no_dry_run_showed_to_be_handed_on_stays_the_users(monke
     """Then the forward has its place in the arena already, and both are planned again from closer dry runs."""
     looks = []
 
-    def hides(gm, *, scalar, **rest):
-        looks.append(scalar)
-        emission = dry_emission(gm, scalar=scalar, **rest)
+    def hides(gm, *, is_backward, **rest):
+        emission = dry_emission(gm, is_backward=is_backward, **rest)
         hidden = replace(emission.body, outputs=(None,) * len(emission.body.outputs))
-        return replace(emission, body=hidden) if scalar and rest["is_backward"] else emission
+        looks.append(is_backward)
+        return replace(emission, body=hidden) if looks == [False, True] else emission
 
     monkeypatch.setattr(rehearsal, "dry_emission", hides)
     test_gradients_written_over_saved_activations_are_the_users_to_keep("memo", {})
-    assert True in looks
-    assert False in looks
+    assert looks == [False, True, False, True]
 
 
 def test_model_compile(backend):

@@ -41,7 +41,7 @@ from memo_compile.codegen.phases import (
     next_phase,
     placed_plan,
 )
-from memo_compile.codegen.rehearsal import Evidence, Rehearsal, donatable, links_of
+from memo_compile.codegen.rehearsal import Evidence, Rehearsal, donatable, gone_on_with, links_of
 from memo_compile.codegen.scheduler.arrivals import check_arrivals
 from memo_compile.codegen.scheduler.dependencies import knows_all
 from memo_compile.codegen.scheduler.order import (
@@ -139,7 +139,7 @@ class _Exceeded(BaseException):
 def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: Observe = nobody) -> Looked | None:
     """Plan a Dynamo graph as `compile_planned` does, from dry runs, and stop; None where it needs no gradient."""
     setting = setting_for(options, inputs, observe)
-    run = _Compilation(setting, num_outputs(gm))
+    run = _Compilation(setting, num_outputs(gm), compiles=False)
 
     def stop(*_: Any, **__: Any) -> Any:
         raise _Stopped
@@ -173,6 +173,7 @@ class _Compilation:
     rounds: int = 0  # before
     key: str | None = None
     keeps: bool = False
+    compiles: bool = True
     course: Course = field(default_factory=Course)
 
     def partition(
@@ -206,6 +207,7 @@ class _Compilation:
             layers={n.name: n.meta[LAYER].index for n in joint.graph.nodes if LAYER in n.meta},
             scalar=self.scalar,
             calls=setting.calls,
+            goes_on=self.compiles,
         )
         numbers = (num_forward_outputs, static, self.num_user_outputs, least_rows)
         key = plan_key(setting, p, *numbers) if self.keeps else None
@@ -280,8 +282,9 @@ class _Compilation:
         graph = decided.backward if backward else decided.forward
         self.setting.progress.step(f"lowering the {'backward' if backward else 'forward'}")
         compile_bodies(graph)
-        with settings_for(decided, graph), donating(donated), arena_wrapper(self._hooks(planned, backward)):
-            compiled: Any = compile_fx_inner(gm, inputs, **kwargs)
+        hooks = self._hooks(planned, backward)
+        with settings_for(decided, graph), donating(donated), arena_wrapper(hooks):
+            compiled = self._emitted(gm, inputs, kwargs, hooks, backward)
         planned.observer.code("backward" if backward else "forward", compiled)
         device, lease_at = self.setting.device, lease_output(decided, num_forward_outputs)
         if not backward:
@@ -295,6 +298,22 @@ class _Compilation:
         back = BackwardFacts(self.key or "", leased, tuple(donated), self._schedule(), plan, planned.told)
         run = planned.observer.measured("backward", around_backward(compiled, back, self.setting), device)
         return PlannedCode(compiled, back, self.setting.first_step.backward(run))
+
+    def _emitted(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], kwargs: dict[str, Any], hooks: Hooks, backward: bool
+    ) -> Any:
+        """What Inductor compiles of a graph, from where its dry run ended if that was of the same."""
+        from torch._inductor.compile_fx import compile_fx_inner  # loads Inductor
+
+        planned = self.course.at(Planned)
+        lowered = planned.evidence.lowered[backward]
+        if lowered is None or not lowered.is_of(gm, inputs, kwargs):
+            if lowered is not None:
+                log.debug("%s: Inductor is given a graph other than that of its dry run", self.setting.name)
+            return compile_fx_inner(gm, inputs, **kwargs)
+        self.course.advance(replace(planned, evidence=gone_on_with(planned.evidence, backward)))  # it is large
+        with lowered.gone_on_with(hooks, kwargs.get("graph_id")):
+            return compile_fx_inner(lowered.gm, inputs, **kwargs)
 
     def _hooks(self, planned: Planned, backward: bool) -> Hooks:
         """What the wrapper calls while it emits a graph."""

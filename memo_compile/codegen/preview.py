@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.fx as fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from memo_compile.codegen.emitted.body import Body, Kind, Storage
+from memo_compile.codegen.lowered import Lowered, given, may_go_on
 from memo_compile.codegen.wrapper import BodyCaptured, Emission, Hooks, arena_wrapper
 
 
@@ -35,6 +37,7 @@ def dry_emission(
     input_strides: dict[str, tuple[int, ...]] | None = None,
     scalar: bool = False,
     device: str | None = None,
+    keep: bool = False,
 ) -> Emission:
     """What Inductor would emit for `gm`.
 
@@ -47,10 +50,12 @@ def dry_emission(
             joined: the caller compares with what is emitted in the end. Kernels from templates have no other loops,
             and so have graphs with any of those.
         device: as in `Hooks`.
+        keep: the emission has what the compilation of the same graph can go on with, where torch is known to allow it.
     """
     from torch._inductor import config  # loads Inductor
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
 
     with _use_lazy_graph_module(True):  # nobody calls it: its text need not be written after every pass
         twin = twin_of(gm)
@@ -58,22 +63,23 @@ def dry_emission(
     (output,) = graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(user_visible)
     inputs = [_restrided(n, (input_strides or {}).get(n.name)) for n in graph.find_nodes(op="placeholder")]
+    kwargs: dict[str, Any] = {
+        "static_input_idxs": list(static_inputs),
+        "cudagraphs": BoxedBool(False),
+        "graph_id": None,
+        "is_inference": False,
+        "is_backward": is_backward,
+    }
+    of = given(twin, inputs, kwargs) if keep and may_go_on() else None
 
     def capture(emission: Emission) -> Any:
-        raise BodyCaptured(emission)
+        lowered = Lowered(twin, V.graph, V.fake_mode, of) if of is not None else None
+        raise BodyCaptured(replace(emission, lowered=lowered))
 
     hooks = Hooks(_placed_nowhere, arrange=capture, device=device)
     with arena_wrapper(hooks), config.patch({"cpp.simdlen": 1} if scalar and not _has_templates(gm) else {}):
         try:
-            compile_fx_inner(
-                twin,
-                inputs,
-                static_input_idxs=list(static_inputs),
-                cudagraphs=BoxedBool(False),
-                graph_id=None,
-                is_inference=False,
-                is_backward=is_backward,
-            )
+            compile_fx_inner(twin, inputs, **kwargs)
         except BodyCaptured as captured:
             return captured.args[0]
     body = _without_calls(graph)  # Inductor emits nothing where nothing is computed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from memo_compile.codegen.arrange import Arrangement, arrangement_of, rearranged
 from memo_compile.codegen.donation import donating
 from memo_compile.codegen.emitted.body import Body, Kind
 from memo_compile.codegen.inductor import settings_for
+from memo_compile.codegen.lowered import Lowered, may_go_on
 from memo_compile.codegen.lowerings import POISON
 from memo_compile.codegen.preview import dry_emission
 from memo_compile.codegen.tile_bodies import count_scratch
@@ -35,7 +36,8 @@ class Evidence:
     """What a dry run of both graphs showed, and where their buffers would lie.
 
     `arrangement` says how lines were moved so that copies overlap, None where they stand as Inductor has them.
-    `seconds` is a replay of both; None where nothing is moved to the host and back.
+    `seconds` is a replay of both; None where nothing is moved to the host and back. `lowered` is what the compilations
+    of the two can go on with.
     """
 
     forward: Body
@@ -43,6 +45,13 @@ class Evidence:
     layout: ArenaLayout
     arrangement: Arrangement | None = None
     seconds: float | None = None
+    lowered: tuple[Lowered | None, Lowered | None] = field(default=(None, None), compare=False, repr=False)
+
+
+def gone_on_with(evidence: Evidence, backward: bool) -> Evidence:
+    """The same without what the compilation of one of the graphs goes on with: that may be done once."""
+    front, back = evidence.lowered
+    return replace(evidence, lowered=(front, None) if backward else (None, back))
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class Rehearsal:
     `budget` is what slices that land early may use up, in bytes; None for no limit. `static` are indices of inputs at
     fixed addresses, `layers` the layer of each node of the joint graph that has one. With `scalar` no vector code is
     generated, which is sooner done. `ranged` is for graphs whose sizes are symbols: lines stand as Inductor has them.
-    `calls` are outstanding at once. `unplanned` is the forward of torch's own split and what its dry run showed.
+    `calls` are outstanding at once. With `goes_on` the compilation goes on with the dry run of what is taken, so that
+    these are whole. `unplanned` is the forward of torch's own split and what its dry run showed.
     """
 
     setting: Setting
@@ -64,12 +74,14 @@ class Rehearsal:
     budget: int | None = None
     ranged: bool = False
     calls: int = 1
+    goes_on: bool = False
     unplanned: tuple[fx.GraphModule, Evidence] | None = None
 
     def with_unplanned(self, p: Prepared) -> tuple[Rehearsal, int]:
         """The same with a dry run of Inductor's own two graphs, and what they would hold in an arena."""
         split = p.unplanned
-        evidence = self.dry(CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved))
+        compared = replace(self, goes_on=False)
+        evidence = compared.dry(CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved))
         return replace(self, unplanned=(split.forward, evidence)), evidence.layout.peak
 
     def looked_at(self, decided: Decided) -> tuple[int, Evidence]:
@@ -93,11 +105,11 @@ class Rehearsal:
                 is_backward=False,
                 user_visible=self._user_visible(decided.forward),
                 static_inputs=self.static,
-                scalar=self.scalar,
-                device=self.device_name(),
+                **self._how(),
             )
             backward = self._dry_backward(decided, forward.body)
-        plain = Evidence(forward.body, backward.body, self.layout(decided, forward.body, backward.body))
+        layout, lowered = self.layout(decided, forward.body, backward.body), (forward.lowered, backward.lowered)
+        plain = Evidence(forward.body, backward.body, layout, lowered=lowered)
         if self.ranged or not any(h.offloaded for h in decided.residency.values()):
             return plain
         plain = replace(plain, seconds=step_seconds((forward, backward), self.setting.profile))
@@ -112,7 +124,8 @@ class Rehearsal:
         layout = self.layout(decided, front.body, back.body)
         if layout.peak > plain.layout.peak:
             return plain
-        return Evidence(front.body, back.body, layout, arrangement, step_seconds((front, back), profile))
+        seconds = step_seconds((front, back), profile)
+        return Evidence(front.body, back.body, layout, arrangement, seconds, plain.lowered)
 
     def layout(self, decided: CarriedOut, forward: Body, backward: Body) -> ArenaLayout:
         """Where the buffers of two bodies lie."""
@@ -149,6 +162,8 @@ class Rehearsal:
         }
 
     def _dry_backward(self, decided: CarriedOut, forward: Body) -> Emission:
+        from torch._inductor.utils import count_tangents  # loads Inductor
+
         links = links_of(decided, self.num_forward_outputs)
         strides = {link.input: forward.strides[link.output] for link in links}
         (output,) = decided.backward.graph.find_nodes(op="output")
@@ -157,10 +172,14 @@ class Rehearsal:
                 decided.backward,
                 is_backward=True,
                 user_visible=[i for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node)],
+                static_inputs=range(count_tangents(decided.backward)),
                 input_strides={name: s for name, s in strides.items() if s is not None},
-                scalar=self.scalar,
-                device=self.device_name(),
+                **self._how(),
             )
+
+    def _how(self) -> dict[str, Any]:
+        keep = self.goes_on and not self.ranged and may_go_on()
+        return {"scalar": self.scalar and not keep, "device": self.device_name(), "keep": keep}
 
     def device_name(self) -> str:
         """The device that is planned for, as Inductor names it."""

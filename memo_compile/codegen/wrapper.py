@@ -19,6 +19,7 @@ from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbe
 from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffers_in, take_prefetch_buffer
 from memo_compile.codegen.emitted.text import source_of
 from memo_compile.codegen.emitted.views import Segment, common_dtype
+from memo_compile.codegen.lowered import Lowered
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
@@ -33,7 +34,8 @@ Planner = Callable[[Body], tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]]
 class Emission:
     """A graph's finished lines and what was read from them.
 
-    `at_hand` is a context in which Inductor has the graph at hand; `reread` reads other lines in their place.
+    `at_hand` is a context in which Inductor has the graph at hand; `reread` reads other lines in their place. `lowered`
+    is what a dry run may be gone on with.
     """
 
     lines: tuple[str, ...]
@@ -41,6 +43,7 @@ class Emission:
     at_hand: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     outputs: tuple[str, ...] = ()
     device: str | None = None
+    lowered: Lowered | None = None
 
     def reread(self, lines: Sequence[str]) -> Body:
         """The body of the same graph with its lines in another order."""
@@ -101,13 +104,23 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
         return base
 
     class ArenaWrapper(base):
+        asked, emitted = hooks, None
+
         @staticmethod
         def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
             if is_subgraph:
                 return base.create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures)
             return ArenaWrapper()
 
+        def go_on(self, asked: Hooks) -> None:
+            """Ask something else of a body that a dry run ended at; called before it is generated once more."""
+            self.asked, self.emitted = asked, list(self.wrapper_call._lines)
+            self.lines.clear()
+
         def generate_return(self, output_refs: list[str]) -> None:
+            hooks = self.asked
+            if self.emitted is not None:
+                self.wrapper_call._lines[:] = self.emitted
             lines = [line if isinstance(line, str) else _text(line) for line in self.wrapper_call._lines]
             kept = [line for line in lines if line is not None]
             symbols = symbols_at_hand()

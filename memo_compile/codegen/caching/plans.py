@@ -89,7 +89,7 @@ def kept_plan(key: str, p: Prepared, limits: Limits, fitted: Fitted[Evidence]) -
         split_as_torch=decided.forward is p.unplanned.forward,
         peak_tensors=decided.peak_tensors,
         peak=fitted.peak,
-        evidence=fitted.evidence,
+        evidence=replace(fitted.evidence, lowered=(None, None)),
     )
 
 

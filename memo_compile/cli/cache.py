@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     """0, or 1 where a check finds an entry that is of no use."""
     from rich.console import Console  # loads rich
 
-    from memo_compile.codegen.caching.entries import cache_folder, delete, entries  # loads torch
+    from memo_compile.codegen.caching.entries import delete, entries  # loads torch
+    from memo_compile.codegen.caching.plans import torchs_folder
 
     console, found = Console(highlight=False), list(entries())
     if arguments.what == "clear":
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             delete(entry.path)
         console.print(f"{len(found)} plans deleted", soft_wrap=True)
         return 0
-    console.print(f"{len(found)} plans in {cache_folder()}", soft_wrap=True)
+    console.print(f"{len(found)} plans in {torchs_folder()}", soft_wrap=True)
     if arguments.what == "list":
         _show(console, found)
         return 0

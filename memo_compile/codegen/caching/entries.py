@@ -41,22 +41,16 @@ class Entry:
         return self.path.name if self.path.parent == plans.plans_folder() else self.path.parent.name
 
 
-def cache_folder() -> Path:
-    """Where torch keeps what AOTAutograd compiled."""
-    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache  # a private part of torch
-
-    caches: Any = AOTAutogradCache
-    return Path(caches._get_tmp_dir())
-
-
 def entries() -> Iterator[Entry]:
     """All entries that hold plans, whole or not, oldest first: torch's with their code, then those by themselves."""
-    files = (f for f in cache_folder().glob("*/*") if f.is_file() and not f.name.startswith("."))
+    files = (f for f in plans.torchs_folder().glob("*/*") if f.is_file() and not f.name.startswith("."))
     for path in sorted(files, key=_written):
         with contextlib.suppress(OSError):  # another process may delete it
             content = path.read_bytes()
             if MARK in content:
                 yield _read(path, len(content), partial(_plan_of, path.parent.name, path.name, content))
+            elif plans.MARK in content:  # loaded with torch's artifacts, and not looked for yet
+                yield _read(path, len(content), partial(_loaded_alone, path.parent.name, content))
     for path in sorted(plans.kept_files(), key=_written):
         with contextlib.suppress(OSError):
             yield _read(path, path.stat().st_size, partial(_kept_alone, path))
@@ -78,6 +72,10 @@ def _read(path: Path, size: int, plan: Callable[[], Plan]) -> Entry:
 
 def _kept_alone(path: Path) -> Plan:
     return plans.read(path).plan
+
+
+def _loaded_alone(key: str, content: bytes) -> Plan:
+    return plans.unpacked(content, key).plan
 
 
 def _plan_of(key: str, name: str, content: bytes) -> Plan:
@@ -143,7 +141,7 @@ def _name(entry: Any, key: str) -> None:
 
 
 def _drop_faulty(key: str) -> None:
-    for path in sorted((cache_folder() / key).glob("[!.]*")):
+    for path in sorted((plans.torchs_folder() / key).glob("[!.]*")):
         try:
             content = path.read_bytes()
         except OSError:

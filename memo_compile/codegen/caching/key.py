@@ -75,8 +75,12 @@ def source_digest() -> str:
 
 def _torch_caches() -> bool:
     """Whether torch is one whose entries can hold a plan, and its user wants what it compiles to be kept."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return version >= FIRST and torch_keeps()
+    return torch_is_known() and torch_keeps()
+
+
+def torch_is_known() -> bool:
+    """Whether torch is one whose cache memo knows."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FIRST
 
 
 def torch_keeps() -> bool:

@@ -6,7 +6,12 @@ dry run showed now: no entry can make code wrong.
 
 The folder stands beside torch's entries: `CACHE/memo_plans/KEY`, a file's first bytes being the hash of the others.
 
-Private torch APIs, tried with torch 2.13: `torch._inductor.runtime.cache_dir_utils.cache_dir`.
+`torch.compiler.save_cache_artifacts()` holds the plans that this process made or found. They go by the name of
+AOTAutograd's entries: a kind of memo's own would spoil all for a process that loads them before it knows memo. So
+`load_cache_artifacts()` writes them to AOTAutograd's folder, from where the first that looks for one takes it.
+
+Private torch APIs, tried with torch 2.13: `torch._inductor.runtime.cache_dir_utils.cache_dir`;
+`CacheArtifactManager.record_artifact`, and that an artifact of AOTAutograd's is written to `FOLDER/KEY/HASH`.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+from memo_compile.codegen.caching.key import torch_is_known
 from memo_compile.codegen.rehearsal import Evidence
 from memo_compile.logs import logger
 from memo_compile.passes.transforms.residency import Residency
@@ -33,6 +40,7 @@ from memo_compile.schema import Plan
 log = logger("memo_compile")
 
 DIGEST = 64  # hexadecimal digits
+MARK = b"memo_compile.codegen.caching.plans"  # how a pickle names the class of kept plans
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,22 @@ def plans_folder() -> Path:
     return Path(cache_dir()) / "memo_plans"
 
 
+def torchs_folder() -> Path:
+    """Where torch keeps what AOTAutograd compiled."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache  # a private part of torch
+
+    caches: Any = AOTAutogradCache
+    return Path(caches._get_tmp_dir())
+
+
 def find(key: str) -> KeptPlan | None:
     """The plan that is kept under a key; None where there is none that is whole."""
     path = plans_folder() / key
+    _take_over(path)
     try:
-        return read(path)
+        found = read(path)
+        _hand_on(path)
+        return found
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever a pickle raises that is torn, or another version's
@@ -116,14 +135,22 @@ def read(path: Path) -> KeptPlan:
     """The plan in a file.
 
     Raises:
-        ValueError: its bytes are not those that were written, or were written under another name.
+        ValueError: as `unpacked` does.
     """
-    content = path.read_bytes()
+    return unpacked(path.read_bytes(), path.name)
+
+
+def unpacked(content: bytes, key: str) -> KeptPlan:
+    """The plan in the bytes of a file.
+
+    Raises:
+        ValueError: these are not what was written, or were written under another key.
+    """
     digest, pickled = content[:DIGEST], content[DIGEST:]
     if sha256(pickled).hexdigest().encode() != digest:
         raise ValueError("its bytes are not those that were written")
     kept = pickle.loads(pickled)
-    if not isinstance(kept, KeptPlan) or kept.key != path.name:
+    if not isinstance(kept, KeptPlan) or kept.key != key:
         raise ValueError("it was written under another key")
     return kept
 
@@ -131,15 +158,40 @@ def read(path: Path) -> KeptPlan:
 def keep(kept: KeptPlan) -> None:
     """Write a plan: whole or not at all, whoever else writes at the same time."""
     pickled = pickle.dumps(kept)
-    folder = plans_folder()
+    path = plans_folder() / kept.key
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
         with os.fdopen(handle, "wb") as file:
             file.write(sha256(pickled).hexdigest().encode() + pickled)
-        Path(name).replace(folder / kept.key)
+        Path(name).replace(path)
+        _hand_on(path)
     except OSError as error:
         log.info("a plan is not kept: %s", error)
+
+
+def _hand_on(path: Path) -> None:
+    """Torch's artifacts hold the plan from now on."""
+    if not torch_is_known():
+        return
+    from torch.compiler._cache import CacheArtifactManager  # a private part of torch
+
+    manager: Any = CacheArtifactManager
+    manager.record_artifact("aot_autograd", path.name, path.read_bytes())
+
+
+def _take_over(path: Path) -> None:
+    """A plan that torch has loaded with its artifacts is put in its place, unless there is one."""
+    if not torch_is_known():
+        return
+    with contextlib.suppress(OSError):
+        for loaded in sorted((torchs_folder() / path.name).glob("[!.]*")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                loaded.unlink()
+            else:
+                loaded.replace(path)
+        (torchs_folder() / path.name).rmdir()
 
 
 def kept_files() -> Iterator[Path]:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+from torch.compiler._cache import CacheArtifactManager
 
 from memo_compile.cli import main
 from memo_compile.codegen.caching import plans
@@ -144,3 +147,31 @@ def test_a_plan_is_written_over_whole_and_cleared(kept):
     assert [f.name for f in kept.parent.iterdir()] == [kept.name]
     assert main(["cache", "clear"]) == 0
     assert not list(plans.kept_files())
+
+
+@pytest.mark.parametrize("spoil", [None, torn])
+def test_torchs_artifacts_carry_plans_to_another_machine(spoil, kept, tmp_path, monkeypatch, capsys):
+    """They are loaded by a process that need not know memo yet."""
+    plan = plans.find(kept.name)
+    with CacheArtifactManager.with_fresh_cache():
+        plans.keep(plan)
+        content, told = torch.compiler.save_cache_artifacts()
+    assert told.aot_autograd_artifacts == [kept.name]
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr(plans, "plans_folder", lambda: elsewhere / "plans")
+    monkeypatch.setattr(AOTAutogradCache, "_get_tmp_dir", classmethod(lambda _: str(elsewhere / "torch")))
+    assert torch.compiler.load_cache_artifacts(content).aot_autograd_artifacts == [kept.name]
+    (loaded,) = (elsewhere / "torch" / kept.name).iterdir()
+    if spoil is not None:
+        spoil(loaded)
+    assert main(["cache", "check"]) == (spoil is not None)
+    assert ("1 plans" if spoil is None else str(loaded)) in capsys.readouterr().out.replace("\n", "")
+    assert plans.find(kept.name) == (plan if spoil is None else None)
+    assert not loaded.exists()
+    assert (elsewhere / "plans" / kept.name).exists()
+
+
+def test_a_plan_that_was_found_is_carried_on(kept):
+    with CacheArtifactManager.with_fresh_cache():
+        plans.find(kept.name)
+        assert torch.compiler.save_cache_artifacts()[1].aot_autograd_artifacts == [kept.name]

@@ -64,11 +64,14 @@ def elements(plan):
         ("llama", "memo_eager"),
         ("hf_llama", "memo_eager"),
         pytest.param("llama", "memo", marks=pytest.mark.grid),
+        pytest.param("hf_llama", "memo", marks=pytest.mark.grid),
     ],
 )
 def test_gradients_are_those_of_one_process(ranks, name, backend):
+    # Its norms and rotary embeddings are float32 inside, which compiled code adds up in another order.
+    allowed = 1e-6 if (name, backend) == ("hf_llama", "memo") else EXACT
     for off, share, evaluated in ranks.run(shared, name, backend):
-        assert off <= EXACT
+        assert off <= allowed
         assert evaluated <= 1e-6  # Hugging Face's losses are float32
         assert share <= 0.7  # tables of positions and masks are whole on each rank, which shows in a small model
 

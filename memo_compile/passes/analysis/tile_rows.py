@@ -176,6 +176,16 @@ def _zeros_after(node: fx.Node, axes: Axes) -> Flow | None:
     )
 
 
+def _written_slice(node: fx.Node, axes: Axes) -> Flow | None:
+    """`slice_scatter(base, x, dim, …)`: along another dimension than that of the tokens, rows of both."""
+    args: Any = node.args
+    base, source, dim = args[0], args[1], args[2] if len(args) > 2 else 0
+    axis = axes.get(source) or axes.get(base)
+    if axis is None or wrapped(dim, len(shape_of(base))) == axis.dim:
+        return _rows_written_first(node, axes)
+    return Flow((axis,), tuple(axis for _ in node.all_input_nodes))
+
+
 def _rows_written_first(node: fx.Node, axes: Axes) -> Flow | None:
     """`slice_scatter(base, x, dim, 0, n)`: rows of x, and after them those of base."""
     args: Any = node.args
@@ -243,7 +253,7 @@ def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
 _MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
     "aten::slice": _first_rows,
     "aten::constant_pad_nd": _zeros_after,
-    "aten::slice_scatter": _rows_written_first,
+    "aten::slice_scatter": _written_slice,
     "aten::slice_backward": _gradient_of_first_rows,
     "aten::_log_softmax_backward_data": _softmax_gradient,
     "aten::_softmax_backward_data": _softmax_gradient,

@@ -20,7 +20,7 @@ import torch.fx as fx
 
 from memo_compile.errors import NotShareable
 from memo_compile.models import collectives as collectives  # defines the ops
-from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
+from memo_compile.passes.analysis.tile_rows import Rows, is_constant, tile_rows
 from memo_compile.passes.analysis.token_axis import TokenAxis, is_tensor, shape_of
 from memo_compile.passes.analysis.token_sums import SUMS, Needs, is_mean
 from memo_compile.passes.analysis.tokens import TokenInfo
@@ -190,7 +190,7 @@ class _Shares:
         own = self.axis(node)
         if node not in self.activations:
             self._count(axis, node)
-            return self._mine(self.whole(node), axis)
+            return self._constant(node, axis) if is_constant(node) else self._mine(self.whole(node), axis)
         if own != axis:
             raise NotShareable(f"{op_name(node)} has its tokens in another dimension", source_line(node))
         if node not in self.some_rows:
@@ -213,6 +213,12 @@ class _Shares:
         mine = self._shard(self._aten("reshape", whole, unfolded), axis.dim + 1)
         shape[axis.dim] //= self.part.ranks
         return self._aten("reshape", mine, shape)
+
+    def _constant(self, node: fx.Node, axis: TokenAxis) -> fx.Node:
+        """So many rows of one number, which no rank has whole."""
+        sizes = list(shape_of(node))
+        sizes[axis.dim] //= self.part.ranks
+        return call(self.graph, node.target, (sizes, *node.args[1:]), dict(node.kwargs))
 
     def _shard(self, whole: fx.Node, dim: int) -> fx.Node:
         op: Any = torch.ops.memo_collectives.shard.default
@@ -335,12 +341,14 @@ class _Shares:
             return self.whole(node)
         if axis.outer != 1:
             raise NotShareable(f"{op_name(node)} is returned with its tokens within a dimension", source_line(node))
-        first = self._aten("transpose", self.rows(node), 0, axis.dim, overload="int")
+        order = list(range(len(shape_of(node))))
+        order[0], order[axis.dim] = axis.dim, 0
+        first = self._aten("permute", self.rows(node), order)
         dense = call(self.graph, torch.ops.aten.clone.default, (first,), {"memory_format": torch.contiguous_format})
         functional: Any = torch.ops._c10d_functional
         gather = functional.all_gather_into_tensor.default
         everyone = self._waited(call(self.graph, gather, (dense, self.part.ranks, self.part.group)))
-        return _like(self.graph, node, self._aten("transpose", everyone, 0, axis.dim, overload="int"))
+        return _like(self.graph, node, self._aten("permute", everyone, order))
 
     def _waited(self, started: fx.Node) -> fx.Node:
         functional: Any = torch.ops._c10d_functional

@@ -70,4 +70,6 @@ def test_examples_for_several_devices(tmp_path):
     for name in ("fsdp_blocks", "tensor_parallel", "sequence_parallel"):
         for losses in both.run(on_a_rank, name, [*TINY, "--steps", "3"]):
             assert losses[-1] < losses[0]
+    for loss in both.run(on_a_rank, "hf_trainer", [*TINY, "--steps", "2"]):
+        assert 0 < loss < 10
     both.stop()

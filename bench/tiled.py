@@ -70,13 +70,16 @@ class _TiledLoss(torch.autograd.Function):
     """Mean cross entropy, the logits of a tile of tokens at a time; both gradients are made with the loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """hidden: (tokens, width), weight: (vocabulary, width), labels: (tokens,), -100 for none."""
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, most: int | None = None) -> Tensor:
+        """hidden: (tokens, width), weight: (vocabulary, width), labels: (tokens,), -100 for none.
+
+        `most` is bytes of one tile's logits in float32, where that is not `LOGITS`.
+        """
         count = (labels >= 0).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
-        tiles = math.ceil(hidden.shape[0] * weight.shape[0] * 4 / LOGITS)
+        tiles = math.ceil(hidden.shape[0] * weight.shape[0] * 4 / (most or LOGITS))
         for rows, wanted, into in zip(*(t.chunk(tiles) for t in (hidden, labels, hidden_gradient)), strict=True):
             with torch.enable_grad():
                 rows, leaf = rows.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -91,13 +94,13 @@ class _TiledLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Both gradients, scaled in place by what comes in."""
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = gradients[0]
         if weight_gradient is not None:
             weight_gradient.mul_(scale.to(weight_gradient.dtype))
-        return hidden_gradient.mul_(scale.to(hidden_gradient.dtype)), weight_gradient, None
+        return hidden_gradient.mul_(scale.to(hidden_gradient.dtype)), weight_gradient, None, None
 
 
 def _tile(block: Any) -> None:

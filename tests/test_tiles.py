@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 
 from memo_compile.passes.transforms import tile_bodies
@@ -153,3 +154,34 @@ def test_compiled_bodies_give_the_same():
     batch = tuple(torch.randint(0, WORDS, (2, 31)) for _ in range(2))
     compare(Head(shifted, bias=True, tied=True), batch, 4, "memo", verify="poison")
     assert len(tile_bodies.programs()) == 2
+
+
+class WrittenOut(nn.Module):
+    """Attention as matmuls with a softmax, as models with a cap on scores have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.qkv = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.out, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids, labels):
+        x = self.words(ids)
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        scores = torch.tanh(q @ k.transpose(-1, -2) / 3) * 3
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return mean(self.head(x), labels)
+
+
+def test_scores_of_attention_are_made_by_rows_of_queries():
+    torch.manual_seed(0)
+    ids, labels = (torch.randint(0, WORDS, (2, 96)) for _ in range(2))
+    compare(WrittenOut(), (ids, labels), 8, "memo_eager")
+    summed = [str(n.target) for body in tile_bodies.bodies().values() for n in body.graph.nodes]
+    assert summed.count("aten.bmm.default") > 4
+
+
+def test_a_region_reads_results_of_attention_as_they_lie():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (1, 96))
+    compare(zoo.one_layer_llama(), (ids, ids), 4, "memo", verify="poison")
+    assert tile_bodies.programs()

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 NO_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}  # of special tokens, nor a cache
 
 
-def hf_llama(
-    *, vocab: int, layers: int, width: int, heads: int, kv_heads: int, ffn: int, **more: Any
+def hf_decoder(
+    family: str, *, vocab: int, layers: int, width: int, heads: int, kv_heads: int, ffn: int, **more: Any
 ) -> torch.nn.Module:
-    """`LlamaForCausalLM`; `more` goes to its config."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # optional, and slow to import
+    """`LlamaForCausalLM` and those that are configured alike: "Llama", "Qwen3", "Gemma2". `more` goes to the config."""
+    import transformers  # optional, and slow to import
 
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=ffn,
@@ -25,7 +25,33 @@ def hf_llama(
         num_key_value_heads=kv_heads,
         **{**NO_IDS, **more},
     )
-    return _in_one_graph(LlamaForCausalLM(config))
+    return _in_one_graph(getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+def hf_llama(
+    *, vocab: int, layers: int, width: int, heads: int, kv_heads: int, ffn: int, **more: Any
+) -> torch.nn.Module:
+    """`LlamaForCausalLM`; `more` goes to its config."""
+    sizes = {"vocab": vocab, "layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+    return hf_decoder("Llama", **sizes, **more)
+
+
+def hf_t5(*, vocab: int, layers: int, width: int, heads: int, ffn: int) -> torch.nn.Module:
+    """`T5ForConditionalGeneration` without dropout; encoder and decoder of `layers` each, the head tied."""
+    from transformers import T5Config, T5ForConditionalGeneration  # optional, and slow to import
+
+    special: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "use_cache": False}
+    config = T5Config(
+        vocab_size=vocab,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        dropout_rate=0.0,
+        **special,
+    )
+    return _in_one_graph(T5ForConditionalGeneration(config))
 
 
 def hf_gpt2(*, vocab: int, layers: int, width: int, heads: int, tokens: int, dropout: float = 0.0) -> torch.nn.Module:

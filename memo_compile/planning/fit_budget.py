@@ -12,7 +12,7 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared, held_between
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.search import least_peak
-from memo_compile.planning.tiling import TILES, tiled, widest_of, with_tiles
+from memo_compile.planning.tiling import TILES, tiled, wide_in, widest_of, with_tiles
 
 log = logger(__name__)
 
@@ -24,9 +24,11 @@ WORTHWHILE = (
 )
 TRIFLE = 1e-3  # of a step's budget: a graph after a graph break may be a few bytes
 CLEARLY = 0.97  # of a least peak: more tiles than that need are not worth it
-IN_THE_WAY = 0.45  # of a least peak: where the widest value is less, other things bind, and there are no tiles
+IN_THE_WAY = 0.1  # of a least peak: where the widest value is less, other things bind, and there are no tiles
 LEAST_ROWS = 16  # of a tile: matmuls of fewer rows are slow
 MATTERS = 2**20  # bytes
+IN_VAIN = 2  # numbers of tiles without a gain, before no more are tried
+LEVELS = 2  # of what is wide: what is widest at first, and what is once that runs in tiles
 T = TypeVar("T")
 Decide = Callable[[Limits], Decided]
 Evaluate = Callable[[Decided], tuple[int, T]]
@@ -66,13 +68,13 @@ def fit_budget(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T
 def _with_few_tiles(p: Prepared, limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> Fitted[T]:
     """No tiles where the budget is kept without; else the fewest with which it is."""
 
-    def fitted(tiles: int) -> Fitted[T]:
-        return fit_budget(p, replace(limits, tiles=tiles), decide, evaluate)
+    def fitted(tiles: int, wide: int = 0) -> Fitted[T]:
+        return fit_budget(p, replace(limits, tiles=tiles, wide=wide), decide, evaluate)
 
     if limits.objective == "memory":
-        tiles = max(_worthwhile(p, limits), default=1)
-        least = fitted(tiles)
-        if tiles > 1 and least.peak > least_peak(p, replace(limits, tiles=1)):  # more than the model said
+        ladder = _worthwhile(p, limits)
+        least = fitted(*(ladder[-1] if ladder else (1,)))
+        if ladder and least.peak > least_peak(p, replace(limits, tiles=1)):  # more than the model said
             return min(least, fitted(1), key=lambda f: f.peak)
         return least
     refused: BudgetTooSmall | None = None
@@ -85,11 +87,11 @@ def _with_few_tiles(p: Prepared, limits: Limits, decide: Decide, evaluate: Evalu
     ladder = _worthwhile(p, limits)
     if not ladder and refused is not None:
         raise refused
-    for tiles in ladder:
+    for rung in ladder:
         try:
-            found = fitted(tiles)
+            found = fitted(*rung)
         except BudgetTooSmall:
-            if tiles == ladder[-1]:
+            if rung == ladder[-1]:
                 raise
             continue
         if limits.budget is None or found.peak <= limits.budget:
@@ -97,19 +99,28 @@ def _with_few_tiles(p: Prepared, limits: Limits, decide: Decide, evaluate: Evalu
     return found
 
 
-def _worthwhile(p: Prepared, limits: Limits) -> list[int]:
-    """Numbers of tiles, each with a least peak, by the model, that is clearly below that of fewer."""
-    found: list[int] = []
-    widest = widest_of(p)
-    if widest < MATTERS or limits.offload == "all":
+def _worthwhile(p: Prepared, limits: Limits) -> list[tuple[int, int]]:
+    """Numbers of tiles and bytes of what is wide, each with a least peak that is clearly below the one before.
+
+    By the model. Once the widest values do not bind, those do that are widest then.
+    """
+    found: list[tuple[int, int]] = []
+    if limits.offload == "all" or widest_of(p) < MATTERS:
         return []
-    least = least_peak(p, replace(limits, tiles=1))
-    for tiles in TILES if widest >= IN_THE_WAY * least else ():
-        cut = tiled(p, tiles) if tiles * LEAST_ROWS <= p.tokens.tokens else None
-        now = least_peak(cut, limits) if cut is not None else least
-        if now > CLEARLY * least or least - now < MATTERS:
+    counts: tuple[int, ...] = TILES
+    least, now = least_peak(p, replace(limits, tiles=1)), p
+    for _ in range(LEVELS):
+        if widest_of(now) < max(MATTERS, IN_THE_WAY * least):
             break
-        found, least = [*found, tiles], now
+        wide, in_vain = wide_in(now), 0
+        for count in counts:
+            cut = tiled(p, count, wide) if count * LEAST_ROWS <= p.tokens.tokens else None
+            peak = least_peak(cut, limits) if cut is not None else least
+            if cut is not None and peak <= CLEARLY * least and least - peak >= MATTERS:
+                now, least, counts, in_vain = cut, peak, (count,), 0
+                found.append((count, wide))
+            elif cut is None or (in_vain := in_vain + 1) == IN_VAIN:
+                break
     return found
 
 

@@ -33,7 +33,8 @@ class Limits:
     Other graphs of the step hold `beside` bytes, which `budget` leaves out, and `host_beside` on the host, which `host`
     leaves out. Where it is not `promised`, the least that
     there is will do. At most `calls` of the graph are between their forward and their backward at once: budget and host
-    memory are for all of them. `tiles` is in how many tiles the widest regions run, 1 for none; "auto": few.
+    memory are for all of them. `tiles` is in how many tiles the widest regions run, 1 for none; "auto": few. They are
+    around values of at least `wide` bytes; 0: a part of the widest.
     """
 
     budget: int | None
@@ -48,6 +49,7 @@ class Limits:
     calls: int = 1
     host_beside: int = 0
     tiles: int | Literal["auto"] = 1
+    wide: int = 0
 
     @property
     def host_in_all(self) -> int:

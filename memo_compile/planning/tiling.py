@@ -24,7 +24,7 @@ from memo_compile.planning.prepared import Prepared, results_of
 from memo_compile.planning.problem import Limits
 
 TILES = (4, 16, 64, 256)  # numbers of tiles to try, in turn
-AS_WIDE = 4  # values of at least such a part of the widest are wide, too: its gradient, its copies in another dtype
+AS_WIDE = 8  # values of at least such a part of the widest are wide, too: its gradient, and what it is made of
 
 
 def widest_of(p: Prepared) -> int:
@@ -37,14 +37,19 @@ def with_tiles(p: Prepared, limits: Limits) -> Prepared:
     """`p` as `limits.tiles` says, unless it is so already, or there is nothing to tile."""
     if p.tiling is not None or not isinstance(limits.tiles, int):
         return p
-    return tiled(p, limits.tiles) or p
+    return tiled(p, limits.tiles, limits.wide) or p
 
 
-def tiled(p: Prepared, tiles: int) -> Prepared | None:
-    """`p` with its widest regions in about `tiles` tiles; None where there is nothing to tile."""
+def wide_in(p: Prepared) -> int:
+    """Bytes from which on values of `p` are wide: a part of the widest that no tile makes."""
+    return max(1, widest_of(p) // AS_WIDE)
+
+
+def tiled(p: Prepared, tiles: int, wide: int = 0) -> Prepared | None:
+    """`p` with regions around values of `wide` bytes in about `tiles` tiles; None where there is nothing to tile."""
     if tiles < 2 or not p.plannable or has_symbols(p.joint):
         return None
-    tiling = Tiling(tiles, max(1, widest_of(p) // AS_WIDE))
+    tiling = Tiling(tiles, wide or wide_in(p))
     saved = _saved(p, tiling.wide)
     try:
         split = split_saving(p.joint, saved, p.num_forward_outputs)

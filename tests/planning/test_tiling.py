@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import memo_compile
+from memo_compile.models import Llama, LlamaConfig
 
 TOKENS, WORDS, WIDTH = 512, 4096, 16
 LOGITS = TOKENS * WORDS * 4
@@ -52,3 +53,17 @@ def test_a_budget_below_whole_logits_is_kept_by_tiles(share):
 def test_fewer_tiles_where_more_room_is():
     few, many = (calls(plan(memory_budget=int(share * LOGITS), tiles="auto")) for share in (0.9, 0.2))
     assert max(w.bytes for w in few) > max(w.bytes for w in many)
+
+
+def test_a_wide_mlp_is_made_again_in_the_tiles_that_add_its_gradients_up():
+    """No layer's backward needs a value as wide as the MLP."""
+    model = Llama(LlamaConfig(vocab=64, layers=2, width=32, heads=4, kv_heads=2, ffn=1024))
+    ids = torch.zeros(1, 512, dtype=torch.int64)
+    wide = 512 * 1024 * 4
+    gradients = sum(p.numel() * 4 for p in model.parameters())
+    found = [
+        memo_compile.plan(model, (ids, ids), options={"memory_budget": "min", "tiles": tiles}).predicted_peak
+        for tiles in (1, 16)
+    ]
+    assert found[0] >= gradients + 3 * wide
+    assert found[1] <= gradients + wide

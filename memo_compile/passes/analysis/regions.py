@@ -58,6 +58,7 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
     few = THIN * min(_count(n, rows[n]) for n in large)
     thin = {n for n in _made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
     candidates = {n for n in large | thin if _alone(n, rows)}
+    candidates |= {n for n in rows if _adds_up(n, large, candidates, rows)}
     stages = _stages(gm, candidates, rows)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     found: list[Region] = []
@@ -117,8 +118,20 @@ def _alone(node: fx.Node, rows: Mapping[fx.Node, Rows]) -> bool:
     return is_tensor(node) or all(u in rows and not rows[u].summed for u in node.users)
 
 
+def _adds_up(
+    node: fx.Node, large: Collection[fx.Node], candidates: Collection[fx.Node], rows: Mapping[fx.Node, Rows]
+) -> bool:
+    """Whether a node adds up over the tokens of a wide value, and has of each candidate the rows that a tile has."""
+    operands = node.all_input_nodes
+    if not rows[node].summed or not any(a in large for a in operands):
+        return False
+    return all(fusible(a, node, rows) for a in operands if a in candidates)
+
+
 def fusible(source: fx.Node, reader: fx.Node, rows: Mapping[fx.Node, Rows]) -> bool:
     """Whether rows of `reader` are made of the rows of `source` that the same tile has."""
+    if source in rows and rows[source].summed:
+        return False
     needs = dict(zip(reader.all_input_nodes, rows[reader].needs, strict=True)) if reader in rows else {}
     return needs.get(source) is not None and needs[source] == rows[source].axis
 
@@ -137,18 +150,24 @@ def _made_of(nodes: Collection[fx.Node]) -> set[fx.Node]:
 def _stages(gm: fx.GraphModule, candidates: Collection[fx.Node], rows: Mapping[fx.Node, Rows]) -> dict[fx.Node, int]:
     """For each node the number of borders before it; as large as its readers allow, so that it is one of theirs.
 
-    A candidate that no other one reads stays with what it is made of.
+    A candidate that no other one reads stays with what it is made of. A sum goes where others read what it adds up, and
+    what is made for it alone, such as an operand of a weight's gradient, goes there, too.
     """
 
     def border(source: fx.Node, reader: fx.Node) -> bool:
         return source in candidates and not (reader in candidates and fusible(source, reader, rows))
 
-    stages: dict[fx.Node, int] = {}
+    early: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
-        stages[node] = max((stages[a] + border(a, node) for a in node.all_input_nodes), default=0)
+        early[node] = max((early[a] + border(a, node) for a in node.all_input_nodes), default=0)
+    stages = dict(early)
     for node in reversed(gm.graph.nodes):
-        if node not in candidates or not all(border(node, u) for u in node.users):
-            stages[node] = min((stages[u] - border(node, u) for u in node.users), default=stages[node])
+        latest = min((stages[u] - border(node, u) for u in node.users), default=early[node])
+        if node in candidates and rows[node].summed:
+            beside = [u for a in node.all_input_nodes if a in candidates for u in a.users if not border(a, u)]
+            stages[node] = min(latest, max((early[u] for u in beside), default=early[node]))
+        elif node not in candidates or not all(border(node, u) for u in node.users):
+            stages[node] = latest
     return stages
 
 
@@ -187,8 +206,8 @@ def _region(
     joining = {
         u for u in readers if all(fusible(a, u, rows) if a in part else a not in after for a in u.all_input_nodes)
     }
-    sums = {u for u in joining if rows[u].summed}
-    nodes = part | (joining - sums)
+    sums = {u for u in part | joining if rows[u].summed}
+    nodes = (part | joining) - sums
     within = nodes | sums
 
     def is_read(node: fx.Node) -> bool:

@@ -64,9 +64,13 @@ def _visit(
         parent, index = node.args
         if isinstance(parent, fx.Node) and parent in items and isinstance(index, int):
             axis = items[parent][index] if index < len(items[parent]) else None
-            if axis is not None and parent in rows:
+            if axis is not None:
                 axes[node] = axis
+            if axis is not None and parent in rows:
                 rows[node] = Rows(axis, (rows[parent].axis,))
+        return
+    if schema_name(node) in _GRADIENTS_OF_ATTENTION:  # no tiles of it, but of what is made of the gradients
+        items[node] = tuple(axes.get(operand) for operand in node.args[1:4] if isinstance(operand, fx.Node))
         return
     if not is_pure(node) or not any(a in axes for a in node.all_input_nodes):
         return
@@ -121,6 +125,10 @@ def _summed(node: fx.Node, axes: Axes) -> Rows | None:
         if axis is None and by_right is not None and by_right.dim == 0:
             axis = by_right.at(1)
         return None if axis is None else Rows(axis, (axis, axis.at(0)), summed=True)
+    if name == "aten::bmm" and len(operands) == 2:  # of attention that is written out: tokens are those of the queries
+        by_left, by_right = map(axes.get, operands)
+        axis = by_left.at(1) if by_left is not None and by_left.dim == 2 else by_right
+        return None if axis is None or axis.dim != 1 else Rows(axis, (axis.at(2), axis), summed=True)
     if name == "aten::sum" and len(operands) == 1 and operands[0] in axes:
         axis, rank = axes[operands[0]], len(shape_of(operands[0]))
         dims: Any = node.args[1] if len(node.args) > 1 else None
@@ -249,6 +257,12 @@ def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
         return None
     return Flow((axes[source],), _needs_of(node, **{source.name: axes[source]}))
 
+
+# Of query, key and value, which are the second to fourth operand, and have the same shapes.
+_GRADIENTS_OF_ATTENTION = frozenset(
+    f"aten::_scaled_dot_product_{kind}_backward"
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+)
 
 _MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
     "aten::slice": _first_rows,

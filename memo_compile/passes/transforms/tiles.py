@@ -64,7 +64,7 @@ def _is_laid_out_as_told(node: fx.Node) -> bool:
     """
     storage = storage_of(node)
     value = storage.meta.get("val")
-    return storage.op == "placeholder" or (isinstance(value, torch.Tensor) and value.is_contiguous())
+    return storage.op == "placeholder" or (isinstance(value, torch.Tensor) and is_dense(storage))
 
 
 def program_in(node: fx.Node) -> Program | None:

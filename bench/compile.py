@@ -6,6 +6,9 @@ Each figure is of a process of its own, from the call of the compiled model to t
 process of a pair finds what the first has left in the pair's folder of caches, otherwise empty. Kernels are compiled by
 the process itself (`compile_threads` is 1) so that processor seconds count them, and the header that all of Inductor's
 kernels share is compiled before. Processor seconds are those of the process and its children.
+
+Of memo's parts, "dry runs" has the lowering of what was taken, too, which the compilation goes on with: "lowering" is
+what is left of it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -170,16 +174,17 @@ def pair(model: str, layers: int, tokens: int, backend: str, budget: str) -> dic
     return {"cold": cold, "warm": warm}
 
 
-def rows_of(models: Sequence[str], layers: Sequence[int], budgets: Sequence[str], tokens: int) -> list[dict[str, Any]]:
-    """Inductor's figures and memo's, paired: one beside the other in one run."""
-    rows = []
-    for model in models:
-        for count in layers:
-            stock = pair(model, count, tokens, "inductor", "none")
-            for budget in budgets:
-                own = pair(model, count, tokens, "memo", budget)
-                rows.append({"model": model, "layers": count, "budget": budget, "inductor": stock, "memo": own})
-    return rows
+def rows_of(
+    models: Sequence[str], layers: Sequence[int], budgets: Sequence[str], tokens: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Inductor's figures and memo's, paired: one beside the other in one run. All rows so far, after each model."""
+    rows: list[dict[str, Any]] = []
+    for count, model in product(layers, models):
+        stock = pair(model, count, tokens, "inductor", "none")
+        for budget in budgets:
+            own = pair(model, count, tokens, "memo", budget)
+            rows.append({"model": model, "layers": count, "budget": budget, "inductor": stock, "memo": own})
+        yield rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -223,8 +228,8 @@ def main() -> None:
             print(json.dumps(step(model, int(layers), int(tokens), backend, budget)))
         return
     logging.basicConfig(level=logging.INFO)
-    rows = rows_of(arguments.models, arguments.layers, arguments.budgets, arguments.tokens)
-    save("compile", shlex.join(["python", "-m", "bench.compile", *sys.argv[1:]]), rows, table(rows))
+    for rows in rows_of(arguments.models, arguments.layers, arguments.budgets, arguments.tokens):
+        save("compile", shlex.join(["python", "-m", "bench.compile", *sys.argv[1:]]), rows, table(rows))
 
 
 if __name__ == "__main__":

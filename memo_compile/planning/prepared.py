@@ -147,8 +147,9 @@ def graph_peak(
     results = results_of(forward, num_forward_outputs)
     held = sum(nbytes(n) for n in results if n.op != "placeholder")
     inputs = {n.name for n in forward.graph.find_nodes(op="placeholder")}
-    # A saved value that is also a result is the user's: it is counted once, as a result.
-    owned = frozenset(saved) - inputs - {n.name for n in results}
+    of_user = {n.name for n in forward.graph.nodes if storage_of(n) in results}
+    # A saved value that is also a result, or a view of one, is the user's: it is counted once, as a result.
+    owned = frozenset(saved) - inputs - of_user
     back = lifetimes(backward, fused=fused, owned_inputs=owned | tangents_of(backward))
     return max(max(front.live_bytes(), default=0), max(back.live_bytes(), default=0) + held)
 

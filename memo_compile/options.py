@@ -43,6 +43,8 @@ class Options:
         token_slice: rows of a slice, or "auto": a 64th of the tokens.
         tiles: in how many tiles regions around the widest values run, the loss over a large vocabulary above all;
             1: in none; "auto": in as few as the budget needs.
+        accumulate: the dtype in which tiles add up gradients of weights in bfloat16 or float16: "float32", or "same",
+            which holds half as much and rounds the sum at each tile.
         solver_time_limit: seconds of processor time that one linear or integer program may take.
         hardware: "auto", the name of a built-in profile, or the path of a profile's JSON file.
         dump: a folder for graphs, plan and arena; None: no dump.
@@ -67,6 +69,7 @@ class Options:
     recompute: bool = True
     token_slice: int | str = "auto"
     tiles: int | Literal["auto"] = "auto"
+    accumulate: Literal["float32", "same"] = "float32"
     solver_time_limit: float = 10.0
     hardware: str = "auto"
     dump: str | None = None
@@ -220,6 +223,12 @@ def _calls(key: str, value: Any) -> int | str:
     raise InvalidOption(key, value, 'a positive number of calls, or "auto"')
 
 
+def _accumulate(key: str, value: Any) -> Literal["float32", "same"]:
+    if isinstance(value, str) and value in ("float32", "same"):
+        return "same" if value == "same" else "float32"
+    raise InvalidOption(key, value, '"float32" or "same"')
+
+
 def _tiles(key: str, value: Any) -> int | Literal["auto"]:
     if isinstance(value, str) and value == "auto":
         return "auto"
@@ -332,6 +341,7 @@ _CHECKS = {
     "recompute": _flag,
     "token_slice": _rows,
     "tiles": _tiles,
+    "accumulate": _accumulate,
     "solver_time_limit": _seconds,
     "hardware": _hardware,
     "dump": _path,

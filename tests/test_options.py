@@ -48,6 +48,7 @@ def test_a_budget_is_bytes_a_ratio_or_a_word(budget, parsed):
         ("token_slice", 1.5),
         ("tiles", 0),
         ("tiles", "many"),
+        ("accumulate", "bfloat16"),
         ("solver_time_limit", 0),
         ("solver_time_limit", 10**400),
         ("solver_time_limit", float("inf")),

@@ -31,6 +31,7 @@ from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.saved_set import saved_set
 from memo_compile.passes.transforms.slices import Sliced, apply_residency
 from memo_compile.passes.transforms.sums import add_as_they_come
+from memo_compile.passes.transforms.tile_bodies import Accumulate
 from memo_compile.passes.transforms.tiles import tile_regions
 from memo_compile.passes.transforms.unplanned import unplanned
 
@@ -93,15 +94,17 @@ ANNOTATING: tuple[tuple[str, Callable[[Joint, Found], Any]], ...] = (
 
 @dataclass(frozen=True)
 class Tiling:
-    """Regions around values of at least `wide` bytes run in about `tiles` tiles."""
+    """Regions around values of at least `wide` bytes run in about `tiles` tiles, sums are added up in `accumulate`."""
 
     tiles: int
     wide: int
+    accumulate: Accumulate = "float32"
 
     def applied(self, forward: fx.GraphModule, backward: fx.GraphModule, *, fused: bool) -> None:
         """Rewrite both graphs of a split, in place."""
-        tile_regions(forward, self.tiles, self.wide, fused=fused, prefix="memo_tiled_forward")
-        tile_regions(backward, self.tiles, self.wide, fused=fused, prefix="memo_tiled_backward")
+        for side, gm in (("forward", forward), ("backward", backward)):
+            name = f"memo_tiled_{side}"
+            tile_regions(gm, self.tiles, self.wide, fused=fused, prefix=name, accumulate=self.accumulate)
 
 
 @dataclass(frozen=True)

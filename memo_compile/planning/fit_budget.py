@@ -114,7 +114,7 @@ def _worthwhile(p: Prepared, limits: Limits) -> list[tuple[int, int]]:
             break
         wide, in_vain = wide_in(now), 0
         for count in counts:
-            cut = tiled(p, count, wide) if count * LEAST_ROWS <= p.tokens.tokens else None
+            cut = tiled(p, count, wide, limits.accumulate) if count * LEAST_ROWS <= p.tokens.tokens else None
             peak = least_peak(cut, limits) if cut is not None else least
             if cut is not None and peak <= CLEARLY * least and least - peak >= MATTERS:
                 now, least, counts, in_vain = cut, peak, (count,), 0

@@ -34,7 +34,7 @@ class Limits:
     leaves out. Where it is not `promised`, the least that
     there is will do. At most `calls` of the graph are between their forward and their backward at once: budget and host
     memory are for all of them. `tiles` is in how many tiles the widest regions run, 1 for none; "auto": few. They are
-    around values of at least `wide` bytes; 0: a part of the widest.
+    around values of at least `wide` bytes; 0: a part of the widest. In low precision they add up in `accumulate`.
     """
 
     budget: int | None
@@ -50,6 +50,7 @@ class Limits:
     host_beside: int = 0
     tiles: int | Literal["auto"] = 1
     wide: int = 0
+    accumulate: Literal["float32", "same"] = "float32"
 
     @property
     def host_in_all(self) -> int:

@@ -18,7 +18,7 @@ from memo_compile.passes.fx.mutations import readable_inputs
 from memo_compile.passes.fx.ranges import has_symbols
 from memo_compile.passes.pipeline import Tiling
 from memo_compile.passes.transforms.partition import canonical_saved, order_backward, split_saving
-from memo_compile.passes.transforms.tile_bodies import bodies, operands_of
+from memo_compile.passes.transforms.tile_bodies import Accumulate, bodies, operands_of
 from memo_compile.passes.transforms.tiles import can_be_called, program_in
 from memo_compile.planning.prepared import Prepared, results_of
 from memo_compile.planning.problem import Limits
@@ -37,7 +37,7 @@ def with_tiles(p: Prepared, limits: Limits) -> Prepared:
     """`p` as `limits.tiles` says, unless it is so already, or there is nothing to tile."""
     if p.tiling is not None or not isinstance(limits.tiles, int):
         return p
-    return tiled(p, limits.tiles, limits.wide) or p
+    return tiled(p, limits.tiles, limits.wide, limits.accumulate) or p
 
 
 def wide_in(p: Prepared) -> int:
@@ -45,11 +45,11 @@ def wide_in(p: Prepared) -> int:
     return max(1, widest_of(p) // AS_WIDE)
 
 
-def tiled(p: Prepared, tiles: int, wide: int = 0) -> Prepared | None:
+def tiled(p: Prepared, tiles: int, wide: int = 0, accumulate: Accumulate = "float32") -> Prepared | None:
     """`p` with regions around values of `wide` bytes in about `tiles` tiles; None where there is nothing to tile."""
     if tiles < 2 or not p.plannable or has_symbols(p.joint):
         return None
-    tiling = Tiling(tiles, wide or wide_in(p))
+    tiling = Tiling(tiles, wide or wide_in(p), accumulate)
     saved = _saved(p, tiling.wide)
     try:
         split = split_saving(p.joint, saved, p.num_forward_outputs)

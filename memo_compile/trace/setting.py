@@ -213,6 +213,7 @@ def limits_for(setting: Setting, unplanned_peak: int) -> Limits:
         calls=setting.calls,
         host_beside=min(given.on_host, setting.host),
         tiles=o.tiles,
+        accumulate=o.accumulate,
         promised=not isinstance(o.memory_budget, float),
     )
 

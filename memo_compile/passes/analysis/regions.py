@@ -57,7 +57,8 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
         return []
     few = THIN * min(_count(n, rows[n]) for n in large)
     thin = {n for n in _made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
-    candidates = {n for n in large | thin if _alone(n, rows)}
+    several = {a for n in large for a in n.all_input_nodes if a in rows and not is_tensor(a)}  # of which one is wide
+    candidates = {n for n in large | thin | several if _alone(n, rows)}
     candidates |= {n for n in rows if _adds_up(n, large, candidates, rows)}
     stages = _stages(gm, candidates, rows)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
@@ -150,8 +151,8 @@ def _made_of(nodes: Collection[fx.Node]) -> set[fx.Node]:
 def _stages(gm: fx.GraphModule, candidates: Collection[fx.Node], rows: Mapping[fx.Node, Rows]) -> dict[fx.Node, int]:
     """For each node the number of borders before it; as large as its readers allow, so that it is one of theirs.
 
-    A candidate that no other one reads stays with what it is made of. A sum goes where others read what it adds up, and
-    what is made for it alone, such as an operand of a weight's gradient, goes there, too.
+    A candidate that no other one reads stays with what it is made of. A sum goes where others read all that it adds up,
+    and what is made for it alone, such as an operand of a weight's gradient, goes there, too.
     """
 
     def border(source: fx.Node, reader: fx.Node) -> bool:
@@ -164,8 +165,8 @@ def _stages(gm: fx.GraphModule, candidates: Collection[fx.Node], rows: Mapping[f
     for node in reversed(gm.graph.nodes):
         latest = min((stages[u] - border(node, u) for u in node.users), default=early[node])
         if node in candidates and rows[node].summed:
-            beside = [u for a in node.all_input_nodes if a in candidates for u in a.users if not border(a, u)]
-            stages[node] = min(latest, max((early[u] for u in beside), default=early[node]))
+            beside = [[early[u] for u in a.users if not border(a, u)] for a in node.all_input_nodes if a in candidates]
+            stages[node] = min(latest, max(early[node], min(map(max, beside), default=0)))
         elif node not in candidates or not all(border(node, u) for u in node.users):
             stages[node] = latest
     return stages

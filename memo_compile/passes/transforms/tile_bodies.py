@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx as fx
@@ -24,6 +24,8 @@ from memo_compile.passes.fx.facts import schema_name
 from memo_compile.passes.transforms.token_slices import sliced_copy
 
 LOW = frozenset({torch.bfloat16, torch.float16})
+Accumulate = Literal["float32", "same"]
+"""What tiles add up sums in that are of low precision."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,20 @@ def _resized(sizes: Any, dim: int, rows: int) -> list[int]:
     return [rows if i == dim else int(s) for i, s in enumerate(sizes)]
 
 
-def body_of(region: Region, operands: Sequence[tuple[fx.Node, TokenAxis | None]], lo: int, hi: int) -> fx.GraphModule:
+def body_of(
+    region: Region,
+    operands: Sequence[tuple[fx.Node, TokenAxis | None]],
+    lo: int,
+    hi: int,
+    accumulate: Accumulate = "float32",
+) -> fx.GraphModule:
     """The graph that computes the token rows [lo, hi) of a region, over views of `operands` and of its results."""
     w = _Writing(fx.Graph(), region, lo, hi, {}, {})
     with fake_mode(region.nodes[0].graph):
         views = [w.placeholder(f"operand_{i}", Part(a).of(n.meta["val"], lo, hi)) for i, (n, a) in enumerate(operands)]
         places = [
             w.placeholder(f"result_{i}", part.of(torch.empty_like(value, dtype=dtype or value.dtype), lo, hi))
-            for i, (value, part, dtype) in enumerate(_places(region))
+            for i, (value, part, dtype) in enumerate(_places(region, accumulate))
         ]
     for view, (node, axis) in zip(views, operands, strict=True):
         w.given[node, axis] = w.folded(view, Part(axis), node.meta["val"])
@@ -212,14 +220,14 @@ def body_of(region: Region, operands: Sequence[tuple[fx.Node, TokenAxis | None]]
     return fx.GraphModule(torch.nn.Module(), w.graph)
 
 
-def _places(region: Region) -> list[tuple[torch.Tensor, Part, torch.dtype | None]]:
+def _places(region: Region, accumulate: Accumulate) -> list[tuple[torch.Tensor, Part, torch.dtype | None]]:
     """Of each result, its value, what a tile gets of it, and the dtype of its accumulator."""
     rows = [(n.meta["val"], Part(region.rows[n].axis), None) for n in region.results]
-    return rows + [(n.meta["val"], Part(None), _summed_in(n.meta["val"].dtype)) for n in region.sums]
+    return rows + [(n.meta["val"], Part(None), _summed_in(n.meta["val"].dtype, accumulate)) for n in region.sums]
 
 
-def _summed_in(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in LOW else dtype
+def _summed_in(dtype: torch.dtype, accumulate: Accumulate) -> torch.dtype:
+    return torch.float32 if dtype in LOW and accumulate == "float32" else dtype
 
 
 def _write(w: _Writing, node: fx.Node, place: fx.Node) -> None:
@@ -243,7 +251,7 @@ def _add(w: _Writing, node: fx.Node, place: fx.Node) -> None:
     call(w.graph, torch.ops.aten.copy_.default, (place, total))
 
 
-def program_of(region: Region, tiles: int) -> tuple[Program, list[fx.Node]] | None:
+def program_of(region: Region, tiles: int, accumulate: Accumulate) -> tuple[Program, list[fx.Node]] | None:
     """The loop that runs a region in about `tiles` tiles, and its operands; None where that would be one tile."""
     rows = rows_of_a_tile(region, tiles)
     if rows >= region.tokens:
@@ -251,9 +259,9 @@ def program_of(region: Region, tiles: int) -> tuple[Program, list[fx.Node]] | No
     operands = operands_of(region)
     last = (region.tokens - 1) // rows * rows
     whole = last + rows == region.tokens == min(a.tokens for a in _axes(region))
-    tail = _known(body_of(region, operands, last, region.tokens))
-    body = tail if whole else _known(body_of(region, operands, 0, rows))
-    places = _places(region)
+    tail = _known(body_of(region, operands, last, region.tokens, accumulate))
+    body = tail if whole else _known(body_of(region, operands, 0, rows, accumulate))
+    places = _places(region, accumulate)
     program = Program(
         (body, tail),
         tuple(Part(axis) for _, axis in operands),

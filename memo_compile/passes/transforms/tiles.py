@@ -18,6 +18,7 @@ from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import is_dense, source_line, storage_of
 from memo_compile.passes.fx.meta import WHY
 from memo_compile.passes.transforms.tile_bodies import (
+    Accumulate,
     Program,
     accumulator_bytes,
     bodies,
@@ -31,14 +32,16 @@ TILED = "memo.tiled_.default"
 AS_GIVEN = "eager_input_vals"
 
 
-def tile_regions(gm: fx.GraphModule, tiles: int, wide: int, *, fused: bool, prefix: str) -> fx.GraphModule:
+def tile_regions(
+    gm: fx.GraphModule, tiles: int, wide: int, *, fused: bool, prefix: str, accumulate: Accumulate = "float32"
+) -> fx.GraphModule:
     """Run each region around values of at least `wide` bytes in about `tiles` tiles.
 
     The calls are named `prefix` and their number, so that what they cost can be told by name.
     """
     for i, region in enumerate(find_regions(gm, wide)):
         if can_be_called(region):
-            _outline(gm, region, tiles, fused, f"{prefix}_{i}")
+            _outline(gm, region, program_of(region, tiles, accumulate), fused, f"{prefix}_{i}")
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -72,8 +75,9 @@ def program_in(node: fx.Node) -> Program | None:
     return programs()[str(node.args[2])] if str(node.target) == TILED else None
 
 
-def _outline(gm: fx.GraphModule, region: Region, tiles: int, fused: bool, name: str) -> None:
-    found = program_of(region, tiles)
+def _outline(
+    gm: fx.GraphModule, region: Region, found: tuple[Program, list[fx.Node]] | None, fused: bool, name: str
+) -> None:
     if found is None:
         return
     program, operands = found

@@ -291,7 +291,8 @@ def page(rows: list[Row]) -> str:
     """All tables of which there are rows."""
     parts = [(title, table([r for r in rows if r["part"] == part])) for part, (title, table) in TABLES.items()]
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in parts if table.count("\n") > 1)
-    return f"Milliseconds in brackets are of a machine that others kept busy. What has no row or table has not been run.\n\n{text}"
+    told = "Milliseconds in brackets are of a machine that others kept busy. What has no row or table has not been run."
+    return f"{told}\n\n{text}"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def by_formula(node: fx.Node) -> int | None:
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
         return _flash_on_cpu(node.args[0], node.args[1], backward=False)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
-        return _flash_on_cpu(node.args[1], node.args[2], backward=True)
+        return _copied(node.args[0]) + _flash_on_cpu(node.args[1], node.args[2], backward=True)
     if name == "memo::attention_onto":
         return _a_piece_on_cpu(node, list(node.args[:2]), node.args[2], backward=False)
     if name == "memo::attention_backward_onto":  # which makes a dense copy of the output's gradient, here a part of it
@@ -106,12 +106,15 @@ def _efficient_backward_on_cuda(gradient: Any, query: Any, value: Any) -> int:
 
 
 def _flash_on_cpu(query: Any, key: Any, *, backward: bool) -> int:
-    """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: one block of scores for each thread, two in the backward."""
+    """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: one block of scores for each thread, two in the backward.
+
+    The backward has one sum a row beside them.
+    """
     q: torch.Tensor = query.meta["val"]
     rows, head, columns = int(q.shape[2]), int(q.shape[3]), int(key.meta["val"].shape[2])
     split = 256 if rows >= 768 else 64 if rows >= 192 else 32
     split, columns = min(split, rows), min(512, columns)
-    each = 2 * split * columns if backward else split * columns + 2 * split + split * head
+    each = 2 * split * columns + split if backward else split * columns + 2 * split + split * head
     accumulated = 8 if q.dtype == torch.float64 else 4
     reduced = 0
     if q.dtype in (torch.bfloat16, torch.float16):

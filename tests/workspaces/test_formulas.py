@@ -85,5 +85,21 @@ def test_attention_a_piece_at_a_time_has_what_it_is_measured_to_have(backward):
     assert by_formula(node) == pytest.approx(peak, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("head_after_head", [False, True])
+def test_attentions_backward_on_the_cpu_has_what_it_is_measured_to_have(dtype, head_after_head):
+    shape = (1, 4, 2048, 32)
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    query, key, value, gradient = (torch.randn(1, 2048, 4, 32, dtype=dtype).transpose(1, 2) for _ in range(4))
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
+    node = node_of(op, *[shape] * 5, dtype=dtype)
+    if head_after_head:
+        gradient = gradient.contiguous()
+        node.args[0].meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+    kept = []
+    peak = measure_peak(lambda: kept.append(op(gradient, query, key, value, out, sums, 0.0, True)))
+    assert by_formula(node) == pytest.approx(peak - sum(t.nbytes for t in kept[0]), rel=1e-3)
+
+
 def test_other_kernels_have_none():
     assert by_formula(node_of(torch.ops.aten.mm.default, (8, 8), (8, 8))) == 0

@@ -20,7 +20,9 @@ def least(monkeypatch, *, moved):
         model = Llama(LlamaConfig(512, 2, 1024, 8, 4, 2816, 1e4))
         tokens = torch.zeros(1, 8192, dtype=torch.int64)
     return (
-        plan_step(mode, lambda x: model(x).sum(), (tokens,), {}, {"memory_budget": "min", "hardware": "h100"})
+        plan_step(
+            mode, lambda x: model(x).sum(), (tokens,), {}, {"memory_budget": "min", "hardware": "h100", "tiles": 1}
+        )
         .graphs[0]
         .plan
     )

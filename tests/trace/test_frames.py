@@ -134,7 +134,7 @@ def test_a_budget_in_bytes_is_for_what_all_graphs_hold_together():
     alone = compiled(Rows(3), memory_budget=1.0)
     alone(rows(1024)).backward()
     budget = int(1.2 * memo_compile.plans()[-1].unplanned_peak)
-    options = {"memory_budget": budget, "offload": False, "recompute": False}
+    options = {"memory_budget": budget, "offload": False, "recompute": False, "tiles": 1}
     first, second = compiled(Rows(2), **options), compiled(Rows(3), **options)
     torch._dynamo.reset()
     held = first(rows(1024))

@@ -101,12 +101,12 @@ def test_matmuls_are_written_into_the_arena_and_gradients_outside(trained):
 
 
 # Beside these a lease is taken, named anew, checked, and dropped.
-COPIES = r"torch\.ops\.memo\.(offload|offload_wait|prefetch_|wait_|prefetch_buffer)\.default\("
-HANDLED = rf"({COPIES}|\w+ = (torch\.ops\.memo\.(host_lease|landing)\.default\(|\w+$)|del |assert_|.* = args$)"
+COPIES = r"(?:\w+ = )?memo_(offload|offload_wait|prefetch|wait|prefetch_buffer)\("
+HANDLED = rf"({COPIES}|\w+ = (torch\.ops\.memo\.host_lease\.default\(|\w+$)|del |assert_|.* = args$)"
 
 
 def test_emitted_code_touches_the_host_lease_only_through_memos_copies(trained):
-    for graph, copies in (("forward", {"offload", "offload_wait"}), ("backward", {"prefetch_", "wait_"})):
+    for graph, copies in (("forward", {"offload", "offload_wait"}), ("backward", {"prefetch", "wait"})):
         lines, _ = trained.body(graph)
         leases = {"memo_host_lease"}
         for line in lines:
@@ -120,7 +120,9 @@ def test_emitted_code_touches_the_host_lease_only_through_memos_copies(trained):
 
 
 def kinds(graph):
-    return Counter(str(n.target) if n.op == "call_function" else n.op for n in graph.nodes)
+    """How many nodes of each kind; what Inductor has lowered already has reshapes in place of its views."""
+    names = (str(n.target) if n.op == "call_function" else n.op for n in graph.nodes)
+    return Counter(name.replace("aten.reshape.", "aten.view.") for name in names)
 
 
 def inductors_graphs(model, x):

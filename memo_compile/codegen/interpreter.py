@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -14,7 +13,7 @@ from torch._functorch import config
 
 from memo_compile.codegen.donation import nothing_donated
 from memo_compile.options import Options
-from memo_compile.passes.fx.facts import check_sizes, is_on_host, schema_name
+from memo_compile.passes.fx.facts import check_sizes, is_on_host
 from memo_compile.passes.fx.ranges import has_symbols, write_numbers
 from memo_compile.passes.transforms.partition import split_as_torch
 from memo_compile.planning.decide import Decided, decide
@@ -155,29 +154,12 @@ class _Interpreter(fx.Interpreter):
     """Drops a result that nobody reads: `fx.Interpreter` would hold it, and what it is a view of, to the end.
 
     Nor does it note which node runs: that note is the process's, and another thread may be tracing with its own.
-
-    What a collective reads is held until its wait, as the plan counts it. Its work would hold it, too, but drop it on a
-    thread of the transport's, where no measurement of this thread sees it go.
     """
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        for node in reversed(gm.graph.nodes):  # of several waits the last
-            if schema_name(node) == "_c10d_functional::wait_tensor":
-                started = _start_of(node)
-                ending = self.user_to_last_uses.pop(started, [])
-                self.user_to_last_uses.setdefault(node, []).extend(ending)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         result = getattr(self, n.op)(n.target, args, kwargs)
         return result if n.users or n.op == "output" else None
-
-
-def _start_of(wait: fx.Node) -> fx.Node:
-    """The collective that is waited for, of whose results one may be waited for alone."""
-    (waited,) = wait.all_input_nodes
-    return waited.all_input_nodes[0] if waited.target is operator.getitem else waited
 
 
 class _Poisoning(_Interpreter):

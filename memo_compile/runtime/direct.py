@@ -2,7 +2,7 @@
 
 A profiler sees ops alone, so that they go through the dispatcher while one looks on.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._C._autograd._profiler_enabled`.
+Private torch APIs, tried with torch 2.13: `torch._C._autograd._profiler_enabled`.
 """
 
 from __future__ import annotations

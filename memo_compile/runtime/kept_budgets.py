@@ -10,7 +10,7 @@ import torch
 from memo_compile.errors import BudgetExceeded, BudgetTooSmall
 from memo_compile.logs import MIB, logger
 from memo_compile.registry import registry
-from memo_compile.runtime.first_step import BESIDE, FirstStep, Overrun
+from memo_compile.runtime.first_step import FirstStep, Overrun
 from memo_compile.runtime.planning_again import as_dynamo_would
 from memo_compile.workspaces.seen import seen
 
@@ -71,8 +71,8 @@ def _ranks() -> int:
 
 
 def _is_news(name: str, overrun: Overrun) -> bool:
-    """Whether an op took more than the plan knew of, by more than what no plan knows of."""
-    return any(excess > BESIDE for _, excess in _beyond(name, overrun))
+    """Whether an op took more than the plan knew of."""
+    return any(excess > 0 for _, excess in _beyond(name, overrun))
 
 
 def _beyond(name: str, overrun: Overrun) -> list[tuple[str, int]]:

@@ -24,7 +24,7 @@ from memo_compile.passes.analysis.tile_rows import Rows, is_constant, tile_rows
 from memo_compile.passes.analysis.token_axis import TokenAxis, is_tensor, shape_of
 from memo_compile.passes.analysis.token_sums import SUMS, Needs, is_mean
 from memo_compile.passes.analysis.tokens import TokenInfo
-from memo_compile.passes.fx.build import call
+from memo_compile.passes.fx.build import call, reshape, told
 from memo_compile.passes.fx.facts import op_name, schema_name, source_line
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.transforms.token_slices import sliced_copy
@@ -172,7 +172,7 @@ class _Shares:
         if needs is None:
             raise NotShareable(f"{op_name(node)} reads all tokens", source_line(node))
         args: Any = fx.node.map_arg(node.args, lambda a: self.rows(a, needs[a]) if a in needs else self.whole(a))
-        total = self._added(_told(call(self.graph, node.target, args, dict(node.kwargs)), node))
+        total = self._added(told(call(self.graph, node.target, args, dict(node.kwargs)), node))
         return self._aten("div", total, self.part.ranks, overload="Tensor") if is_mean(node) else total
 
     def _summed(self, node: fx.Node) -> Needs | None:
@@ -210,9 +210,9 @@ class _Shares:
         if axis.outer == 1:
             return self._shard(whole, axis.dim)
         unfolded = [*shape[: axis.dim], axis.outer, shape[axis.dim] // axis.outer, *shape[axis.dim + 1 :]]
-        mine = self._shard(self._aten("reshape", whole, unfolded), axis.dim + 1)
+        mine = self._shard(reshape(self.graph, whole, unfolded), axis.dim + 1)
         shape[axis.dim] //= self.part.ranks
-        return self._aten("reshape", mine, shape)
+        return reshape(self.graph, mine, shape)
 
     def _constant(self, node: fx.Node, axis: TokenAxis) -> fx.Node:
         """So many rows of one number, which no rank has whole."""
@@ -269,7 +269,7 @@ class _Shares:
             raise NotShareable("attention with dropout draws other numbers on each rank", source_line(node))
         args: Any = fx.node.map_arg(node.args, self._operand)
         kwargs: Any = fx.node.map_arg(node.kwargs, self._operand)
-        return _told(call(self.graph, node.target, args, kwargs), node)
+        return told(call(self.graph, node.target, args, kwargs), node)
 
     def _operand(self, node: fx.Node) -> fx.Node:
         """An operand of attention: a mask is whole, for one head or all; of heads it has this rank's."""
@@ -288,14 +288,14 @@ class _Shares:
         if remainder or copies < 2:
             return rows
         wide = self._aten("expand", self._aten("unsqueeze", rows, 2), [batch, heads, copies, tokens, size])
-        return self._aten("reshape", wide, [batch, heads * copies, tokens, size])
+        return reshape(self.graph, wide, [batch, heads * copies, tokens, size])
 
     def _fewer_heads(self, rows: fx.Node, heads: int) -> fx.Node:
         """Gradients of copies are added up."""
         batch, copied, tokens, size = shape_of(rows)
         if copied == heads:
             return rows
-        wide = self._aten("reshape", rows, [batch, heads, copied // heads, tokens, size])
+        wide = reshape(self.graph, rows, [batch, heads, copied // heads, tokens, size])
         return self._aten("sum", wide, [2], overload="dim_IntList")
 
     # Each all-to-all sends a block to every rank: the blocks stand in dimension 0.
@@ -306,28 +306,28 @@ class _Shares:
         ranks = self.part.ranks
         if heads % ranks:
             raise NotShareable(f"{heads} heads are no multiple of {ranks} ranks", source_line(node))
-        blocks = self._aten("reshape", rows, [batch, ranks, heads // ranks, tokens, size])
+        blocks = reshape(self.graph, rows, [batch, ranks, heads // ranks, tokens, size])
         got = self._swapped(self._aten("permute", blocks, [1, 0, 2, 3, 4]))  # (from rank, batch, heads, tokens, size)
         joined = self._aten("permute", got, [1, 2, 0, 3, 4])
-        return self._aten("reshape", joined, [batch, heads // ranks, ranks * tokens, size])
+        return reshape(self.graph, joined, [batch, heads // ranks, ranks * tokens, size])
 
     def _to_tokens(self, heads: fx.Node) -> fx.Node:
         batch, mine, tokens, size = shape_of(heads)
         ranks = self.part.ranks
-        blocks = self._aten("reshape", heads, [batch, mine, ranks, tokens // ranks, size])
+        blocks = reshape(self.graph, heads, [batch, mine, ranks, tokens // ranks, size])
         got = self._swapped(self._aten("permute", blocks, [2, 0, 1, 3, 4]))
         joined = self._aten("permute", got, [1, 0, 2, 3, 4])
-        return self._aten("reshape", joined, [batch, ranks * mine, tokens // ranks, size])
+        return reshape(self.graph, joined, [batch, ranks * mine, tokens // ranks, size])
 
     def _swapped(self, blocks: fx.Node) -> fx.Node:
         """Block i of dimension 0 goes to rank i."""
         shape = list(shape_of(blocks))
         dense = call(self.graph, torch.ops.aten.clone.default, (blocks,), {"memory_format": torch.contiguous_format})
-        flat = self._aten("reshape", dense, [-1])
+        flat = reshape(self.graph, dense, [-1])
         sizes = [flat.meta["val"].numel() // self.part.ranks] * self.part.ranks
         functional: Any = torch.ops._c10d_functional
         sent = call(self.graph, functional.all_to_all_single.default, (flat, sizes, sizes, self.part.group))
-        return self._aten("reshape", self._waited(sent), shape)
+        return reshape(self.graph, self._waited(sent), shape)
 
     def _added(self, partial: fx.Node) -> fx.Node:
         """The sum over ranks."""
@@ -356,12 +356,6 @@ class _Shares:
 
     def _aten(self, name: str, *args: Any, overload: str = "default") -> fx.Node:
         return call(self.graph, getattr(getattr(torch.ops.aten, name), overload), args)
-
-
-def _told(made: fx.Node, node: fx.Node) -> fx.Node:
-    """A node that stands for `node` comes from the same line."""
-    made.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
-    return made
 
 
 def _like(graph: fx.Graph, node: fx.Node, made: fx.Node) -> fx.Node:

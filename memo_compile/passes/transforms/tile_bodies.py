@@ -19,7 +19,7 @@ from memo_compile.passes.analysis.regions import Region
 from memo_compile.passes.analysis.tile_rows import is_constant
 from memo_compile.passes.analysis.token_axis import TokenAxis, shape_of
 from memo_compile.passes.analysis.tokens import TokenInfo
-from memo_compile.passes.fx.build import call, fake_mode
+from memo_compile.passes.fx.build import call, fake_mode, reshape
 from memo_compile.passes.fx.facts import schema_name
 from memo_compile.passes.transforms.token_slices import sliced_copy
 
@@ -150,7 +150,7 @@ class _Writing:
             return node
         sizes = [int(s) for s in whole.shape]
         sizes[part.axis.dim] = self.rows(part.axis)
-        return call(self.graph, torch.ops.aten.reshape.default, (node, sizes))
+        return reshape(self.graph, node, sizes)
 
     def compute(self, node: fx.Node) -> None:
         """One node of the region, for the rows of this tile."""
@@ -233,7 +233,7 @@ def _summed_in(dtype: torch.dtype, accumulate: Accumulate) -> torch.dtype:
 def _write(w: _Writing, node: fx.Node, place: fx.Node) -> None:
     made, shape = w.made[node], list(place.meta["val"].shape)
     if list(made.meta["val"].shape) != shape:
-        made = call(w.graph, torch.ops.aten.reshape.default, (made, shape))
+        made = reshape(w.graph, made, shape)
     call(w.graph, torch.ops.aten.copy_.default, (place, made))
 
 

@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
-from memo_compile.passes.fx.build import call
+from memo_compile.passes.fx.build import call, reshape, told
 from memo_compile.passes.fx.facts import schema_name
 from memo_compile.passes.fx.ranges import quotient, row_at
 from memo_compile.passes.fx.sizes import is_symbolic, largest
@@ -59,7 +59,7 @@ def slice_value(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: in
     if axis.outer == 1:
         return rows
     folded[axis.dim] = rows_between(axis, folded[axis.dim], lo, hi)
-    return call(graph, torch.ops.aten.reshape.default, (rows, folded))
+    return reshape(graph, rows, folded)
 
 
 def slice_view(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int) -> fx.Node:
@@ -73,7 +73,7 @@ def slice_view(graph: fx.Graph, node: fx.Node, axis: TokenAxis, lo: int, hi: int
     if axis.outer == 1:
         return call(graph, torch.ops.aten.slice.Tensor, (node, axis.dim, first * inner, last * inner))
     unfolded = [*shape[: axis.dim], outer, tokens, inner, *shape[axis.dim + 1 :]]
-    wide = call(graph, torch.ops.aten.reshape.default, (node, unfolded))
+    wide = reshape(graph, node, unfolded)
     return call(graph, torch.ops.aten.slice.Tensor, (wide, axis.dim + 1, first, last))
 
 
@@ -88,11 +88,11 @@ def concat_tokens(graph: fx.Graph, parts: Sequence[fx.Node], axis: TokenAxis, si
         shape = _sizes(part)
         rows = quotient(shape[axis.dim], outer * inner)
         unfolded = [*shape[: axis.dim], outer, rows, inner, *shape[axis.dim + 1 :]]
-        wide.append(call(graph, torch.ops.aten.reshape.default, (part, unfolded)))
+        wide.append(reshape(graph, part, unfolded))
     whole = call(graph, torch.ops.aten.cat.default, (wide, axis.dim + 1))
     folded = _sizes(parts[0])
     folded[axis.dim] = whole_size
-    return call(graph, torch.ops.aten.reshape.default, (whole, folded))
+    return reshape(graph, whole, folded)
 
 
 def sliced_copy(
@@ -105,16 +105,12 @@ def sliced_copy(
     if name in _VIEWS:
         sizes = _sizes(node)
         sizes[info.axis.dim] = rows_between(info.axis, sizes[info.axis.dim], lo, hi)
-        target, new_args = torch.ops.aten.reshape.default, (new_args[0], sizes)
-    elif name == "aten::expand":
+        return told(reshape(graph, new_args[0], sizes), node)
+    if name == "aten::expand":
         sizes = _sizes(node)
         sizes[info.axis.dim] = rows_between(info.axis, sizes[info.axis.dim], lo, hi)
         new_args = (new_args[0], sizes)
     elif name == "aten::slice" and _largest(node) == _largest(node.all_input_nodes[0]):
         return new_args[0]
     kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: args[n])
-    copy = call(graph, target, new_args, kwargs)
-    for key in ("stack_trace", "nn_module_stack", "original_aten", "from_node", "seq_nr"):
-        if key in node.meta:
-            copy.meta[key] = node.meta[key]
-    return copy
+    return told(call(graph, target, new_args, kwargs), node)

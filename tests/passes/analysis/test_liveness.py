@@ -1,10 +1,15 @@
-"""What a fusing compiler keeps out of memory."""
+"""What a fusing compiler keeps out of memory, and what op by op lies there."""
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memo_compile.passes.analysis.liveness import reaches_memory
+from memo_compile import measure_peak
+from memo_compile.passes.analysis.liveness import lifetimes, reaches_memory
+from memo_compile.passes.analysis.token_axis import TokenAxis
+from memo_compile.passes.analysis.tokens import TokenInfo
+from memo_compile.passes.fx.build import call
+from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
 
 
 def scattered(index_size):
@@ -22,3 +27,26 @@ def test_a_one_hot_row_is_a_comparison_to_inductor(index_size, stored):
     (node,) = scattered(index_size).graph.find_nodes(op="call_function", target=torch.ops.aten.scatter.value)
     assert reaches_memory(node) == stored
     assert reaches_memory(node.args[0]) == stored
+
+
+@pytest.mark.parametrize(("batch", "copied"), [(1, 0), (3, 16 * 8 * 8)])
+def test_rows_of_a_batch_are_copied_to_be_read_in_another_shape(batch, copied):
+    """A batch's rows [16, 32) lie apart: as one dimension they are a copy, which op by op takes memory."""
+
+    def flattened(x):
+        return torch.ops.aten.sin.default(torch.ops.aten.view.default(x, [64 * batch, 8]))
+
+    x = torch.randn(batch, 64, 8, dtype=torch.float64)
+    gm = make_fx(flattened, tracing_mode="fake")(x)
+    view, result = (n for n in gm.graph.nodes if n.op == "call_function")
+    axis = TokenAxis(1, 1, 64, 1)
+    info = TokenInfo(TokenAxis(0, batch, 64, 1), (axis,), sliceable=True, mixing=False, reason="")
+    (place,) = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_before(view):
+        rows = sliced_copy(gm.graph, view, info, {place: slice_value(gm.graph, place, axis, 16, 32)}, 16, 32)
+        total = call(gm.graph, torch.ops.aten.sin.default, (rows,))
+    result.replace_all_uses_with(total)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    held = max(lifetimes(gm, fused=False).live_bytes())
+    assert held == measure_peak(gm, x) == batch * copied + batch * 16 * 8 * 8

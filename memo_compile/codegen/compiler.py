@@ -23,6 +23,7 @@ from memo_compile.codegen.arena.sides import buffers_of
 from memo_compile.codegen.caching.key import key_for
 from memo_compile.codegen.caching.plan_key import keeps_plans, plan_key
 from memo_compile.codegen.caching.plans import keep
+from memo_compile.codegen.caching.tiles import tiles_of
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.direct import direct
@@ -282,6 +283,7 @@ class _Compilation:
         graph = decided.backward if backward else decided.forward
         self.setting.progress.step(f"lowering the {'backward' if backward else 'forward'}")
         compile_bodies(graph)
+        tiles = tiles_of(graph)
         hooks = self._hooks(planned, backward)
         with settings_for(decided, graph), donating(donated), arena_wrapper(hooks):
             compiled = self._emitted(gm, inputs, kwargs, hooks, backward)
@@ -291,13 +293,13 @@ class _Compilation:
             nothing_donated()  # `around_backward` provides for a second backward
             kept = self.setting.keeps(decided.forward, num_forward_outputs)
             front = ForwardFacts(self.key or "", kept, lease_at)
-            return PlannedCode(compiled, front, around_forward(compiled, front, self.setting, self._schedule))
+            return PlannedCode(compiled, tiles, front, around_forward(compiled, front, self.setting, self._schedule))
         plan = placed_plan(self.course.at(Planned))
         record(plan)
         leased = lease_input(decided) if lease_at is not None else None
         back = BackwardFacts(self.key or "", leased, tuple(donated), self._schedule(), plan, planned.told)
         run = planned.observer.measured("backward", around_backward(compiled, back, self.setting), device)
-        return PlannedCode(compiled, back, self.setting.first_step.backward(run))
+        return PlannedCode(compiled, tiles, back, self.setting.first_step.backward(run))
 
     def _emitted(
         self, gm: fx.GraphModule, inputs: Sequence[Any], kwargs: dict[str, Any], hooks: Hooks, backward: bool

@@ -14,7 +14,7 @@ from memo_compile.codegen.emitted.body import Kind
 from memo_compile.codegen.preview import dry_run, twin_of
 from memo_compile.passes.analysis.liveness import WORKSPACE
 from memo_compile.passes.transforms.tile_bodies import Program, accumulator_bytes, bodies, inputs_of
-from memo_compile.passes.transforms.tiles import places_of, program_in
+from memo_compile.passes.transforms.tiles import places_of, program_in, programs_of
 from memo_compile.placement.bounds import live_bytes
 from memo_compile.runtime.tiles import compiled_bodies
 
@@ -64,5 +64,4 @@ def _held(key: str) -> int:
 
 
 def _bodies_in(gm: fx.GraphModule) -> dict[str, None]:
-    programs = [p for p in map(program_in, gm.graph.nodes) if p is not None]
-    return dict.fromkeys(key for p in programs for key in p.bodies)
+    return dict.fromkeys(key for p in programs_of(gm).values() for key in p.bodies)

@@ -4,8 +4,8 @@ AOTAutograd's cache, in its bundled mode, pickles the compiled forward and backw
 it loads them: they then ask the compilation that is under way, through its partitioner, to put around the code what
 stood around it when it was compiled.
 
-Private torch APIs, tried with torch 2.13: `OutputCode`, `FxGraphCache.cache_hit_post_compile`, and that
-`torch._inductor.config.custom_partitioner_fn` is set while an entry is loaded.
+Private torch APIs, tried with torch 2.13: `OutputCode`, and that `torch._inductor.config.custom_partitioner_fn`
+is set while an entry is loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch.fx as fx
 from torch._inductor import config
-from torch._inductor.codecache import FxGraphCache
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.output_code import OutputCode
 
+from memo_compile.codegen.caching.tiles import Tiles, load, without_callables, written_out
 from memo_compile.runtime.calls import Boxed
 from memo_compile.runtime.cross_call import Schedule
 from memo_compile.runtime.outstanding import Kept
@@ -92,6 +92,7 @@ class PlannedCode(OutputCode):
     """Inductor's code of one graph, with what stands around it in `run`. `key` is what torch keeps the entry under."""
 
     code: Any
+    tiles: Tiles
     facts: Facts
     run: Boxed
     key: str = ""
@@ -105,6 +106,7 @@ class PlannedCode(OutputCode):
         """Called on a copy, which is then pickled."""
         self.code = copy.copy(self.code)
         self.code.prepare_for_serialization()
+        self.tiles = without_callables(self.tiles)
         self.run = not_loaded
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
@@ -116,9 +118,8 @@ class PlannedCode(OutputCode):
         partitioner: Any = config.custom_partitioner_fn
         if self.facts.digest != getattr(partitioner, "digest", None):
             raise RuntimeError("an entry of other options")
-        code, _ = FxGraphCache.cache_hit_post_compile(self.code, {}, constants)
-        if code is None:
-            raise RuntimeError("the code of an entry cannot be written to its place")
+        load(self.tiles)
+        code = written_out(self.code, constants)
         code.post_compile(example_inputs, constants, graph_kwargs)
         self.run = partitioner.loaded(code, self.facts)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from memo_compile.codegen.caching import plans
 from memo_compile.logs import logger
-from memo_compile.passes.transforms.tiles import TILED
 from memo_compile.schema import Plan
 
 log = logger("memo_compile")
@@ -116,8 +115,6 @@ def only_whole_entries() -> Iterator[None]:
         return lookup.__func__(key, *args, **keywords)
 
     def kept(key: str, entry: Any, *args: Any, **keywords: Any) -> Any:
-        if _runs_tiles(entry):  # the bodies of its tiles are this process's: another one would not find them
-            return None
         _name(entry, key)
         return save.__func__(key, entry, *args, **keywords)
 
@@ -126,11 +123,6 @@ def only_whole_entries() -> Iterator[None]:
         yield
     finally:
         caches._lookup, caches.save = lookup, save
-
-
-def _runs_tiles(entry: Any) -> bool:
-    facts = getattr(getattr(entry.compiled_bw, "result", None), "facts", None)
-    return facts is not None and any(w.op == TILED for w in facts.plan.workspaces)
 
 
 def _name(entry: Any, key: str) -> None:

@@ -75,6 +75,12 @@ def program_in(node: fx.Node) -> Program | None:
     return programs()[str(node.args[2])] if str(node.target) == TILED else None
 
 
+def programs_of(gm: fx.GraphModule) -> dict[str, Program]:
+    """The programs that a graph calls, by their keys."""
+    calls = (n for n in gm.graph.nodes if str(n.target) == TILED)
+    return {key: programs()[key] for key in (str(n.args[2]) for n in calls)}
+
+
 def _outline(
     gm: fx.GraphModule, region: Region, found: tuple[Program, list[fx.Node]] | None, fused: bool, name: str
 ) -> None:

@@ -1,6 +1,7 @@
 """What the calls in an emitted body take for themselves: that of the FX nodes that they carry out.
 
-Private torch APIs, tried with torch 2.13: `GraphLowering.name_to_buffer`, `ExternKernel.fx_node` and its origins.
+Private torch APIs, tried with torch 2.13: `GraphLowering.name_to_buffer`, `ExternKernel.fx_node` and its origins,
+`NopKernel`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _carried_out(buffer: Any) -> Iterator[fx.Node]:
     """The FX nodes whose kernel makes a buffer; none where it is Inductor's own."""
     from torch._inductor import ir  # loads Inductor
 
-    if isinstance(buffer, ir.ExternKernel):
+    if isinstance(buffer, ir.ExternKernel) and not isinstance(buffer, ir.NopKernel):
         known = [getattr(buffer, "fx_node", None), buffer.get_origin_node()]
         yield from (n for n in known if isinstance(n, fx.Node) and n.op == "call_function")
         yield from (n for n in buffer.get_origins() if n.op == "call_function")

@@ -29,6 +29,7 @@ from memo_compile.passes.transforms.partition import Split, split_saving
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.saved_set import saved_set
+from memo_compile.passes.transforms.shared_heads import share_heads
 from memo_compile.passes.transforms.slices import Sliced, apply_residency
 from memo_compile.passes.transforms.sums import add_as_they_come
 from memo_compile.passes.transforms.tile_bodies import Accumulate
@@ -77,6 +78,7 @@ ANNOTATING: tuple[tuple[str, Callable[[Joint, Found], Any]], ...] = (
         lambda j, f: unplanned(j.graph, j.inputs, j.num_forward_outputs, j.static_inputs, f["user_checkpoints"]),
     ),
     ("sums", lambda j, _: _nothing_found(add_as_they_come(j.graph) if j.fused else j.graph)),
+    ("shared_heads", lambda j, _: _nothing_found(share_heads(j.graph))),
     ("tokens", lambda j, _: annotate_tokens(j.graph, j.data_inputs)),
     ("layers", lambda j, _: annotate_layers(j.graph)),
     ("saved_set", lambda j, f: saved_set(j.graph, f["unplanned"], f["user_checkpoints"])),

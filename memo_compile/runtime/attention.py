@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from memo_compile.passes.fx.heads import heads_of_piece
+from memo_compile.passes.fx.heads import adds_up, head_slices
 
+_Piece = tuple[tuple[slice, slice], tuple[slice, slice]]
 _OPTIONS = "float dropout_p, bool is_causal, int pieces, *, Tensor? attn_mask=None, float? scale=None"
 
 # In graphs: what is written over comes first, and comes out as the results. In emitted code (with a `_` after the
@@ -31,17 +32,26 @@ SCHEMAS = (
 )
 
 
-def _pieces_of(query: torch.Tensor, pieces: int) -> Iterator[tuple[slice, slice]]:
+def _pieces_of(query: torch.Tensor, key: torch.Tensor, pieces: int, parts: bool) -> Iterator[list[_Piece]]:
+    """Of (batch, heads, …): what each call reads of the queries and of the keys, in a list those with the same keys."""
     batch, heads = query.shape[:2]
-    step = heads_of_piece(batch, heads, pieces)
-    for first in range(0, heads, step):
-        yield slice(None), slice(first, first + step)
+    everything = slice(None)
+    for calls in head_slices(batch, heads, key.shape[1], pieces, parts=parts):
+        yield [((everything, of), (everything, shared)) for of, shared in calls]
 
 
 def _write(places: Sequence[torch.Tensor], kernel: Any, *args: Any, **keywords: Any) -> None:
     """In a call of its own, so that nothing names its results when the next piece is made."""
     for place, result in zip(places, kernel(*args, **keywords), strict=True):
         place.copy_(result)
+
+
+def _write_and_add(places: Sequence[torch.Tensor], kernel: Any, *args: Any, **keywords: Any) -> None:
+    """The same, where what follows the first result is added to its place."""
+    result, *terms = kernel(*args, **keywords)
+    places[0].copy_(result)
+    for place, term in zip(places[1:], terms, strict=True):
+        place.add_(term)
 
 
 def attention_onto(
@@ -56,8 +66,10 @@ def attention_onto(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the output over `query` (batch, heads, rows, head), the row sums to `logsumexp` (batch, heads, rows)."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    for of in _pieces_of(query, pieces):
-        _write((query[of], logsumexp[of]), kernel, query[of], key[of], value[of], dropout_p, is_causal, **options)
+    for calls in _pieces_of(query, key, pieces, parts=True):
+        for of, shared in calls:
+            read = (query[of], key[shared], value[shared])
+            _write((query[of], logsumexp[of]), kernel, *read, dropout_p, is_causal, **options)
     return query, logsumexp
 
 
@@ -73,11 +85,21 @@ def attention_backward_onto(
     pieces: int,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write the gradients over `query`, `key` and `value`; all (batch, heads, rows, head)."""
+    """Write the gradients over `query`, `key` and `value`; all (batch, heads, rows, head).
+
+    Where several calls share keys, their gradients are added up in the order of the queries, and written last.
+    """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for of in _pieces_of(query, pieces):
-        inputs = (query[of], key[of], value[of])
-        _write(inputs, kernel, grad_out[of], *inputs, out[of], logsumexp[of], dropout_p, is_causal, **options)
+    for calls in _pieces_of(query, key, pieces, parts=adds_up(query.dtype)):
+        shared = calls[0][1]
+        read = (key[shared], value[shared])
+        sums = [torch.zeros_like(t) for t in read] if len(calls) > 1 else []
+        for of, _ in calls:
+            places = (query[of], *(sums or read))
+            given = (grad_out[of], query[of], *read, out[of], logsumexp[of])
+            (_write_and_add if sums else _write)(places, kernel, *given, dropout_p, is_causal, **options)
+        for place, total in zip(read, sums, strict=False):
+            place.copy_(total)
     return query, key, value
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import schema_name
-from memo_compile.passes.fx.heads import heads_of_piece
+from memo_compile.passes.fx.heads import adds_up, head_slices
 from memo_compile.passes.transforms.tiles import program_in
 
 
@@ -20,9 +20,9 @@ def by_formula(node: fx.Node) -> int | None:
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
         return _copied(node.args[0]) + _flash_on_cpu(node.args[1], node.args[2], backward=True)
     if name == "memo::attention_onto":
-        return _a_piece_on_cpu(node, list(node.args[:2]), node.args[2], backward=False)
-    if name == "memo::attention_backward_onto":  # which makes a dense copy of the output's gradient, here a part of it
-        return _a_piece_on_cpu(node, list(node.args[:4]), node.args[1], backward=True)
+        return _a_piece_on_cpu(node, backward=False)
+    if name == "memo::attention_backward_onto":
+        return _a_piece_on_cpu(node, backward=True)
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         return _flash_backward_on_cuda(node.args[0], node.args[1], node.args[2])
     if name == "aten::_scaled_dot_product_cudnn_attention_backward":
@@ -50,14 +50,29 @@ _NONE = frozenset(
 )
 
 
-def _a_piece_on_cpu(node: fx.Node, made: list[Any], key: Any, *, backward: bool) -> int:
-    """`memo_compile.runtime.attention`: what one piece makes, the size of its part of `made`, and the kernel's own."""
-    pieces = node.args[6 if not backward else 8]
-    given: list[torch.Tensor] = [n.meta["val"] for n in made]
+def _a_piece_on_cpu(node: fx.Node, *, backward: bool) -> int:
+    """`memo_compile.runtime.attention`: what one piece makes, the sums beside it, and the kernel's own.
+
+    Of the queries the backward makes their gradient and a dense copy of the output's, here a part of it.
+    """
+    places = {"q": 0, "k": 1, "v": 2, "pieces": 8} if backward else {"q": 0, "k": 2, "v": 3, "pieces": 6}
+    query, key, value = (node.args[places[name]] for name in ("q", "k", "v"))
+    beside, pieces = node.args[3 if backward else 1], node.args[places["pieces"]]
+    q, k, v, other = (n.meta["val"] for n in (query, key, value, beside))  # type: ignore[union-attr]
     assert isinstance(pieces, int)
-    batch, heads = (int(s) for s in given[0].shape[:2])
-    whole = sum(t.numel() * t.element_size() for t in given)
-    return whole * heads_of_piece(batch, heads, pieces) // heads + _flash_on_cpu(made[0], key, backward=backward)
+    batch, heads, shared = int(q.shape[0]), int(q.shape[1]), int(k.shape[1])
+    of_queries, of_keys = (_bytes(q) + _bytes(other)) // heads, (_bytes(k) + _bytes(v)) // shared if backward else 0
+    parts = not backward or adds_up(q.dtype)
+    held = 0
+    for calls in head_slices(batch, heads, shared, pieces, parts=parts):
+        sums = of_keys * (calls[0][1].stop - calls[0][1].start) if len(calls) > 1 else 0
+        made = max(of_queries * (of.stop - of.start) + of_keys * (by.stop - by.start) for of, by in calls)
+        held = max(held, sums + made)
+    return held + _flash_on_cpu(query, key, backward=backward)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _cudnn_backward(query: Any) -> int:

@@ -19,7 +19,7 @@ from memo_compile.passes.fx.facts import argument, dimensions, nbytes, storage_o
 from memo_compile.passes.fx.meta import WHY
 from memo_compile.passes.fx.sizes import largest
 
-PIECES = 4  # calls for one attention, at most: more would save little, and leave threads idle
+PIECES = 8  # calls for one attention, at most: more would save little
 
 
 def write_over_attention_inputs(gm: fx.GraphModule) -> fx.GraphModule:
@@ -45,7 +45,7 @@ def write_over_attention_inputs(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _rewrite(node: fx.Node, over: list[Any], beside: list[Any], target: Any) -> None:
-    pieces = _pieces(node, [*over, *beside])
+    pieces = _pieces(node, over[0], [*over, *beside])
     if pieces == 1 or not all(may_be_overwritten(node, a) for a in over) or not are_apart(over, beside):
         return
     plain: list[Any] = [argument(node, "dropout_p"), argument(node, "is_causal"), pieces]
@@ -95,17 +95,18 @@ def are_apart(over: list[Any], beside: list[Any]) -> bool:
     return all(storage_of(a) is not storage_of(b) or _disjoint(a.meta["val"], b.meta["val"]) for a, b in pairs)
 
 
-def _pieces(node: fx.Node, tensors: list[fx.Node]) -> int:
+def _pieces(node: fx.Node, query: fx.Node, tensors: list[fx.Node]) -> int:
     """In how many calls one attention can be made: 1 where heads differ in more than their values (masks of their own,
-    dropout, groups).
+    dropout).
     """
+    count = int(query.meta["val"].shape[1])
     heads = {int(n.meta["val"].shape[1]) for n in tensors}
     widths = {int(n.meta["val"].shape[3]) for n in tensors if n.meta["val"].dim() == 4}
     mask = argument(node, "attn_mask")
     for_all = mask is None or (isinstance(mask, fx.Node) and _same_for_all_heads(mask.meta["val"]))
     taken = all(user.target is operator.getitem for user in node.users)
-    alike = len(heads) == len(widths) == 1
-    return min(PIECES, *heads) if alike and for_all and taken and not argument(node, "dropout_p") else 1
+    alike = len(widths) == 1 and len(heads | {count}) <= 2 and max(heads) == count and count % min(heads) == 0
+    return min(PIECES, count) if alike and for_all and taken and not argument(node, "dropout_p") else 1
 
 
 def _same_for_all_heads(mask: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from memo_compile.passes.transforms.tile_bodies import (
     program_of,
     programs,
 )
+from memo_compile.passes.transforms.tile_copies import make_again_in_tiles
 
 TILED = "memo.tiled_.default"
 # Where Inductor looks for the strides that an op's operands must have; without it lays values out as it likes.
@@ -39,6 +40,7 @@ def tile_regions(
 
     The calls are named `prefix` and their number, so that what they cost can be told by name.
     """
+    make_again_in_tiles(gm, wide)
     for i, region in enumerate(find_regions(gm, wide)):
         if can_be_called(region):
             _outline(gm, region, program_of(region, tiles, accumulate), fused, f"{prefix}_{i}")

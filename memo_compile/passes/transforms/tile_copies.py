@@ -1,0 +1,116 @@
+"""Lets what comes later make for itself what a region that runs tile by tile makes, where cheap ops can.
+
+A normalized value is read on both sides of an attention's backward: by the projections that are made again before it,
+and by their weights' gradients after it. Handed on it would lie there whole, all the while; made once more from what
+lies there anyway, each tile has its own rows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.fx as fx
+
+from memo_compile.passes.analysis.bit_sensitive import decides
+from memo_compile.passes.analysis.regions import Region, find_regions
+from memo_compile.passes.analysis.token_axis import is_tensor
+from memo_compile.passes.fx.facts import is_cheap, is_view, nbytes
+
+SMALL = 8  # what is smaller than a value by this factor may live longer for it
+
+
+def make_again_in_tiles(gm: fx.GraphModule, wide: int) -> fx.GraphModule:
+    """Let what reads wide results of cheap ops after their region make them once more, in a region of its own."""
+    regions = find_regions(gm, wide)
+    places = _Places.of(gm, regions)
+    for region in regions:
+        cheap = [n for n in region.results if nbytes(n) >= wide and _can_run_again(n)]
+        chains = {n: places.chain(n, places.later(n), cheap) for n in cheap}
+        _copy({n: chain for n, chain in chains.items() if chain is not None}, places)
+    gm.recompile()
+    return gm
+
+
+def _can_run_again(node: fx.Node) -> bool:
+    return is_cheap(node) and not decides(node)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the nodes of a graph stand, which region has each (by number), and where that ends.
+
+    Copies are entered as they are made.
+    """
+
+    order: dict[fx.Node, int]
+    region: dict[fx.Node, int]
+    ends: Sequence[int]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, regions: Sequence[Region]) -> _Places:
+        order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        nodes = [(*r.nodes, *r.sums) for r in regions]
+        return cls(
+            order,
+            {n: i for i, of_region in enumerate(nodes) for n in of_region},
+            [max(map(order.__getitem__, of_region)) for of_region in nodes],
+        )
+
+    def enter(self, copy: fx.Node, before: fx.Node, region: int) -> None:
+        """Note where a copy stands, and its region, -1 for none."""
+        self.order[copy] = self.order[before]
+        self.region.update({copy: region} if region >= 0 else {})
+
+    def later(self, node: fx.Node) -> list[fx.Node]:
+        """What reads a region's result outside of it."""
+        return [u for u in node.users if self.region.get(u) != self.region[node]]
+
+    def end(self, node: fx.Node) -> int:
+        """Where a node has run, with its region or with what reads it as a view."""
+        views = [self.end(u) for u in node.users] if is_view(node) else []
+        return max([*views, self.ends[self.region[node]] if node in self.region else self.order[node]])
+
+    def chain(self, node: fx.Node, readers: Collection[fx.Node], cheap: Collection[fx.Node]) -> list[fx.Node] | None:
+        """The ops of the region that make a value of others that are there, or small, until all `readers` have run.
+
+        None where there are none. What only `cheap` values' readers hold is not there: these may be made again.
+        """
+        if not readers or any(u.op == "output" for u in readers):
+            return None
+        until, few = max(map(self.end, readers)), nbytes(node) // SMALL
+        found, stack = {node: None}, list(node.all_input_nodes)
+        while stack:
+            source = stack.pop()
+            others = [u for u in source.users if u not in found and u not in cheap] if source not in cheap else []
+            there = any(u.op == "output" or self.end(u) >= until for u in others)
+            if source in found or there or (is_tensor(source) and nbytes(source) <= few):
+                continue
+            if not _can_run_again(source) or self.region.get(source) != self.region[node]:
+                return None
+            found[source] = None
+            stack += source.all_input_nodes
+        return sorted(found, key=self.order.__getitem__)
+
+
+def _copy(chains: Mapping[fx.Node, Sequence[fx.Node]], places: _Places) -> None:
+    """Make values again, once for all readers of a region, and once for those in none."""
+    readers = {n: places.later(n) for n in chains}
+    groups: dict[int, list[tuple[fx.Node, fx.Node]]] = {}
+    for node in chains:
+        for reader in readers[node]:
+            groups.setdefault(places.region.get(reader, -1), []).append((node, reader))
+    for group, pairs in groups.items():
+        first = min((reader for _, reader in pairs), key=places.order.__getitem__)
+        made: dict[fx.Node, fx.Node] = {}
+        for source in sorted({n for node, _ in pairs for n in chains[node]}, key=places.order.__getitem__):
+            with source.graph.inserting_before(first):
+                made[source] = source.graph.node_copy(source, partial(_copied, made))
+            places.enter(made[source], first, group)
+        for node, reader in pairs:
+            reader.replace_input_with(node, made[node])
+
+
+def _copied(made: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    return made.get(node, node)

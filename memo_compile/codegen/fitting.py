@@ -58,14 +58,15 @@ def fit_or_find(
             fitted = _fitted(p, limits, rehearsal, watch)
             found = Fit(p, rehearsal, limits, fitted, kept_plan(key, p, limits, fitted) if key is not None else None)
         ranks.confirm(found.fitted.decided)
-    return found
+    return replace(found, rehearsal=replace(rehearsal, unplanned=None))  # what was lowered for it is large
 
 
 def _compared(rehearsal: Rehearsal, p: Prepared) -> tuple[Rehearsal, Prepared]:
     """Both with what Inductor holds: a ratio is of that; of bytes it is asked only where that may be within them."""
     budget = rehearsal.setting.options.memory_budget
     if isinstance(budget, float) or (isinstance(budget, int) and budget > WORTHWHILE * p.unplanned_peak):
-        rehearsal, unplanned_peak = rehearsal.with_unplanned(p)
+        likely = budget >= (1 if isinstance(budget, float) else p.unplanned_peak)
+        rehearsal, unplanned_peak = rehearsal.with_unplanned(p, likely=likely)
         p = replace(p, unplanned_peak=unplanned_peak)
     return rehearsal, p
 

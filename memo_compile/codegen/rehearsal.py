@@ -77,10 +77,13 @@ class Rehearsal:
     goes_on: bool = False
     unplanned: tuple[fx.GraphModule, Evidence] | None = None
 
-    def with_unplanned(self, p: Prepared) -> tuple[Rehearsal, int]:
-        """The same with a dry run of Inductor's own two graphs, and what they would hold in an arena."""
+    def with_unplanned(self, p: Prepared, *, likely: bool) -> tuple[Rehearsal, int]:
+        """The same with a dry run of Inductor's own two graphs, and what they would hold in an arena.
+
+        Where it is `likely` that these are taken, the compilation can go on with them.
+        """
         split = p.unplanned
-        compared = replace(self, goes_on=False)
+        compared = replace(self, goes_on=self.goes_on and likely)
         evidence = compared.dry(CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved))
         return replace(self, unplanned=(split.forward, evidence)), evidence.layout.peak
 

@@ -68,16 +68,20 @@ def lowerings(monkeypatch):
     return lowered
 
 
-@pytest.mark.parametrize(("differs", "graphs"), [(False, 2), (True, 4)])
-def test_what_a_dry_run_has_lowered_is_emitted_unless_anything_else_is_given(differs, graphs, monkeypatch):
+SMALLEST, ROOMY = {"memory_budget": "min", "offload": "all"}, {"memory_budget": 2**40}
+
+
+@pytest.mark.parametrize(
+    ("options", "differs", "graphs"), [(SMALLEST, False, 2), (SMALLEST, True, 4), (ROOMY, False, 2)]
+)
+def test_what_a_dry_run_has_lowered_is_emitted_unless_anything_else_is_given(options, differs, graphs, monkeypatch):
     model, x = zoo.one_layer_llama(), zoo.batch(1)
     expected = zoo.gradients(model, model, x)
     if differs:
         read = itertools.count()
         monkeypatch.setattr(lowered, "settings_of_inductor", lambda: {"one": str(next(read))})
     counted = lowerings(monkeypatch)
-    fn = torch.compile(model, backend="memo", options={"memory_budget": "min", "offload": "all"})
-    got = zoo.gradients(model, fn, x)
+    got = zoo.gradients(model, torch.compile(model, backend="memo", options=options), x)
     zoo.assert_close(got[1], expected[1])
     assert len(counted) == graphs
     assert all(graph.codegen.__name__ == "codegen" for graph in counted)  # what stands in is gone again

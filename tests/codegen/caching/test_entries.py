@@ -71,13 +71,17 @@ def planned(monkeypatch):
     return made
 
 
+def made():
+    """A model and what it is called with."""
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).double(), torch.randn(ROWS, WIDTH, dtype=torch.float64)
+
+
 def step(budget="min", again=False, **options):
     """The plan of a step in a process of its own, as far as memo can tell; its gradients are those of eager."""
     torch._dynamo.reset()
     memo_compile.reset()
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block()).double()
-    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    model, x = made()
     options = {"memory_budget": budget, "host_budget": 2**24, **options}
     loss = torch.compile(model, backend="memo", options=options)(x).pow(2).sum()
     loss.backward(retain_graph=again)
@@ -174,6 +178,14 @@ def test_nothing_is_kept_or_read_with_a_dump(first, tmp_path, planned):
     step(dump=tmp_path / "dump")
     assert len(planned) == len(list(entries())) == 1
     assert list((tmp_path / "dump").rglob("backward_code.py"))
+
+
+def test_what_is_found_is_explained_as_what_is_made(first, planned):
+    explained = memo_compile.explain(*made(), options={"memory_budget": "min", "host_budget": 2**24})
+    assert [g.plan.activations for g in explained.graphs] == [first.activations]
+    assert len(planned) == len(list(entries())) == 1
+    assert as_kept(step()) == as_kept(first)
+    assert len(planned) == 1
 
 
 def test_torchs_own_switches_hold(monkeypatch):

@@ -137,12 +137,12 @@ class Decision:
 ACTING: tuple[tuple[str, Callable[[Decision, Any], Split | Sliced]], ...] = (
     ("partition", lambda d, g: _partitioned(d, g)),
     ("slices", lambda d, g: _sliced(d, g)),
+    ("masks", lambda d, g: _each(share_masks, g) if d.fused else g),
+    ("attention", lambda d, g: _each(write_over_attention_inputs, g) if d.fused else g),
     ("tiles", lambda d, g: _tiled(d, g)),
     ("offloads", lambda d, g: _with_offloads(d, g)),
     ("prefetches", lambda d, g: _with_prefetches(d, g)),
     ("matmuls", lambda d, g: replace(g, backward=keep_early_matmuls(g.backward))),
-    ("masks", lambda d, g: _each(share_masks, g) if d.fused else g),
-    ("attention", lambda d, g: _each(write_over_attention_inputs, g) if d.fused else g),
     ("workspaces", lambda d, g: _each(d.workspaces, g)),
 )
 

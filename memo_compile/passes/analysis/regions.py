@@ -19,7 +19,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
 from memo_compile.passes.analysis.token_axis import is_tensor, shape_of
-from memo_compile.passes.fx.facts import is_view, nbytes, storage_of
+from memo_compile.passes.fx.facts import is_view, is_view_of, nbytes, storage_of
 
 THIN = 4  # numbers a token, at most: what a reduction over a row leaves, or a label
 
@@ -208,7 +208,7 @@ def _region(
         u for u in readers if all(fusible(a, u, rows) if a in part else a not in after for a in u.all_input_nodes)
     }
     sums = {u for u in part | joining if rows[u].summed}
-    nodes = (part | joining) - sums
+    nodes = _without_views_at_the_end((part | joining) - sums, sums)
     within = nodes | sums
 
     def is_read(node: fx.Node) -> bool:
@@ -217,7 +217,7 @@ def _region(
 
     results = [n for n in nodes if is_read(n)]
     inside = [n for n in nodes if n in large and n not in results and _lies_alone(n) and not _is_source_of(n, results)]
-    tokens = max(rows[n].axis.tokens for n in nodes)
+    tokens = max((rows[n].axis.tokens for n in nodes), default=0)
     if not inside or any(not is_tensor(n) for n in results):
         return None
     key = order.__getitem__
@@ -229,6 +229,18 @@ def _region(
         tokens=tokens,
         inside=sum(nbytes(n) for n in inside),
     )
+
+
+def _without_views_at_the_end(nodes: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
+    """Without views that only others read, such as the heads of queries: what these lie in is the result."""
+    nodes = set(nodes)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in nodes and is_view_of(node) and not any(u in nodes or u in sums for u in node.users):
+            nodes.discard(node)
+            stack += node.all_input_nodes
+    return nodes
 
 
 def _lies_alone(node: fx.Node) -> bool:

@@ -69,8 +69,10 @@ def _visit(
             if axis is not None and parent in rows:
                 rows[node] = Rows(axis, (rows[parent].axis,))
         return
-    if schema_name(node) in _GRADIENTS_OF_ATTENTION:  # no tiles of it, but of what is made of the gradients
-        items[node] = tuple(axes.get(operand) for operand in node.args[1:4] if isinstance(operand, fx.Node))
+    first = _GRADIENTS_OF_ATTENTION.get(schema_name(node))
+    if first is not None:  # no tiles of it, but of what is made of the gradients
+        operands = node.args[first : first + 3]
+        items[node] = tuple(axes.get(operand) for operand in operands if isinstance(operand, fx.Node))
         return
     if not is_pure(node) or not any(a in axes for a in node.all_input_nodes):
         return
@@ -258,11 +260,14 @@ def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
     return Flow((axes[source],), _needs_of(node, **{source.name: axes[source]}))
 
 
-# Of query, key and value, which are the second to fourth operand, and have the same shapes.
-_GRADIENTS_OF_ATTENTION = frozenset(
-    f"aten::_scaled_dot_product_{kind}_backward"
-    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-)
+# By the place of the query, after which key and value stand; each gradient has the shape of one of them.
+_GRADIENTS_OF_ATTENTION = {
+    **{
+        f"aten::_scaled_dot_product_{kind}_backward": 1
+        for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    },
+    "memo::attention_backward_onto": 0,
+}
 
 _MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
     "aten::slice": _first_rows,

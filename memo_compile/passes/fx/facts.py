@@ -145,6 +145,11 @@ def storage_of(node: fx.Node) -> fx.Node:
         return node
 
 
+def is_view_of(node: fx.Node) -> bool:
+    """Whether the value is a view, or an item of several views of one value."""
+    return is_view(node) or _is_item_of_view(node)
+
+
 def _is_item_of_view(node: fx.Node) -> bool:
     return node.target is operator.getitem and is_view(node.all_input_nodes[0])
 

@@ -9,13 +9,14 @@ often the step at which most is held.
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.build import call
-from memo_compile.passes.fx.facts import argument, dimensions, nbytes, storage_of
+from memo_compile.passes.fx.build import call, fake_mode
+from memo_compile.passes.fx.facts import argument, dimensions, is_view, nbytes, storage_of
 from memo_compile.passes.fx.meta import WHY
 from memo_compile.passes.fx.sizes import largest
 
@@ -52,7 +53,22 @@ def _rewrite(node: fx.Node, over: list[Any], beside: list[Any], target: Any) -> 
     if len(over) == 1:
         over = [*over, _row_sums(node)]
     node.target, node.args = target, (*over, *beside, *plain)
+    node.meta["val"] = tuple(n.meta["val"] for n in over)
+    for item in node.users:
+        item.meta["val"] = node.meta["val"][item.args[1]]
+        _lay_out(item)
     node.meta[WHY] = f"{pieces} calls, a share of the heads each, whose results replace what they read"
+
+
+def _lay_out(node: fx.Node) -> None:
+    """Give views of a value the strides that these have now, as far as they are views of it yet."""
+    for view in node.users:
+        if is_view(view) and view.all_input_nodes == [node] and isinstance(view.meta.get("val"), torch.Tensor):
+            args: Any = fx.node.map_arg((view.args, dict(view.kwargs)), lambda n: n.meta["val"])
+            target: Any = view.target
+            with fake_mode(node.graph), torch.no_grad(), suppress(RuntimeError, ValueError):
+                view.meta["val"] = target(*args[0], **args[1])
+                _lay_out(view)
 
 
 def _row_sums(node: fx.Node) -> fx.Node:

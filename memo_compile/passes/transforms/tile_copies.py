@@ -17,6 +17,7 @@ from memo_compile.passes.analysis.bit_sensitive import decides
 from memo_compile.passes.analysis.regions import Region, find_regions
 from memo_compile.passes.analysis.token_axis import is_tensor
 from memo_compile.passes.fx.facts import is_cheap, is_view, nbytes
+from memo_compile.passes.transforms.slices import fetch
 
 SMALL = 8  # what is smaller than a value by this factor may live longer for it
 
@@ -27,10 +28,21 @@ def make_again_in_tiles(gm: fx.GraphModule, wide: int) -> fx.GraphModule:
     places = _Places.of(gm, regions)
     for region in regions:
         cheap = [n for n in region.results if nbytes(n) >= wide and _can_run_again(n)]
-        chains = {n: places.chain(n, places.later(n), cheap) for n in cheap}
-        _copy({n: chain for n, chain in chains.items() if chain is not None}, places)
+        chains = {n: chain for n in cheap if (chain := places.chain(n, cheap)) is not None}
+        longer = {source for chain in chains.values() for source in chain.longer}
+        if sum(map(nbytes, longer)) >= sum(map(nbytes, chains)):
+            chains = {n: chain for n, chain in chains.items() if not chain.longer}
+        _copy({n: chain.nodes for n, chain in chains.items()}, places)
     gm.recompile()
     return gm
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The ops of a region that make a value, and what has to live longer for them to run again."""
+
+    nodes: list[fx.Node]
+    longer: frozenset[fx.Node]
 
 
 def _can_run_again(node: fx.Node) -> bool:
@@ -72,26 +84,36 @@ class _Places:
         views = [self.end(u) for u in node.users] if is_view(node) else []
         return max([*views, self.ends[self.region[node]] if node in self.region else self.order[node]])
 
-    def chain(self, node: fx.Node, readers: Collection[fx.Node], cheap: Collection[fx.Node]) -> list[fx.Node] | None:
-        """The ops of the region that make a value of others that are there, or small, until all `readers` have run.
+    def chain(self, node: fx.Node, cheap: Collection[fx.Node]) -> _Chain | None:
+        """How a result is made of what is there, or small, until all its later readers have run; None where it is not,
+        or nothing reads it later.
 
-        None where there are none. What only `cheap` values' readers hold is not there: these may be made again.
+        Saved values can live longer. What only `cheap` values' readers hold is not there: these may be made again.
         """
+        readers = self.later(node)
         if not readers or any(u.op == "output" for u in readers):
             return None
         until, few = max(map(self.end, readers)), nbytes(node) // SMALL
-        found, stack = {node: None}, list(node.all_input_nodes)
+        found, longer, stack = {node: None}, set[fx.Node](), list(node.all_input_nodes)
         while stack:
             source = stack.pop()
             others = [u for u in source.users if u not in found and u not in cheap] if source not in cheap else []
             there = any(u.op == "output" or self.end(u) >= until for u in others)
             if source in found or there or (is_tensor(source) and nbytes(source) <= few):
                 continue
+            if _is_saved(source):
+                longer.add(source)
+                continue
             if not _can_run_again(source) or self.region.get(source) != self.region[node]:
                 return None
             found[source] = None
             stack += source.all_input_nodes
-        return sorted(found, key=self.order.__getitem__)
+        return _Chain(sorted(found, key=self.order.__getitem__), frozenset(longer))
+
+
+def _is_saved(node: fx.Node) -> bool:
+    """Whether a value was made before the graph, or comes back from the host."""
+    return node.op == "placeholder" or node.target is fetch
 
 
 def _copy(chains: Mapping[fx.Node, Sequence[fx.Node]], places: _Places) -> None:

@@ -57,3 +57,23 @@ def test_rows_that_are_cheap_are_made_on_both_sides(fn, handed_on):
     assert len(calls) == 2
     torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)
     programs().clear()
+
+
+def test_a_saved_value_lives_longer_where_two_are_not_handed_on_for_it():
+    """As a normalized value, and that times a weight."""
+
+    def two(x, scale, weight):
+        scaled = x * scale
+        shifted = scaled + scale
+        after = torch.ops.aten.cumsum.default(torch.tanh(shifted) @ weight, 0)
+        return torch.exp(torch.tanh(after) + scaled) * shifted
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(s, dtype=torch.float64) for s in ((COUNT, WIDTH), (WIDTH,), (WIDTH, WIDTH))]
+    gm = traced(two, tensors)
+    wanted = gm(*tensors)
+    tile_regions(gm, 4, WIDE, fused=False, prefix="call")
+    calls = [n for n in gm.graph.nodes if str(n.target) == TILED]
+    assert [len(places_of(call)) for call in calls] == [1, 1]
+    torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)
+    programs().clear()

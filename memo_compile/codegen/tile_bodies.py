@@ -47,8 +47,8 @@ def count_scratch(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         program = program_in(node)
         if program is not None:
-            held.update({key: _held(key) for key in program.bodies if key not in held})
-            node.meta[WORKSPACE] = _accumulators(node, program) + max(held[key] for key in program.bodies)
+            held.update({key: _held(key) for key in program.kinds if key not in held})
+            node.meta[WORKSPACE] = _accumulators(node, program) + max(held[key] for key in program.kinds)
 
 
 def _accumulators(node: fx.Node, program: Program) -> int:

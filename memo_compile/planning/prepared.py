@@ -6,7 +6,7 @@ Pure: nothing is compiled, no tensor data is touched.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.fx as fx
@@ -48,6 +48,7 @@ class Prepared:
     runs to recompute one from the others, None where it must not run twice. `plannable` is False where only torch's
     own split is right. `policies` are those of the user's own checkpoints; `workspaces` tells
     what kernels take for themselves. With `tiling`, both graphs have regions that run tile by tile (`planning.tiling`).
+    `tilings` are those that were made of this one: seconds each, and asked for again and again.
     """
 
     joint: fx.GraphModule
@@ -70,6 +71,7 @@ class Prepared:
     policies: Policies
     workspaces: Workspaces
     tiling: Tiling | None = None
+    tilings: dict[Tiling, Prepared | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def prepare(

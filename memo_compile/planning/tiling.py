@@ -50,6 +50,12 @@ def tiled(p: Prepared, tiles: int, wide: int = 0, accumulate: Accumulate = "floa
     if tiles < 2 or not p.plannable or has_symbols(p.joint):
         return None
     tiling = Tiling(tiles, wide or wide_in(p), accumulate)
+    if tiling not in p.tilings:
+        p.tilings[tiling] = _tiled(p, tiling)
+    return p.tilings[tiling]
+
+
+def _tiled(p: Prepared, tiling: Tiling) -> Prepared | None:
     saved = _saved(p, tiling.wide)
     try:
         split = split_saving(p.joint, saved, p.num_forward_outputs)
@@ -111,7 +117,7 @@ def _seconds(node: fx.Node, p: Prepared) -> float:
     """Of all tiles: each costs what its body's ops do."""
     program = program_in(node)
     assert program is not None
-    costs = {key: graph_costs(bodies()[key], p.profile, fused=p.fused) for key in program.bodies}
+    costs = {key: graph_costs(bodies()[key], p.profile, fused=p.fused) for key in program.kinds}
     each = {key: sum(c.seconds for c in found.values()) for key, found in costs.items()}
     body, tail = program.bodies
     return (len(program.tiles) - 1) * each[body] + each[tail]

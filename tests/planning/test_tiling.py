@@ -7,6 +7,7 @@ from torch import nn
 
 import memo_compile
 from memo_compile.models import Llama, LlamaConfig
+from memo_compile.planning import tiling
 
 TOKENS, WORDS, WIDTH = 512, 4096, 16
 LOGITS = TOKENS * WORDS * 4
@@ -37,6 +38,13 @@ def test_the_least_memory_needs_no_whole_logits():
     assert tiled.predicted_peak <= LOGITS / 4
     assert len(calls(tiled)) == 2
     assert not calls(whole)
+
+
+def test_tiles_are_made_once(monkeypatch):
+    made, make = [], tiling._tiled
+    monkeypatch.setattr(tiling, "_tiled", lambda p, how: made.append(how) or make(p, how))
+    assert calls(plan(memory_budget="min", tiles="auto"))
+    assert len(made) == len(set(made)) > 1
 
 
 def test_a_budget_that_is_kept_without_gets_no_tiles():

@@ -73,6 +73,8 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
 
 def _in_some_order(gm: fx.GraphModule, regions: list[Region]) -> list[Region]:
     """Without regions that would have to run before others and after them."""
+    if _can_be_ordered(gm, regions):  # so any of them can
+        return regions
     chosen: list[Region] = []
     for region in regions:
         if _can_be_ordered(gm, [*chosen, region]):

@@ -68,6 +68,11 @@ class Program:
     scratch: int = 0
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The keys of its bodies, each once."""
+        return tuple(dict.fromkeys(self.bodies))
+
+    @property
     def tiles(self) -> list[tuple[int, int]]:
         """Their half-open ranges of token rows."""
         return [(lo, min(lo + self.rows, self.tokens)) for lo in range(0, self.tokens, self.rows)]

@@ -91,7 +91,7 @@ def _outline(
     program, operands = found
     made = [*region.results, *region.sums]
     scratch = accumulator_bytes(program, [n.meta["val"] for n in made])
-    scratch += max(scratch_of(bodies()[key], fused=fused) for key in program.bodies)
+    scratch += max(scratch_of(bodies()[key], fused=fused) for key in program.kinds)
     key = keep_program(replace(program, scratch=scratch))
     graph, first = gm.graph, _first_place(region)
     why = (

@@ -155,8 +155,8 @@ class ReserveTooLarge(MemoError):
         super().__init__(
             f'memory_budget="auto" has nothing left to plan with: {free:,} bytes are free on the device, of which '
             f"{usable:,} may be used, and reserve = {reserve:,} bytes are kept back for gradients and optimizer state "
-            "(by default 8 for each trainable element). Lower reserve (0 where these exist already), free memory on "
-            "the device, or set memory_budget to a number of bytes."
+            "(by default 8 for each trainable element, and FSDP2's buffers). Lower reserve (0 where these exist "
+            "already), free memory on the device, or set memory_budget to a number of bytes."
         )
 
     def __reduce__(self) -> tuple[type[ReserveTooLarge], tuple[int, int, int]]:

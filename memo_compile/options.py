@@ -35,7 +35,8 @@ class Options:
     Attributes:
         memory_budget: device bytes that the compiled forward and backward may hold: a number of bytes, a string with a
             unit ("48GiB"), a ratio in (0, 1] of the unplanned peak (a float), "min" or "auto".
-        reserve: bytes that "auto" leaves for what does not exist yet; None: 8 for each trainable element.
+        reserve: bytes that "auto" leaves for what does not exist yet; None: 8 for each trainable element, and an
+            engine's buffers.
         host_budget: bytes of host memory for offloaded slices, or "auto": half of what is free.
         offload: whether activations may go to the host; "all": all that can move does, and nothing is recomputed, which
             is what blocks that are compiled alone want, since what each call keeps is held for all of them.

@@ -33,7 +33,8 @@ from memo_compile.schema import Plan
 from memo_compile.trace.captured import under_compiled_autograd
 from memo_compile.trace.frames import check_limit, frame_name, warn_at_limit
 from memo_compile.trace.observer import Observe, nobody
-from memo_compile.trace.siblings import expected_calls
+from memo_compile.trace.siblings import expected_calls, whole_model
+from memo_compile.trace.to_come import engine_bytes, trainable_elements
 
 log = logger("memo_compile")
 
@@ -78,6 +79,7 @@ class Setting:
     """The surroundings of one graph's compilation. `frame` is the user's function, in words;
     `calls` of its graph wait for their backward at once.
 
+    `engine` are bytes that an engine around the model takes for itself.
     `given` are the budget's bytes where they are settled already; else they are found when they are asked for.
     `first_step` is told what comes of it, and measures; `observe` makes the observer of the graph. `progress`
     shows what takes long.
@@ -89,6 +91,7 @@ class Setting:
     profile: DeviceProfile
     host: int
     trainable: int
+    engine: int = 0
     frame: str = ""
     calls: int = 1
     first_step: FirstStep = field(default_factory=lambda: FirstStep(""))
@@ -147,10 +150,12 @@ def device_of(inputs: Sequence[Any]) -> torch.device:
 def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobody) -> Setting:
     """Resolve what does not depend on the graph: device, profile, host budget, a name.
 
-    `trainable` counts the elements of the parameters that want gradients.
+    `trainable` counts the elements of the parameters that want gradients: those of the model that is trained, of which
+    the graph may be one block, where a budget is taken from what the device has free.
     """
     device = device_of(inputs)
     trainable = sum(elements(v.shape) for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf)
+    model = whole_model() if options.memory_budget == "auto" and device.type == "cuda" else None
     profile, host = resolve(options.hardware, device.type), _host_budget(options)
     host = host if isinstance(options.host_budget, int) else rounded_down(host, HOST_DIGITS)
     name, promised = registry().next_name(), options.memory_budget not in ("auto", "min") or device.type == "cuda"
@@ -164,7 +169,8 @@ def setting_for(options: Options, inputs: Sequence[Any], observe: Observe = nobo
         device=device,
         profile=profile,
         host=host,
-        trainable=trainable,
+        trainable=trainable if model is None else max(trainable, trainable_elements(model)),
+        engine=0 if model is None else engine_bytes(model),
         frame=frame,
         calls=calls,
         first_step=step,
@@ -235,7 +241,7 @@ def _budget_now(setting: Setting, allocator: Allocator) -> Given:
         beside = min(held, o.memory_budget - 1)
         return Given(o.memory_budget - beside, beside, on_host)
     if o.memory_budget == "auto" and setting.device.type == "cuda":
-        found = auto_budget(usable(setting.device, allocator), o.reserve, setting.trainable)
+        found = auto_budget(usable(setting.device, allocator), o.reserve, setting.trainable, setting.engine)
         return Given(rounded_down(found, DEVICE_DIGITS), on_host=on_host)
     return Given(None, on_host=on_host)
 
@@ -319,13 +325,15 @@ def _refuse(o: Options, peak: int) -> None:
         raise GradientsInside(peak, asked)
 
 
-def auto_budget(free: int, reserve: int | None, trainable: int) -> int:
+def auto_budget(free: int, reserve: int | None, trainable: int, engine: int = 0) -> int:
     """The bytes of `memory_budget="auto"`: what is free on the device, less a margin and what is to come.
+
+    That is `reserve` where it is given, else gradients and moments of `trainable` elements and an engine's bytes.
 
     Raises:
         ReserveTooLarge: nothing is left.
     """
-    kept = BYTES_PER_TRAINABLE * trainable if reserve is None else reserve
+    kept = BYTES_PER_TRAINABLE * trainable + engine if reserve is None else reserve
     usable = int(free * (1 - MARGIN))
     if kept >= usable:
         raise ReserveTooLarge(kept, free, usable)

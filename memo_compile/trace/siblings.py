@@ -31,11 +31,21 @@ def expected_calls() -> int:
     return max(1, inside) * max(1, _compiled_like(owner))
 
 
+def whole_model() -> nn.Module | None:
+    """The outermost module around the one that is being compiled; None where the user compiled a function."""
+    owner = compiled_module()
+    return None if owner is None else _model_of(owner, _modules())
+
+
+def _modules() -> list[nn.Module]:
+    return [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+
+
 def _compiled_like(owner: nn.Module) -> int:
     """Compiled modules like `owner` in the model that it is a part of. Another model's calls are another step's."""
     from torch._dynamo.eval_frame import OptimizedModule  # loads Dynamo
 
-    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    modules = _modules()
     wrapped = {id(m._orig_mod) for m in modules if type(m) is OptimizedModule}
     return sum(
         1

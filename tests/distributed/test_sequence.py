@@ -10,6 +10,8 @@ from ranks import Ranks
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import memo_compile
 from memo_compile.errors import NotShareable, memo_error
@@ -74,6 +76,32 @@ def test_gradients_are_those_of_one_process(ranks, name, backend):
         assert off <= allowed
         assert evaluated <= 1e-6  # Hugging Face's losses are float32
         assert share <= 0.7  # tables of positions and masks are whole on each rank, which shows in a small model
+
+
+def joined(rank, way):
+    """Sequence parallelism, and something else: the largest error of a gradient."""
+    ids, mesh = batch()[:1], init_device_mesh("cpu", (2,))
+    reference, model = llama(1), llama(1)
+    loss_of(reference, ids).backward()
+    options = {"memory_budget": "min", **({"tiles": 4} if way == "tiles" else {})}
+    if way == "sharded, then shared":
+        fully_shard(model, mesh=mesh)
+    memo_compile.sequence_parallel(model, mesh, options, "memo_eager")
+    if way == "shared, then sharded":
+        fully_shard(model, mesh=mesh)
+    trained = DistributedDataParallel(model) if way == "replicated" else model
+    loss_of(trained, ids).backward()
+    (plan,) = memo_compile.plans()
+    assert way != "tiles" or any(w.op == "memo.tiled_.default" for w in plan.workspaces)
+    return worst(model, {n: p.grad for n, p in reference.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["tiles", "sharded, then shared", pytest.param("shared, then sharded", marks=pytest.mark.grid), "replicated"],
+)
+def test_tokens_are_shared_out_within_tiles_and_engines(ranks, way):
+    assert max(ranks.run(joined, way)) <= EXACT
 
 
 class Shifted(nn.Module):

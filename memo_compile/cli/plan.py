@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memo_compile.errors import InvalidOption
-from memo_compile.forecast.parallel import layout
+from memo_compile.forecast.parallel import Layout, layout
 from memo_compile.hardware.profiles import PROFILES, resolve
 from memo_compile.options import parse_bytes
 from memo_compile.trace.targets import load_target, made_of_fakes
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=int, help="tokens of the sequence that a preset trains on")
     parser.add_argument("--gpus", type=int, default=1, help="devices in all (1)")
     parser.add_argument("--tp", type=int, default=1, help="devices that share one model and sequence (1)")
+    parser.add_argument("--cp", type=int, default=1, help="devices that share the tokens of one sequence (1)")
     parser.add_argument("--zero", type=int, default=1, help="what data-parallel ranks share: stage 0 to 3 (1)")
     parser.add_argument("--hardware", default="auto", help="a100, a800, h100, h200, b200, cpu, or a profile's file")
     parser.add_argument(
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = Asked(
         name=arguments.preset or arguments.target,
         tokens=arguments.seq or 0,
-        layout=layout(arguments.gpus, arguments.tp, arguments.zero),
+        layout=layout(arguments.gpus, arguments.tp, arguments.zero, arguments.cp),
         hardware=arguments.hardware,
         host_memory=_size("--host-memory", arguments.host_memory),
         budget=_size("--memory-budget", arguments.memory_budget),
@@ -151,7 +152,7 @@ def _table(title: str, *columns: str) -> Any:
 
 def _summary(f: Forecast) -> Any:
     a = f.asked
-    where = f"{a.layout.gpus} × {f.profile}, tensor parallel {a.layout.tp}, ZeRO {a.layout.zero}"
+    where = f"{a.layout.gpus} × {f.profile}, {_group(a.layout)}, ZeRO {a.layout.zero}"
     table = _table(f"{a.name}, {a.tokens:,} tokens, {where}", "", "")
     table.show_header = False
     if not f.fits:
@@ -171,6 +172,10 @@ def _summary(f: Forecast) -> Any:
     table.add_row("arena / lower bound", f"{arena.bytes / max(1, arena.lower_bound):.4f}, {arena.buffers:,} buffers")
     table.add_row("planned in", f"{f.planning_seconds:.1f} s")
     return table
+
+
+def _group(where: Layout) -> str:
+    return f"sequence parallel {where.cp}" if where.cp > 1 else f"tensor parallel {where.tp}"
 
 
 def _memory(f: Forecast) -> Any:

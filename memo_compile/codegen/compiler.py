@@ -69,7 +69,7 @@ from memo_compile.runtime.cross_call import Schedule
 from memo_compile.schema import ArenaBuffer, ArenaSegment, Plan, Side
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.observer import Observe, Observer, nobody
-from memo_compile.trace.sequence import share_sequence
+from memo_compile.trace.sequence import part_of, share_sequence
 from memo_compile.trace.setting import (
     Setting,
     check_one_plan,
@@ -182,7 +182,7 @@ class _Compilation:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Plan the joint graph; returns its forward and backward."""
         check_sizes(joint)
-        share_sequence(joint, static, self.setting)
+        share_sequence(joint, static, part_of(self.setting.options))
         observer = self.setting.observe(self.setting.options.dump, self.setting.name)
         asked = _Asked(inputs, num_forward_outputs, static, observer)
         if has_symbols(joint):

@@ -26,7 +26,7 @@ from memo_compile.runtime.outstanding import Kept, noted
 from memo_compile.runtime.poison import poison, poison_host
 from memo_compile.trace.captured import takes_gradients
 from memo_compile.trace.ranks import together
-from memo_compile.trace.sequence import share_sequence
+from memo_compile.trace.sequence import part_of, share_sequence
 from memo_compile.trace.setting import Setting, check_planned, limits_for, record, tell_of_results, told_of
 
 
@@ -76,7 +76,7 @@ def run_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> 
 
 def _plan(joint: fx.GraphModule, inputs: Any, num_outputs: int, static: list[int] | None, setting: Setting) -> Decided:
     check_sizes(joint)
-    share_sequence(joint, static, setting)
+    share_sequence(joint, static, part_of(setting.options))
     dump = setting.observe(setting.options.dump, setting.name)
 
     def planned(graph: fx.GraphModule, *, least_rows: int = 0) -> tuple[Prepared, Decided]:

@@ -22,6 +22,7 @@ from memo_compile.forecast.strategies import Stack, alone
 from memo_compile.hardware.profiles import DeviceProfile, resolve
 from memo_compile.passes.analysis.costs import Timer, account, is_attention
 from memo_compile.passes.fx.facts import tensors
+from memo_compile.passes.transforms.sequence_shards import Part
 from memo_compile.planning.anchors import anchor_sets, bottlenecks
 from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import Limits
@@ -130,7 +131,7 @@ def forecast_preset(
     layer = sum(p.numel() for p in rank.model.blocks[0].parameters())
     elements += layer * (found.layers - traced)
     say(f"tracing {traced} layers at {asked.tokens:,} tokens")
-    p = _traced(rank.model, rank.args, rank.kwargs, asked.hardware, timer)
+    p = _traced(rank.model, rank.args, rank.kwargs, asked, timer)
     return _answer(asked, p, found.layers, elements, layer, started, say)
 
 
@@ -152,7 +153,7 @@ def forecast_model(
     _check(asked)
     elements = sum(p.numel() for p in getattr(model, "parameters", list)())
     say(f"tracing {asked.name}: all its layers")
-    p = _traced(model, tuple(args), kwargs, asked.hardware, timer)
+    p = _traced(model, tuple(args), kwargs, asked, timer)
     asked = replace(asked, tokens=p.tokens.tokens)
     return _answer(asked, p, 0, elements, elements, started, say)
 
@@ -164,9 +165,10 @@ def _check(asked: Asked) -> None:
 
 
 def _traced(
-    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hardware: str, timer: Timer | None
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Asked, timer: Timer | None
 ) -> Prepared:
-    return trace(model, args, kwargs, {"hardware": hardware}, timer=timer)[0]
+    part = Part("", asked.layout.cp) if asked.layout.cp > 1 else None
+    return trace(model, args, kwargs, {"hardware": asked.hardware}, timer=timer, part=part)[0]
 
 
 def _answer(

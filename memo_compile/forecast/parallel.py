@@ -1,8 +1,8 @@
 """What a rank holds beside activations, by formula: parameters, gradients and optimizer under ZeRO 0 to 3.
 
 Mixed precision with Adam, as in ZeRO (arXiv 1910.02054, section 3.1): bfloat16 parameters and gradients, and float32
-master weights, momentum and variance. Tensor parallelism divides all of it; of what is left, data-parallel ranks share
-the optimizer (stage 1), the gradients too (2), the parameters too (3).
+master weights, momentum and variance. Tensor parallelism divides all of it; of what is left, ranks with other tokens
+share the optimizer (stage 1), the gradients too (2), the parameters too (3).
 """
 
 from __future__ import annotations
@@ -20,15 +20,24 @@ PER_MACHINE = 8  # devices that share a machine, its host memory and its fast li
 
 @dataclass(frozen=True)
 class Layout:
-    """`gpus` devices: tensor-parallel groups of `tp`, each of which trains on its own sequences."""
+    """`gpus` devices in groups that train on sequences of their own.
+
+    A group shares the model out (tensor parallelism, `tp` devices) or the tokens (`cp` devices).
+    """
 
     gpus: int
     tp: int
     zero: int
+    cp: int = 1
 
     @property
     def replicas(self) -> int:
-        """Data-parallel ranks: groups that train on different sequences."""
+        """Groups that train on different sequences."""
+        return self.gpus // (self.tp * self.cp)
+
+    @property
+    def alike(self) -> int:
+        """Ranks with the same parameters: ZeRO divides what they hold."""
         return self.gpus // self.tp
 
     def host_share(self, host_memory: int) -> int:
@@ -51,7 +60,7 @@ class ModelState:
         return self.parameters + self.gradients + self.optimizer + self.gathered
 
 
-def layout(gpus: int, tp: int, zero: int) -> Layout:
+def layout(gpus: int, tp: int, zero: int, cp: int = 1) -> Layout:
     """The layout, checked.
 
     Raises:
@@ -63,9 +72,15 @@ def layout(gpus: int, tp: int, zero: int) -> Layout:
         raise InvalidOption("--tp", tp, f"a divisor of --gpus = {gpus}")
     if tp > PER_MACHINE:
         raise InvalidOption("--tp", tp, f"at most {PER_MACHINE}: the links between devices of one machine are modelled")
+    if cp < 1 or gpus % cp:
+        raise InvalidOption("--cp", cp, f"a divisor of --gpus = {gpus}")
+    if cp > PER_MACHINE or (cp > 1 and tp > 1):
+        raise InvalidOption(
+            "--cp", cp, f"at most {PER_MACHINE}, as --tp, and 1 with it: a group shares out one of both"
+        )
     if zero not in STAGES:
         raise InvalidOption("--zero", zero, "0, 1, 2 or 3")
-    return Layout(gpus, tp, zero)
+    return Layout(gpus, tp, zero, cp)
 
 
 def model_state(elements: int, largest_layer: int, where: Layout) -> ModelState:
@@ -78,7 +93,7 @@ def model_state(elements: int, largest_layer: int, where: Layout) -> ModelState:
     >>> model_state(1000, 0, Layout(gpus=8, tp=2, zero=1))
     ModelState(parameters=2000, gradients=2000, optimizer=3000, gathered=0)
     """
-    share = where.replicas
+    share = where.alike
     gathered = 0
     if share > 1 and where.zero == 3:
         gathered += 2 * largest_layer * PARAMETER_BYTES

@@ -20,11 +20,13 @@ from memo_compile.errors import NothingToPlan, memo_error
 from memo_compile.options import Options
 from memo_compile.passes.analysis.costs import Timer
 from memo_compile.passes.fx.facts import check_sizes
+from memo_compile.passes.transforms.sequence_shards import Part
 from memo_compile.planning.decide import decide
 from memo_compile.planning.fit_budget import fit_budget
 from memo_compile.planning.prepared import Prepared, of_calls, prepare
 from memo_compile.runtime.ops import register
 from memo_compile.schema import Plan
+from memo_compile.trace.sequence import part_of, share_sequence
 from memo_compile.trace.setting import Setting, limits_for, setting_for
 from memo_compile.versions import check_torch
 from memo_compile.workspaces.annotate import Workspaces
@@ -56,10 +58,12 @@ def trace(
     options: Mapping[str, Any] | None,
     *,
     timer: Timer | None = None,
+    part: Part | None = None,
 ) -> tuple[Prepared, Setting]:
     """Trace a training step of `model(*args, **kwargs)` into one joint graph, and find out all that no plan changes.
 
-    `timer` measures kernels on a device, as `graph_costs` takes it.
+    `timer` measures kernels on a device, as `graph_costs` takes it. `part` is a rank's part of the tokens, of ranks
+    that need not be there; None: as `sequence_parallel` in the options says.
 
     Raises:
         MemoError: the model does not trace into one graph, needs no gradient, or a mistake in the options.
@@ -80,6 +84,7 @@ def trace(
             _draw_from_seeds(joint)
             measured = _with_real_tensors(timer)
             check_sizes(joint)
+            share_sequence(joint, static, part or part_of(parsed))
             p = prepare(
                 *(joint, joint_inputs, num_fwd_outputs, static, setting.profile),
                 fused=True,

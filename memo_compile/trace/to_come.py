@@ -32,7 +32,7 @@ def engine_bytes(model: nn.Module) -> int:
 
 def _blocks(model: nn.Module) -> Iterator[int]:
     """Bytes of each group of parameters that FSDP2 gathers at once."""
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule  # loads torch.distributed
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -41,7 +41,7 @@ def _blocks(model: nn.Module) -> Iterator[int]:
 
 def _of_group(module: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters of a module, but for those of modules within that are gathered by themselves."""
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule  # loads torch.distributed
 
     yield from module.parameters(recurse=False)
     for child in module.children():

@@ -56,6 +56,8 @@ def test_a_tighter_budget_is_no_faster():
         (["--preset", "gpt-7b", "--seq", "1023", "--gpus", "8", "--tp", "8"], "'seq' = 1023"),
         (["--preset", "gpt-7b", "--seq", "1024", "--gpus", "6", "--tp", "4"], "--tp"),
         (["--preset", "gpt-7b", "--seq", "1024", "--gpus", "0"], "--gpus"),
+        (["--preset", "gpt-7b", "--seq", "1024", "--gpus", "8", "--cp", "3"], "--cp"),
+        (["--preset", "gpt-7b", "--seq", "1024", "--gpus", "8", "--tp", "2", "--cp", "2"], "--cp"),
         (["--preset", "gpt-7b", "--seq", "1024", "--zero", "4"], "--zero"),
         (["--preset", "gpt-7b", "--seq", "1024", "--hardware", "h900"], "h900"),
         (["--preset", "gpt-7b", "--seq", "1024", "--host-memory", "much"], "--host-memory"),

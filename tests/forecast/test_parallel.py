@@ -21,6 +21,12 @@ def test_what_is_gathered_in_passing_counts():
     assert model_state(10_000, 1_000, Layout(8, 8, 3)).gathered == 0  # one replica shares with nobody
 
 
+def test_ranks_that_share_tokens_share_the_model_state_too():
+    shared, replicas = layout(8, 1, 3, cp=8), layout(8, 1, 3)
+    assert (shared.replicas, replicas.replicas) == (1, 8)
+    assert model_state(10_000, 1_000, shared) == model_state(10_000, 1_000, replicas)
+
+
 def test_host_memory_is_shared_by_the_devices_of_a_machine():
     assert Layout(8, 8, 1).host_share(2 * 2**40) == 256 * 2**30
     assert Layout(64, 8, 1).host_share(2 * 2**40) == 256 * 2**30

@@ -243,7 +243,8 @@ def _causal(node: fx.Node) -> bool:
     return False
 
 
-# Collectives: rings, in which each of r devices receives (r - 1) / r of the whole (Thakur et al. 2005).
+# Collectives: rings, in which each of r devices receives (r - 1) / r of the whole (Thakur et al. 2005), and in an
+# all-to-all of what it has itself.
 
 
 def _is_collective(node: fx.Node) -> bool:
@@ -258,6 +259,9 @@ def _received(node: fx.Node) -> int:
     """Bytes that each device receives."""
     source, result = _written(_operands(node)[0]), _written(node)
     name = _name(node)
+    if "all_to_all" in name:
+        ranks = len(node.args[1])  # type: ignore[arg-type]
+        return int(source * (ranks - 1) / ranks)
     if "all_reduce" in name:
         ranks = next((a for a in node.args[1:] if isinstance(a, int)), 0)
         return int(2 * source * ((ranks - 1) / ranks if ranks else 1.0))

@@ -1,9 +1,10 @@
 """Shares the tokens of a joint graph out over ranks: sequence parallelism, after DeepSpeed-Ulysses (arXiv 2309.14509).
 
 Every rank is given all inputs, and computes its rows of whatever has tokens. What is made from data alone (labels,
-positions, masks) is made whole on every rank, and cut where it meets activations. Attention stands between two
-all-to-alls: all tokens of some heads for some tokens of all heads, and back. What sums over tokens (the loss, gradients
-of weights) is a partial sum on each rank, and an all-reduce. An op that reads other tokens in another way is refused.
+positions, masks) it makes row by row too where activations read rows of it, and whole where it is read whole. Attention
+stands between two all-to-alls: all tokens of some heads for some tokens of all heads, and back. What sums over tokens
+(the loss, gradients of weights) is a partial sum on each rank, and an all-reduce. An op that reads other tokens in
+another way is refused.
 
 Each value has up to three versions here: `whole`, its `rows` on this rank, and all rows of this rank's `heads`.
 """
@@ -189,8 +190,7 @@ class _Shares:
         assert axis is not None
         own = self.axis(node)
         if node not in self.activations:
-            self._count(axis, node)
-            return self._constant(node, axis) if is_constant(node) else self._mine(self.whole(node), axis)
+            return self._rows_of_data(node, axis)
         if own != axis:
             raise NotShareable(f"{op_name(node)} has its tokens in another dimension", source_line(node))
         if node not in self.some_rows:
@@ -214,6 +214,21 @@ class _Shares:
         shape[axis.dim] //= self.part.ranks
         return reshape(self.graph, mine, shape)
 
+    def _rows_of_data(self, node: fx.Node, axis: TokenAxis) -> fx.Node:
+        """They are made row by row where they can be: as wide as logits, nobody wants the whole (a loss's targets)."""
+        count = self._count(axis, node)
+        if is_constant(node):
+            return self._constant(node, axis)
+        if node.op != "call_function" or self.axis(node) != axis or not self._keeps_tokens(node, axis):
+            return self._mine(self.whole(node), axis)
+        if node not in self.some_rows:
+            self.some_rows[node] = self._by_rows(node, axis, count)
+        return self.some_rows[node]
+
+    def _keeps_tokens(self, node: fx.Node, axis: TokenAxis) -> bool:
+        """Whether rows are made of the same rows. Of another number of tokens (`x[:, :n]`) this rank has other ones."""
+        return node in self.known and all(n is None or n.tokens == axis.tokens for n in self.known[node].needs)
+
     def _constant(self, node: fx.Node, axis: TokenAxis) -> fx.Node:
         """So many rows of one number, which no rank has whole."""
         sizes = list(shape_of(node))
@@ -234,10 +249,12 @@ class _Shares:
             return self.rows(only, axis)
         if node not in self.known:
             raise NotShareable(f"{op_name(node)} reads other tokens", source_line(node))
-        needs = self.known[node].needs
-        # Of another number of tokens (`x[:, :n]`) this rank has other rows: what tiles may do is wrong here.
-        if any(need is not None and need.tokens != axis.tokens for need in needs):
+        if not self._keeps_tokens(node, axis):
             raise NotShareable(f"{op_name(node)} leaves tokens out, or adds some", source_line(node))
+        return self._by_rows(node, axis, count)
+
+    def _by_rows(self, node: fx.Node, axis: TokenAxis, count: int) -> fx.Node:
+        needs = self.known[node].needs
         info = TokenInfo(axis=axis, operands=needs, sliceable=True, mixing=False, reason="")
         operands = zip(node.all_input_nodes, needs, strict=True)
         args = {a: self.whole(a) if need is None else self.rows(a, need) for a, need in operands}

@@ -76,7 +76,15 @@ def around_backward(code: Boxed, facts: BackwardFacts, setting: Setting) -> Boxe
             for i in donated:
                 value = args[i]
                 assert isinstance(value, torch.Tensor)
-                args[i] = value.clone()
+                args[i] = _copy_as_it_lies(value)
         return called(args)
 
     return boxed(run)
+
+
+def _copy_as_it_lies(value: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, which the code was compiled for: a clone of a part of a wider tensor is dense."""
+    if not value.numel():
+        return value.clone()
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.as_strided((reach,), (1,)).clone().as_strided(value.shape, value.stride(), 0)

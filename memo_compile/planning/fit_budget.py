@@ -117,7 +117,7 @@ def _worthwhile(p: Prepared, limits: Limits) -> list[tuple[int, int]]:
             cut = tiled(p, count, wide, limits.accumulate) if count * LEAST_ROWS <= p.tokens.tokens else None
             peak = least_peak(cut, limits) if cut is not None else least
             if cut is not None and peak <= CLEARLY * least and least - peak >= MATTERS:
-                now, least, counts, in_vain = cut, peak, (count,), 0
+                now, least, counts, in_vain = cut, peak, tuple(c for c in TILES if c >= count), 0
                 found.append((count, wide))
             elif cut is None or (in_vain := in_vain + 1) == IN_VAIN:
                 break

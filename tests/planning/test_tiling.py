@@ -1,5 +1,8 @@
 """Tiles are taken where a budget needs them, as few as it does."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,8 @@ from torch import nn
 
 import memo_compile
 from memo_compile.models import Llama, LlamaConfig
-from memo_compile.planning import tiling
+from memo_compile.planning import fit_budget, tiling
+from memo_compile.planning.problem import Limits
 
 TOKENS, WORDS, WIDTH = 512, 4096, 16
 LOGITS = TOKENS * WORDS * 4
@@ -75,3 +79,19 @@ def test_a_wide_mlp_is_made_again_in_the_tiles_that_add_its_gradients_up():
     ]
     assert found[0] >= gradients + 3 * wide
     assert found[1] <= gradients + wide
+
+
+def test_what_is_widest_next_may_need_more_tiles_than_what_was_widest(monkeypatch):
+    """As the MLP's values behind logits: 4 tiles do for these, and leave the scratch of both in the way."""
+    mib = 2**20
+    first, second = 100 * mib, 11 * mib  # bytes of what is wide
+    least = {(4, first): 300, (16, first): 300, (64, first): 299}
+    least |= {(4, second): 400, (16, second): 200, (64, second): 150, (256, second): 149}
+    given = SimpleNamespace(cut=None, tokens=SimpleNamespace(tokens=2**20))
+    cut = partial(SimpleNamespace, tokens=given.tokens)
+    monkeypatch.setattr(fit_budget, "tiled", lambda _, tiles, wide, __: cut(cut=(tiles, wide)))
+    monkeypatch.setattr(fit_budget, "least_peak", lambda p, _: least.get(p.cut, 1000) * mib)
+    monkeypatch.setattr(fit_budget, "widest_of", lambda p: (90 if p.cut else 800) * mib)
+    monkeypatch.setattr(fit_budget, "wide_in", lambda p: second if p.cut else first)
+    found = fit_budget._worthwhile(given, Limits(None, 0, objective="memory", tiles="auto"))
+    assert found == [(4, first), (16, second), (64, second)]

@@ -164,6 +164,8 @@ def _summary(f: Forecast) -> Any:
     table.add_row("of it waiting for transfers", f"{f.stall_seconds:.3g} s")
     table.add_row("MFU, attention counted causally", f"{f.mfu:.2%}")
     table.add_row("tokens/s, all devices", f"{f.tokens_per_second:,.0f}")
+    if f.tiles > 1:
+        table.add_row("widest regions", f"in {f.tiles} tiles")
     table.add_row("what binds", f.binding)
     for name, price in f.prices.items():
         if price:

@@ -28,6 +28,7 @@ from memo_compile.planning.prepared import Prepared
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.residency import Decision, Problem, memory_profile
 from memo_compile.planning.search import best_of
+from memo_compile.planning.tiling import TILES, tiled
 from memo_compile.schema import Binding
 from memo_compile.trace.offline import trace
 
@@ -65,7 +66,8 @@ class Asked:
 class Forecast:
     """The answer, for one rank. Bytes and seconds; `residency` by layer class, `tensors` by tensor in the largest one.
 
-    Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `peak` counts activations,
+    Where nothing fits, `fits` is False, and the rest is of the plan that holds least. `tiles` is in how many the widest
+    regions run, 1 for none. `peak` counts activations,
     transients and outputs, within `budget`; model state lies beside it. `arena` holds the same, placed. `mfu` is of the
     model's own FLOPs, attention counted causally, nothing recomputed; `prices` are the seconds that one more
     GiB or GB/s would save.
@@ -74,6 +76,7 @@ class Forecast:
     asked: Asked
     profile: str
     fits: bool
+    tiles: int
     layers: int
     parameters: int
     state: ModelState
@@ -182,13 +185,47 @@ def _answer(
         raise ModelTooLarge(int(profile.memory * (1 - MARGIN)), state.total, _state_in_words(state))
     offload, recompute = STRATEGIES.get(asked.strategy, (True, True))
     limits = Limits(budget, host, offload=offload, recompute=recompute)
-    say("repeating layers")
-    long = lengthened(p, limits, layers)
-    say(f"deciding on {len(long.view.order)} activations")
-    problem, decision, fits = _decision_for(asked, p, long, limits)
+    found = _fitting(asked, p, layers, limits, say)
     say("placing")
-    arena = offline_arena(p, long, problem, decision.residency)
-    return _forecast(asked, p, long, problem, decision, fits, state, elements, arena, time.perf_counter() - started)
+    arena = offline_arena(found.p, found.long, found.problem, found.decision.residency)
+    return _forecast(asked, found, state, elements, arena, time.perf_counter() - started)
+
+
+def _fitting(asked: Asked, p: Prepared, layers: int, limits: Limits, say: Say) -> _Found:
+    """The plan with the widest regions in as few tiles as the budget needs, as the compiler chooses them.
+
+    Where none fits, that which holds least.
+    """
+    say("repeating layers")
+    whole = lengthened(p, limits, layers)
+    say(f"deciding on {len(whole.view.order)} activations")
+    found = [_Found(p, whole, *_decision_for(asked, p, whole, limits))]
+    for tiles in TILES if asked.strategy in STRATEGIES else ():
+        if found[-1].fits:
+            break
+        cut = tiled(p, tiles)
+        if cut is not None:
+            say(f"deciding on it in {tiles} tiles")
+            # What a tile makes again is none of the model's own FLOPs.
+            long = replace(lengthened(cut, limits, layers), flops=whole.flops, forward_flops=whole.forward_flops)
+            found.append(_Found(cut, long, *_decision_for(asked, cut, long, limits), tiles))
+    return found[-1] if found[-1].fits else min(found, key=lambda f: f.peak)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A plan for `p` with its layers repeated, and whether it keeps the budget."""
+
+    p: Prepared
+    long: Long
+    problem: Problem
+    decision: Decision
+    fits: bool
+    tiles: int = 1
+
+    @property
+    def peak(self) -> int:
+        return max(self.decision.peak, max(memory_profile(self.problem, self.decision.residency)))
 
 
 def _decision_for(asked: Asked, p: Prepared, long: Long, limits: Limits) -> tuple[Problem, Decision, bool]:
@@ -219,28 +256,21 @@ def _stack(p: Prepared, long: Long) -> Stack:
 
 
 def _forecast(
-    asked: Asked,
-    p: Prepared,
-    long: Long,
-    problem: Problem,
-    decision: Decision,
-    fits: bool,
-    state: ModelState,
-    elements: int,
-    arena: OfflineArena,
-    planning_seconds: float,
+    asked: Asked, found: _Found, state: ModelState, elements: int, arena: OfflineArena, planning_seconds: float
 ) -> Forecast:
+    p, long, problem, decision = found.p, found.long, found.problem, found.decision
     residency, tensors_of_class = residency_rows(p, long, problem, decision)
     return Forecast(
         asked=asked,
         profile=p.profile.name,
-        fits=fits,
+        fits=found.fits,
+        tiles=found.tiles,
         layers=len(long.classes),
         parameters=elements * asked.layout.tp,
         state=state,
         budget=problem.budget or 0,
         host_budget=problem.host_budget,
-        peak=max(decision.peak, max(memory_profile(problem, decision.residency))),
+        peak=found.peak,
         transients=max(problem.base_bytes),
         saved=sum(h.bytes for h in residency),
         kept=sum(h.kept for h in residency),

@@ -39,6 +39,19 @@ def test_a_preset_is_planned(tmp_path, capsys):
     assert found["tokens_per_second"] == pytest.approx(tokens / found["step_seconds"])
 
 
+def test_a_budget_below_whole_logits_takes_tiles():
+    roomy, tight = (
+        forecast_preset(Asked("llama-1b", 1 << 14, layout(8, 1, 3), "h100", 2 << 40, budget << 30))
+        for budget in (60, 5)
+    )
+    assert roomy.tiles == 1
+    assert roomy.peak > 5 << 30
+    assert tight.tiles > 1
+    assert tight.fits
+    assert tight.peak <= 5 << 30
+    assert tight.flops == roomy.flops
+
+
 @pytest.mark.grid
 def test_a_tighter_budget_is_no_faster():
     at = [

@@ -275,6 +275,7 @@ def test_each_module_that_makes_a_lock_or_a_thread_says_what_a_child_does_withou
     """Those of one call's life alone are named here, with what they belong to."""
     of_one_call = {
         "hardware/calibration.py",  # workers within one measurement
+        "passes/transforms/shared_heads.py",  # a thread that asks torch one question
         "placement/deadline.py",  # a timer within one solver's context
         "placement/search.py",  # workers within one search
         "progress.py",  # of one compilation

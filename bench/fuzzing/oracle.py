@@ -288,7 +288,7 @@ def _threads(program: Program, made: Made, fn: Callable[..., Any]) -> Observed:
         loss = _loss(outputs)
         grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad and wanted else ()
         left = [(f"thread {number}: loss", loss.detach())]
-        return left + [(f"thread {number}: {i}", g) for i, g in enumerate(grads) if g is not None]
+        return left + [(f"gradient {i} of thread {number}", g) for i, g in enumerate(grads) if g is not None]
 
     def work(number: int) -> None:
         try:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.analysis.token_axis import is_tensor
 from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import MATMULS, is_view, nbytes, schema_name
 from memo_compile.passes.fx.provenance import provenance
@@ -96,7 +97,8 @@ def _reductions(node: fx.Node, beside: fx.Node | None) -> list[fx.Node]:
 def _terms(node: fx.Node, beside: fx.Node | None) -> list[fx.Node]:
     """What an addition adds to `beside`, of its own shape."""
     terms = [a for a in node.args[:2] if isinstance(a, fx.Node) and a is not beside]
-    return [a for a in terms if a.meta["val"].shape == node.meta["val"].shape]
+    # What a region is called with has no value: its graph, by name.
+    return [a for a in terms if is_tensor(a) and is_tensor(node) and a.meta["val"].shape == node.meta["val"].shape]
 
 
 def _alone(term: fx.Node, through: Callable[[fx.Node], bool]) -> fx.Node | None:

@@ -108,7 +108,7 @@ class _Places:
                 return None
             found[source] = None
             stack += source.all_input_nodes
-        return _Chain(sorted(found, key=self.order.__getitem__), frozenset(longer))
+        return _Chain(sorted(found), frozenset(longer))
 
 
 def _is_saved(node: fx.Node) -> bool:
@@ -124,9 +124,9 @@ def _copy(chains: Mapping[fx.Node, Sequence[fx.Node]], places: _Places) -> None:
         for reader in readers[node]:
             groups.setdefault(places.region.get(reader, -1), []).append((node, reader))
     for group, pairs in groups.items():
-        first = min((reader for _, reader in pairs), key=places.order.__getitem__)
+        first = min(reader for _, reader in pairs)  # of copies places are known roughly
         made: dict[fx.Node, fx.Node] = {}
-        for source in sorted({n for node, _ in pairs for n in chains[node]}, key=places.order.__getitem__):
+        for source in sorted({n for node, _ in pairs for n in chains[node]}):
             with source.graph.inserting_before(first):
                 made[source] = source.graph.node_copy(source, partial(_copied, made))
             places.enter(made[source], first, group)

@@ -59,7 +59,7 @@ class LayerReport:
         [range(0, 1), range(1, 3), range(3, 5)]
         """
         starts = [i for i, c in enumerate(self.classes) if i == 0 or self.classes[i - 1] != c]
-        return [range(a, b) for a, b in zip(starts, [*starts[1:], len(self.classes)], strict=True)]
+        return [range(a, b) for a, b in pairwise([*starts, len(self.classes)])]
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,8 @@ def _annotate_backward(
     current = len(edges)
     counts: Counter[int] = Counter()
     for node in backward:
-        reads = [used_last[a] for a in node.all_input_nodes if a in used_last]
+        # A constant is no layer's, wherever its first use has put it.
+        reads = [used_last[a] for a in node.all_input_nodes if a in used_last and a.all_input_nodes]
         current = min([current, *([max(reads)] if reads else [])])
         index = layer_of.get(current)
         if index is not None:

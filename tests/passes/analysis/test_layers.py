@@ -11,7 +11,7 @@ import zoo
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memo_compile.passes.analysis.layers import annotate_layers
+from memo_compile.passes.analysis.layers import LayerReport, annotate_layers
 from memo_compile.passes.fx.meta import LAYER
 
 
@@ -119,6 +119,44 @@ def test_gradients_belong_to_the_layer_whose_weights_they_are_of():
         if "primals" in name and layer is not None and len(users) == 1:
             assert users == {layer}, name
     assert {0, 1} <= set(layers_of_gradients)
+
+
+class _Scaled(torch.autograd.Function):
+    """Its backward reads what its forward does not."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+class ConstantFirst(nn.Module):
+    """A constant is used before all layers, and then by the gradient of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        two = torch.full((), 2.0, dtype=x.dtype)
+        x = x * two
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return _Scaled.apply(x, two).sum()
+
+
+def test_a_constant_that_the_first_layers_share_with_the_loss_does_not_end_the_backward_of_all():
+    _, nodes = found(graphs.joint_of(ConstantFirst().double(), torch.randn(16, 8).double()))
+    gradients = {n.meta[LAYER].index for n in nodes if n.target is torch.ops.aten.mm.default}
+    assert gradients == {0, 1, 2, 3}
+
+
+def test_where_nothing_repeats_there_are_no_stacks():
+    assert LayerReport(()).stacks() == []
 
 
 def test_two_stacks_are_two_classes_and_the_first_layer_of_each_makes_the_position_bias():

@@ -22,12 +22,14 @@ from memo_compile.codegen.tile_bodies import count_scratch
 from memo_compile.codegen.wrapper import Emission
 from memo_compile.passes.fx.facts import nbytes
 from memo_compile.passes.fx.mutations import num_mutated_outputs
-from memo_compile.passes.transforms.partition import received
+from memo_compile.passes.transforms.fewer_layers import with_fewer_layers
+from memo_compile.passes.transforms.partition import Split, received
 from memo_compile.planning.decide import CarriedOut, Decided
-from memo_compile.planning.prepared import Prepared
+from memo_compile.planning.prepared import Prepared, graph_peak, held_between
 from memo_compile.schema import Side
 from memo_compile.trace.setting import Setting
 
+FEW = (3, 4)  # layers of a deep stack, of which dry runs tell what one more adds
 UNLIMITED = 1 << 62  # CUDA's caching allocator hands large blocks out again
 
 
@@ -80,12 +82,37 @@ class Rehearsal:
     def with_unplanned(self, p: Prepared, *, likely: bool) -> tuple[Rehearsal, int]:
         """The same with a dry run of Inductor's own two graphs, and what they would hold in an arena.
 
-        Where it is `likely` that these are taken, the compilation can go on with them.
+        Where it is `likely` that these are taken, the compilation can go on with them. Else a deep stack need not be
+        looked at whole: what a few of its layers hold is known, and by the model what the others add.
         """
         split = p.unplanned
+        peak = None if likely else self._unplanned_by_few_layers(p)
+        if peak is not None:
+            return self, peak
         compared = replace(self, goes_on=self.goes_on and likely)
         evidence = compared.dry(CarriedOut(forward=split.forward, backward=split.backward, saved=split.saved))
         return replace(self, unplanned=(split.forward, evidence)), evidence.layout.peak
+
+    def _unplanned_by_few_layers(self, p: Prepared) -> int | None:
+        """What Inductor's own graphs would hold, told by dry runs of a few layers; None where no stack is deep.
+
+        Each layer adds the same, if it does so by the model.
+        """
+        fewer = [with_fewer_layers(p.unplanned, p.unplanned_layers, left) for left in FEW]
+        modelled = [self._modelled(p, split) for split in fewer if split is not None]
+        left_out = p.unplanned_layers.deepest - FEW[-1]
+        if len(modelled) < len(FEW) or p.unplanned_peak != modelled[1] + left_out * (modelled[1] - modelled[0]):
+            return None
+        less, more = (
+            self.dry(CarriedOut(forward=s.forward, backward=s.backward, saved=s.saved)).layout.peak
+            for s in fewer
+            if s is not None
+        )
+        return more + left_out * (more - less)
+
+    def _modelled(self, p: Prepared, split: Split) -> int:
+        peak = graph_peak(split.forward, split.backward, split.saved, p.num_forward_outputs, p.fused)
+        return peak + (self.calls - 1) * held_between(split.forward)
 
     def looked_at(self, decided: Decided) -> tuple[int, Evidence]:
         """The peak of what was decided, and what shows it."""

@@ -12,7 +12,7 @@ from memo_compile.planning.decide import Decided
 from memo_compile.planning.prepared import Prepared, held_between
 from memo_compile.planning.problem import Limits
 from memo_compile.planning.search import least_peak
-from memo_compile.planning.tiling import TILES, tiled, wide_in, widest_of, with_tiles
+from memo_compile.planning.tiling import TILES, tiled, wide_in, wide_values, widest_of, with_tiles
 
 log = logger(__name__)
 
@@ -113,7 +113,10 @@ def _worthwhile(p: Prepared, limits: Limits) -> list[tuple[int, int]]:
         if widest_of(now) < max(MATTERS, IN_THE_WAY * least):
             break
         wide, in_vain = wide_in(now), 0
+        spared = least - least_peak(now, replace(limits, tiles=1), wide_values(now))  # if there were tiles without end
         for count in counts:
+            if (1 - 1 / count) * spared < max(MATTERS, (1 - CLEARLY) * least):
+                continue
             cut = tiled(p, count, wide, limits.accumulate) if count * LEAST_ROWS <= p.tokens.tokens else None
             peak = least_peak(cut, limits) if cut is not None else least
             if cut is not None and peak <= CLEARLY * least and least - peak >= MATTERS:

@@ -24,6 +24,7 @@ from memo_compile.passes.fx.facts import (
     storage_of,
 )
 from memo_compile.passes.pipeline import Joint, Tiling, Watch, annotate, unwatched
+from memo_compile.passes.transforms.fewer_layers import NamedLayers
 from memo_compile.passes.transforms.partition import (
     Split,
     order_backward,
@@ -54,6 +55,7 @@ class Prepared:
     joint: fx.GraphModule
     num_forward_outputs: int
     unplanned: Split
+    unplanned_layers: NamedLayers
     saved: tuple[fx.Node, ...]
     tokens: TokenReport
     layers: LayerReport
@@ -119,6 +121,7 @@ def prepare(
         joint=joint,
         num_forward_outputs=num_forward_outputs,
         unplanned=unplanned,
+        unplanned_layers=found["fewer_layers"],
         # Seeds are read by the backward only where a plan makes a draw again.
         saved=tuple(n for n in saved_set.values if n.name in split.saved or is_seed(n)),
         tokens=found["tokens"],

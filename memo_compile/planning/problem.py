@@ -73,18 +73,19 @@ class View:
     problem: residency.Problem  # without activations
 
 
-def view_of(p: Prepared, limits: Limits) -> View:
+def view_of(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) -> View:
+    """The view of a prepared graph, as if the values in `free`, by name, took no memory."""
     front_nodes, back_nodes = list(p.forward.graph.nodes), list(p.backward.graph.nodes)
     steps = len(front_nodes)
     results = results_of(p.forward, p.num_forward_outputs)
     held = sum(nbytes(n) for n in results if n.op != "placeholder")
-    movable = _movable(p, results)
+    movable = {name: node for name, node in _movable(p, results).items() if name not in free}
     names = frozenset(n.name for n in p.saved)
     fixed = names - frozenset(movable) - {n.name for n in results} - {n.name for n in p.saved if n.op == "placeholder"}
     front = lifetimes(p.forward, fused=p.fused)
     back = lifetimes(p.backward, fused=p.fused, owned_inputs=names | tangents_of(p.backward))
-    base = front.live_bytes(skip=frozenset(movable))
-    base += [b + held for b in back.live_bytes(skip=names - fixed)]
+    base = front.live_bytes(skip=frozenset(movable) | free)
+    base += [b + held for b in back.live_bytes(skip=(names - fixed) | free)]
     of_others = (limits.calls - 1) * (held + sum(nbytes(n) for n in p.saved if n.name in fixed and storage_of(n) is n))
     seconds = [step_seconds(p, n) for n in (*front_nodes, *back_nodes)]
     reads = last_reads(p.forward, fused=p.fused, ignore_output=True)

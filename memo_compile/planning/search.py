@@ -21,12 +21,15 @@ CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for
 PATIENCE = 2  # sets of anchors for which the solver may run out of time before any has an answer
 
 
-def least_peak(p: Prepared, limits: Limits) -> int:
-    """The least bytes that the program knows how to hold. The arena is known only of plans that are made."""
+def least_peak(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) -> int:
+    """The least bytes that the program knows how to hold, as if the values in `free`, by name, took none.
+
+    The arena is known only of plans that are made.
+    """
     if not p.plannable:
         return p.unplanned_peak
     found = [p.unplanned_peak]
-    for problem in problems_of(view_of(p, limits)):
+    for problem in problems_of(view_of(p, limits, free)):
         with suppress(SolverOutOfTime):
             found.append(int(rounding.smallest_peak(problem, time_limit=limits.time_limit)))
     return min(found)

@@ -29,8 +29,18 @@ AS_WIDE = 8  # values of at least such a part of the widest are wide, too: its g
 
 def widest_of(p: Prepared) -> int:
     """Bytes of the widest value that has tokens."""
-    cut = [n for n in (*p.forward.graph.nodes, *p.backward.graph.nodes) if TOKENS in n.meta and n.op == "call_function"]
-    return max(map(nbytes, cut), default=0)
+    return max(map(nbytes, _with_tokens(p)), default=0)
+
+
+def wide_values(p: Prepared) -> frozenset[str]:
+    """What tiles would make, by name: the wide values that have tokens."""
+    wide = wide_in(p)
+    return frozenset(n.name for n in _with_tokens(p) if nbytes(n) >= wide)
+
+
+def _with_tokens(p: Prepared) -> list[fx.Node]:
+    nodes = (*p.forward.graph.nodes, *p.backward.graph.nodes)
+    return [n for n in nodes if TOKENS in n.meta and n.op == "call_function"]
 
 
 def with_tiles(p: Prepared, limits: Limits) -> Prepared:

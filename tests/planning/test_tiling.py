@@ -81,17 +81,40 @@ def test_a_wide_mlp_is_made_again_in_the_tiles_that_add_its_gradients_up():
     assert found[1] <= gradients + wide
 
 
-def test_what_is_widest_next_may_need_more_tiles_than_what_was_widest(monkeypatch):
+MIB = 2**20
+FIRST, SECOND = 100 * MIB, 11 * MIB  # bytes of what is wide
+
+
+@pytest.fixture
+def ladder(monkeypatch):
+    """Numbers of tiles that are worth it, where each (by tiles and what is wide) has a least peak, in MiB."""
+
+    def found(least, free):
+        given = SimpleNamespace(cut=None, tokens=SimpleNamespace(tokens=2**20))
+        cut = partial(SimpleNamespace, tokens=given.tokens)
+
+        def least_peak(p, _, weightless=frozenset()):
+            return (free if weightless else least.get(p.cut, 1000)) * MIB
+
+        monkeypatch.setattr(fit_budget, "tiled", lambda _, tiles, wide, __: cut(cut=(tiles, wide)))
+        monkeypatch.setattr(fit_budget, "least_peak", least_peak)
+        monkeypatch.setattr(fit_budget, "widest_of", lambda p: (90 if p.cut else 800) * MIB)
+        monkeypatch.setattr(fit_budget, "wide_in", lambda p: SECOND if p.cut else FIRST)
+        monkeypatch.setattr(fit_budget, "wide_values", lambda _: frozenset({"logits"}))
+        return fit_budget._worthwhile(given, Limits(None, 0, objective="memory", tiles="auto"))
+
+    return found
+
+
+def test_what_is_widest_next_may_need_more_tiles_than_what_was_widest(ladder):
     """As the MLP's values behind logits: 4 tiles do for these, and leave the scratch of both in the way."""
-    mib = 2**20
-    first, second = 100 * mib, 11 * mib  # bytes of what is wide
-    least = {(4, first): 300, (16, first): 300, (64, first): 299}
-    least |= {(4, second): 400, (16, second): 200, (64, second): 150, (256, second): 149}
-    given = SimpleNamespace(cut=None, tokens=SimpleNamespace(tokens=2**20))
-    cut = partial(SimpleNamespace, tokens=given.tokens)
-    monkeypatch.setattr(fit_budget, "tiled", lambda _, tiles, wide, __: cut(cut=(tiles, wide)))
-    monkeypatch.setattr(fit_budget, "least_peak", lambda p, _: least.get(p.cut, 1000) * mib)
-    monkeypatch.setattr(fit_budget, "widest_of", lambda p: (90 if p.cut else 800) * mib)
-    monkeypatch.setattr(fit_budget, "wide_in", lambda p: second if p.cut else first)
-    found = fit_budget._worthwhile(given, Limits(None, 0, objective="memory", tiles="auto"))
-    assert found == [(4, first), (16, second), (64, second)]
+    least = {(4, FIRST): 300, (16, FIRST): 300, (64, FIRST): 299}
+    least |= {(4, SECOND): 400, (16, SECOND): 200, (64, SECOND): 150, (256, SECOND): 149}
+    assert ladder(least, free=0) == [(4, FIRST), (16, SECOND), (64, SECOND)]
+
+
+def test_no_tiles_are_tried_where_all_that_is_wide_holds_too_little(ladder):
+    least = {(tiles, FIRST): 900 for tiles in (4, 16, 64)}
+    assert ladder(least, free=950) == [(4, FIRST)], "0.75 of 50 MiB could be spared, and 3 % of 1000 count"
+    assert ladder(least, free=965) == [(16, FIRST)], "15 of 16 parts of 35 MiB, by 16 tiles"
+    assert ladder(least, free=970) == []

@@ -13,7 +13,9 @@ Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `config._post_fusion_c
 from __future__ import annotations
 
 import ast
+import bisect
 import heapq
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,18 +205,18 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
     for node, sources in needs.items():
         for source in sources:
             readers[source].append(node)
-    prefetch_buffers = {
-        m for n in moved if transfer_of_node(n) is TransferOp.PREFETCH for m in needs[n] if not positions(m, index)
-    }
+    at = {n: positions(n, index) for n in nodes}
+    prefetch_buffers = {m for n in moved if transfer_of_node(n) is TransferOp.PREFETCH for m in needs[n] if not at[m]}
     fixed = [n for n in nodes if n not in prefetch_buffers and transfer_of_node(n) is None]
     slot = {n: float(i) for i, n in enumerate(fixed)}
+    complete = sorted((at[n][-1], slot[n]) for n in fixed if at[n])
+    places = [place for place, _ in complete]
+    latest = list(itertools.accumulate((s for _, s in complete), max))
     last = [-1.0, -1.0]  # of offloads, which one lease chains, and of prefetches, which one link serves
-    for node in sorted(moved, key=lambda n: max(positions(n, index))):
+    for node in sorted(moved, key=lambda n: at[n][-1]):
         kind = transfer_of_node(node)
-        at = max(positions(node, index))
-        wish = max(
-            (slot[n] for n in fixed if (positions(n, index) or [0])[-1] < at and positions(n, index)), default=-1
-        )
+        before = bisect.bisect_left(places, at[node][-1])
+        wish = latest[before - 1] if before else -1.0
         if kind is TransferOp.WAIT:
             wish = min((slot[r] for r in readers[node] if r in slot), default=wish + 1) - 1
         else:
@@ -222,9 +224,9 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
             wish = max(wish, last[way])
             last[way] = wish
         slot[node] = wish + 0.5
-    _keep_overlap(moved, fixed, index, slot, counts)
+    _keep_overlap(moved, fixed, at, slot, counts)
     # Starts at one place keep their order, whatever order the scheduler had them in.
-    for number, node in enumerate(sorted(moved, key=lambda n: max(positions(n, index)))):
+    for number, node in enumerate(sorted(moved, key=lambda n: at[n][-1])):
         slot[node] += number * 1e-6
     for node in prefetch_buffers:
         slot[node] = min(slot[r] for r in readers[node] if r in slot)
@@ -234,7 +236,7 @@ def _placed(nodes: list[Any], counts: dict[Step, int]) -> list[Any]:
 def _keep_overlap(
     moved: list[Any],
     fixed: list[Any],
-    index: dict[str, int],
+    at: dict[Any, list[int]],
     slot: dict[Any, float],
     counts: dict[Step, int],
 ) -> None:
@@ -246,7 +248,7 @@ def _keep_overlap(
     next_slot = float("inf")
     # By offset: what reads a transfer's buffers may be another slice's wait, chained to it by the lease.
     waits = {(transfer_of_node(n), _offset(n)): n for n in moved if transfer_of_node(n) not in STARTS}
-    for node in sorted(moved, key=lambda n: -max(positions(n, index))):
+    for node in sorted(moved, key=lambda n: -at[n][-1]):
         kind = transfer_of_node(node)
         wait = waits.get((STARTS.get(str(kind)), _offset(node)))
         if wait is not None:

@@ -209,15 +209,15 @@ def _after(node: fx.Node) -> fx.Node:
 
 def _last_use(value: fx.Node, start: fx.Node) -> fx.Node:
     """The last node from `start` on that reads the value's storage."""
-    last, seen = start, False
-    for node in value.graph.nodes:
-        seen = seen or node is start
-        if (
-            seen
-            and node.op == "call_function"
-            and any(storage_of(a) is storage_of(value) for a in node.all_input_nodes)
-        ):
-            last = node
+    storage = storage_of(value)
+    last, stack, seen = start, [storage], {storage}
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "call_function" and user > last:
+                last = user
+            if user not in seen and storage_of(user) is storage:
+                seen.add(user)
+                stack.append(user)
     return last
 
 

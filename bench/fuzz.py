@@ -4,7 +4,8 @@
     python -m bench.fuzz --cases 1000 --seed 1 --jobs 2 --backend memo
     python -m bench.fuzz --report
 
-Verdicts are appended to a file; the same command goes on where it stopped (Ctrl-C or a kill is no harm). A failing
+Verdicts are appended to a file in `bench/results/fuzz`, which is committed: the same command goes on where it stopped
+(Ctrl-C or a kill is no harm), on any machine, and each verdict has its commit. A failing
 program is made smaller and stored in `tests/fuzz_cases`, where pytest collects it. `--report` writes what all runs
 found to `bench/results/fuzz.md`.
 """
@@ -27,7 +28,7 @@ from bench.fuzzing.report import commit, rows, section, versions
 from bench.fuzzing.workers import Task, Worker, judged
 
 RESULTS = Path(__file__).parent / "results"
-RUNS = Path(__file__).parents[1] / ".fuzz"
+RUNS = RESULTS / "fuzz"
 NOTES = RESULTS / "fuzz-notes.md"
 SECONDS = {"memo_eager": 600.0, "memo": 1800.0}  # for one program, also on a machine that is shared by many
 

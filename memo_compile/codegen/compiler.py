@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,11 +20,11 @@ import torch.fx as fx
 
 from memo_compile.codegen.arena.layout import ArenaLayout, handed_on, plan_arena
 from memo_compile.codegen.arena.sides import buffers_of
-from memo_compile.codegen.branches import branches_given_as_traced
 from memo_compile.codegen.caching.key import key_for
 from memo_compile.codegen.caching.plan_key import keeps_plans, plan_key
 from memo_compile.codegen.caching.plans import keep
 from memo_compile.codegen.caching.tiles import tiles_of
+from memo_compile.codegen.corrections import corrected
 from memo_compile.codegen.donation import donating, nothing_donated
 from memo_compile.codegen.emitted.body import Body
 from memo_compile.codegen.emitted.direct import direct
@@ -33,7 +33,6 @@ from memo_compile.codegen.emitted.verifier import read_regions, verify_emitted
 from memo_compile.codegen.fitting import fit_or_find
 from memo_compile.codegen.inductor import collection_paused, num_outputs, settings_for, through_inductor
 from memo_compile.codegen.kernels import kernels_beside
-from memo_compile.codegen.mutations import in_place_where_known, readers_before_writers
 from memo_compile.codegen.phases import (
     BackwardEmitted,
     Course,
@@ -85,18 +84,11 @@ from memo_compile.trace.setting import (
 log = logger(__name__)
 
 
-@contextlib.contextmanager
-def nothing_wrong() -> Iterator[None]:
-    """Within, Inductor does what it otherwise may get wrong."""
-    with readers_before_writers(), in_place_where_known(), branches_given_as_traced():
-        yield
-
-
 def compile_planned(gm: fx.GraphModule, inputs: Sequence[Any], setting: Setting) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, planned and placed."""
     with Progress(setting.name) as progress:
         waited = partial(progress.step, "compiling kernels")
-        with collection_paused(), kernels_beside(waited), nothing_wrong():
+        with collection_paused(), kernels_beside(waited), corrected():
             return _compiled(gm, inputs, replace(setting, progress=progress))
 
 
@@ -153,7 +145,7 @@ def look(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, observe: O
     def stop(*_: Any, **__: Any) -> Any:
         raise _Stopped
 
-    with contextlib.suppress(_Stopped), collection_paused(), nothing_wrong():
+    with contextlib.suppress(_Stopped), collection_paused(), corrected():
         through_inductor(run.partition, stop, gm, inputs, options)
     planned = run.course.phase
     if not isinstance(planned, Planned):

@@ -103,8 +103,9 @@ class Rehearsal:
         left_out = p.unplanned_layers.deepest - FEW[-1]
         if len(modelled) < len(FEW) or p.unplanned_peak != modelled[1] + left_out * (modelled[1] - modelled[0]):
             return None
+        alone = replace(self, goes_on=False)
         less, more = (
-            self.dry(CarriedOut(forward=s.forward, backward=s.backward, saved=s.saved)).layout.peak
+            alone.dry(CarriedOut(forward=s.forward, backward=s.backward, saved=s.saved)).layout.peak
             for s in fewer
             if s is not None
         )

@@ -12,16 +12,19 @@ import torch.fx as fx
 
 from memo_compile.errors import HostBudgetTooSmall
 from memo_compile.passes import pipeline
+from memo_compile.passes.analysis.layers import LayerInfo
 from memo_compile.passes.analysis.peak_tensors import peak_tensors
 from memo_compile.passes.fx.facts import (
     HOST_LEASE,
     is_on_host,
     nbytes,
 )
+from memo_compile.passes.fx.meta import LAYER
 from memo_compile.passes.pipeline import Watch, act, unwatched
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.slices import Sliced
 from memo_compile.planning import rounding
+from memo_compile.planning.equal_layers import with_equal_layers
 from memo_compile.planning.prepared import DRAWN_AGAIN, Prepared, graph_peak, held_between, step_seconds
 from memo_compile.planning.problem import Limits, problems_of, view_of
 from memo_compile.planning.residency import Decision, Problem
@@ -114,6 +117,11 @@ def _within_host(p: Prepared, limits: Limits, watch: Watch) -> _Choice:
     return choice
 
 
+def _layers_of(p: Prepared) -> dict[str, LayerInfo]:
+    """The layer of each saved value that has one, by name."""
+    return {n.name: n.meta[LAYER] for n in p.saved if LAYER in n.meta}
+
+
 def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
     """Homes for `host` bytes of host memory."""
     view = view_of(p, replace(limits, host=host))
@@ -123,6 +131,8 @@ def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
         decision = rounding.all_offloaded(problem, time_limit=limits.time_limit)
     else:
         problem, decision, fits = best_of(view, limits)
+        if fits and p.fused and limits.objective == "time":  # op by op nothing is compiled
+            decision = with_equal_layers(problem, decision, _layers_of(p), time_limit=limits.time_limit)
     residency = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
     overlap = fits and (everything or limits.objective == "time")
     sliced = carry_out(p, residency, overlap=overlap, host_budget=limits.host_in_all, watch=watch)

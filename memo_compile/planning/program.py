@@ -76,6 +76,11 @@ def solve(
     rows = Rows()
     for i in range(c.activations):
         rows.add({c.kept + i: 1.0, c.offloaded + i: 1.0, c.recomputed + i: 1.0}, 1.0, 1.0)
+    place = {a.name: i for i, a in enumerate(problem.activations)}
+    for first, *others in problem.alike if fixed is None else ():
+        for column in (c.kept, c.offloaded):
+            for other in others:
+                rows.add({column + place[first]: 1.0, column + place[other]: -1.0}, 0.0, 0.0)
     if fixed is not None:
         offloaded = frozenset(name for name, home in fixed.items() if home.offloaded)
     memory_rows, rates = rows_of_time(problem, grid, c, scale, rows, offloaded if budget is not None else None)

@@ -37,7 +37,8 @@ class Activation:
 class Problem:
     """`seconds` and `base_bytes` per step; `base_bytes` is live whatever is decided. Rates in bytes/s.
 
-    One of `calls` is played: the others have run their forward, and hold what the decision keeps.
+    One of `calls` is played: the others have run their forward, and hold what the decision keeps. The activations of
+    each tuple of `alike` have one home, by name.
     """
 
     seconds: tuple[float, ...]
@@ -50,6 +51,7 @@ class Problem:
     h2d: float
     slice_tokens: int = 1
     calls: int = 1
+    alike: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

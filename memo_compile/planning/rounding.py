@@ -136,12 +136,15 @@ def _recompute_seconds(problem: Problem, residency: Mapping[str, Residency]) -> 
 
 def _round_all(problem: Problem, answer: Answer, *, recompute_rest: bool) -> dict[str, Residency]:
     """Whole slices for all. Where a slice may only be kept or offloaded, the two take turns, so that neither the
-    device's nor the host's sum strays by more than a slice.
+    device's nor the host's sum strays by more than a slice. What is alike has one home.
     """
     residency: dict[str, Residency] = {}
+    first = {name: names[0] for names in problem.alike for name in names}
     over = 0.0  # bytes offloaded beyond the answer
     for i, a in enumerate(problem.activations):
-        home = _rounded(a, answer, i, problem, recompute_rest=recompute_rest, up=over <= 0)
+        home = residency.get(first.get(a.name, a.name)) or _rounded(
+            a, answer, i, problem, recompute_rest=recompute_rest, up=over <= 0
+        )
         residency[a.name] = home
         over += a.bytes * (home.offloaded / a.tokens - float(answer.fractions[i, 1]))
     return residency

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memo_compile
-from memo_compile.codegen import compiler
+from memo_compile.codegen import corrections
 
 TOKENS, WIDTH = 128, 32
 
@@ -43,6 +43,6 @@ def test_both_branches_are_right_where_their_operand_is_not_saved_as_it_is(flag)
 
 
 def test_without_that_a_branch_would_refuse_its_operand(monkeypatch):
-    monkeypatch.setattr(compiler, "branches_given_as_traced", contextlib.nullcontext)
+    monkeypatch.setattr(corrections, "branches_given_as_traced", contextlib.nullcontext)
     with pytest.raises(AssertionError, match="stride"):
         gradients(1.0, backend="memo", options={"memory_budget": 0.4})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memo_compile.codegen import compiler
+from memo_compile.codegen import corrections
 
 LIBRARY = torch.library.Library("test_mutations", "DEF")
 LIBRARY.define("double_(Tensor(a!) x) -> ()")
@@ -31,7 +31,7 @@ def test_a_value_made_before_a_mutation_is_read_after_it():
 def test_it_would_be_made_of_what_the_op_has_written(monkeypatch):
     import contextlib
 
-    monkeypatch.setattr(compiler, "readers_before_writers", contextlib.nullcontext)
+    monkeypatch.setattr(corrections, "readers_before_writers", contextlib.nullcontext)
     difference = (result(torch.compile(model, backend="memo")) - result(model)).abs().max()
     if difference < 1e-6:
         pytest.skip("this torch keeps the order by itself")

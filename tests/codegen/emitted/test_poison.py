@@ -155,10 +155,10 @@ def test_a_life_that_ends_too_early_shows(monkeypatch):
 
 
 def test_a_reader_of_what_attention_has_written_over_shows(monkeypatch):
-    from memo_compile.codegen import compiler, lowerings
+    from memo_compile.codegen import corrections, lowerings
 
     monkeypatch.setattr(lowerings, "_is_read_later", lambda *_: False)
-    monkeypatch.setattr(compiler, "readers_before_writers", contextlib.nullcontext)
+    monkeypatch.setattr(corrections, "readers_before_writers", contextlib.nullcontext)
     frozen = [torch.randn(48, 48).double() for _ in range(3)]
     weights = [torch.randn(48, 48).double().requires_grad_() for _ in range(4)]
 

@@ -86,7 +86,8 @@ def view_of(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) -> 
     back = lifetimes(p.backward, fused=p.fused, owned_inputs=names | tangents_of(p.backward))
     base = front.live_bytes(skip=frozenset(movable) | free)
     base += [b + held for b in back.live_bytes(skip=(names - fixed) | free)]
-    of_others = (limits.calls - 1) * (held + sum(nbytes(n) for n in p.saved if n.name in fixed and storage_of(n) is n))
+    staying = [n for n in p.saved if n.name in fixed - free and storage_of(n) is n]
+    of_others = (limits.calls - 1) * (held + sum(map(nbytes, staying)))
     seconds = [step_seconds(p, n) for n in (*front_nodes, *back_nodes)]
     reads = last_reads(p.forward, fused=p.fused, ignore_output=True)
     born = {n.name: i for i, n in enumerate(front_nodes)}

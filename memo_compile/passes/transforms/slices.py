@@ -215,9 +215,10 @@ def _last_use(value: fx.Node, start: fx.Node) -> fx.Node:
         for user in stack.pop().users:
             if user.op == "call_function" and user > last:
                 last = user
-            if user not in seen and storage_of(user) is storage:
-                seen.add(user)
-                stack.append(user)
+            # An op may return what it was given as one item of several.
+            lie_there = [n for n in (user, *user.users) if n not in seen and storage_of(n) is storage]
+            seen.update(lie_there)
+            stack += lie_there
     return last
 
 

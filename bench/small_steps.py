@@ -19,7 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._functorch import config
 
 import memo_compile
 from bench.idle_cuda import IdleCuda
@@ -54,10 +53,6 @@ def rows() -> list[dict[str, Any]]:
     with idle_copies():
         sides = [_side("inductor", backend="inductor"), _side("memo", backend="memo")]
         sides += [_side(f"memo, {b}", backend="memo", options={"memory_budget": b}) for b in (0.5, "min")]
-        # What launching kernels once more takes by itself: memo without copies, and torch's own recomputation.
-        sides.append(_side("memo, 0.6, no copies", backend="memo", options={"memory_budget": 0.6, "offload": False}))
-        with config.patch(activation_memory_budget=0.5):
-            sides.append(_side("inductor, activation_memory_budget=0.5", backend="inductor"))
         taken = _in_turns(sides)
         plain = taken["inductor"]
         return [

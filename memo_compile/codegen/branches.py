@@ -4,7 +4,7 @@ Inductor compiles a branch for operands with the strides of the trace, and hands
 (torch/_inductor/ir.py, `Conditional.create`; loops and nested regions are given what they were traced with). Without a
 plan most operands are saved, and so keep their strides; the rows of one that is offloaded are copied out of any layout.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.ir.Conditional.create` and
+Private torch APIs, tried with torch 2.13: `torch._inductor.ir.Conditional.create` and
 `ExternKernel.realize_input`, `require_exact_strides`; `V.graph.current_node`.
 """
 

@@ -82,8 +82,8 @@ class Rehearsal:
     def with_unplanned(self, p: Prepared, *, likely: bool) -> tuple[Rehearsal, int]:
         """The same with a dry run of Inductor's own two graphs, and what they would hold in an arena.
 
-        Where it is `likely` that these are taken, the compilation can go on with them. Else a deep stack need not be
-        looked at whole: what a few of its layers hold is known, and by the model what the others add.
+        Where it is `likely` that these are taken, the compilation can go on with them. Else a deep stack is not
+        looked at whole: what three and four of its layers hold tells what each of the others adds.
         """
         split = p.unplanned
         peak = None if likely else self._unplanned_by_few_layers(p)

@@ -189,8 +189,11 @@ def test_scores_of_attention_are_made_by_rows_of_queries():
     assert summed.count("aten.bmm.default") > 4
 
 
-def test_a_region_reads_results_of_attention_as_they_lie():
+@pytest.mark.parametrize(("batch", "tiles", "verify"), [(1, 4, "poison"), (1, 5, False), (3, 7, False)])
+def test_a_region_reads_results_of_attention_as_they_lie(batch, tiles, verify):
+    """And writes over them; with a last tile that is short, and several sequences."""
     torch.manual_seed(0)
-    ids = torch.randint(0, 64, (1, 96))
-    compare(zoo.one_layer_llama(), (ids, ids), 4, "memo", verify="poison")
-    assert tile_bodies.programs()
+    ids = torch.randint(0, 64, (batch, 96))
+    compare(zoo.one_layer_llama(), (ids, ids), tiles, "memo", verify=verify)
+    bodies = [n.target for body in tile_bodies.bodies().values() for n in body.graph.nodes]
+    assert torch.ops.aten.as_strided.default in bodies

@@ -1,8 +1,8 @@
 """How Inductor lowers memo's ops that are no extern kernels of their own name.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.lowering.register_lowering` and `clone`; of
-`torch._inductor.ir` `ExternKernel.realize_input` and `copy_input`, `FallbackKernel.create`, `as_storage_and_layout`,
-values' `get_read_names`; `V.graph.env`, `V.graph.current_node` and `V.graph.name_to_buffer`.
+`torch._inductor.ir` `ExternKernel.realize_input`, `copy_input` and `require_exact_strides`, `FallbackKernel.create`,
+`FixedLayout`, `ReinterpretView`, `as_storage_and_layout`, values' `get_read_names`; `V.graph.env`, `V.graph.current_node` and `V.graph.name_to_buffer`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POISON = "memo_poison"  # in `node.meta`: what the node may write over is to be 
 
 @cache
 def register_lowerings() -> None:
-    """Lower `memo::keep` as a copy, which fuses and lies in the arena, and attention in place.
+    """Lower `memo::keep` as a copy, which fuses and lies in the arena, `memo::onto` as a view, and attention in place.
 
     `aten.clone` would not do: Inductor drops it where the copy would have the strides of the view that it copies
     (`remove_noop_ops`), and the rows that stay then hold the whole value.
@@ -34,6 +34,7 @@ def register_lowerings() -> None:
     untyped: dict[str, Any] = {"type_promotion_kind": None}
     register: Any = module.register_lowering
     register(ops.keep.default, **untyped)(lambda src: _in_memory(module.clone(src)))
+    register(ops.onto.default, **untyped)(_place_over)
     for over, graph_op, emitted in (
         (2, ops.attention_onto, ops.attention_onto_),
         (3, ops.attention_backward_onto, ops.attention_backward_onto_),
@@ -79,6 +80,36 @@ def _write_over(over: int, kernel: Any, *args: Any, **keywords: Any) -> list[Any
     for box in ended:
         ir.FallbackKernel.create(torch.ops.memo.poison_.default, box)
     return boxes
+
+
+def _place_over(src: Any, size: Any, stride: Any) -> Any:
+    """The buffer of `src`, whose rows give way to those of another value, or that of a copy, as in `_write_over`."""
+    from torch._inductor import ir  # loads Inductor
+    from torch._inductor.virtualized import V
+
+    graph: Any = V.graph
+    node: fx.Node = graph.current_node
+    operand: Any = node.args[0]
+    lies_as = [int(s) for s in operand.meta["val"].stride()]
+    src.realize()
+    box: Any = ir.ExternKernel.require_exact_strides(src, lies_as)
+    name = _storage(box).get_name()
+    alone = _is_its_own(name, graph) and not _is_read_later(node, name, graph.env) and _fills(box)
+    ended = _storage(box) if alone and POISON in node.meta else None
+    if not alone or ended:
+        box = ir.ExternKernel.require_exact_strides(ir.ExternKernel.copy_input(box), lies_as)
+    if ended:
+        ir.FallbackKernel.create(torch.ops.memo.poison_.default, ir.TensorBox(ended))
+    layout = ir.FixedLayout(box.get_device(), box.get_dtype(), size, stride)
+    return ir.TensorBox(ir.ReinterpretView(data=_storage(box), layout=layout))
+
+
+def _fills(value: Any) -> bool:
+    """Whether a lowered value is all that lies in its buffer."""
+    from torch._inductor import ir  # loads Inductor
+
+    storage, layout = ir.as_storage_and_layout(value, freeze=False)
+    return layout.offset == 0 and storage.get_numel() == value.get_numel()
 
 
 def _storage(value: Any) -> Any:

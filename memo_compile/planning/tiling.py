@@ -17,6 +17,7 @@ from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.fx.mutations import readable_inputs
 from memo_compile.passes.fx.ranges import has_symbols
 from memo_compile.passes.pipeline import Tiling
+from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.partition import canonical_saved, order_backward, split_saving
 from memo_compile.passes.transforms.tile_bodies import Accumulate, bodies, operands_of
 from memo_compile.passes.transforms.tiles import can_be_called, program_in
@@ -73,6 +74,9 @@ def _tiled(p: Prepared, tiling: Tiling) -> Prepared | None:
         return None
     interior = {n.name for region in _regions(split.forward, tiling.wide) for n in region.nodes}
     forward, backward = split.forward, order_backward(split.backward)
+    if p.fused:  # regions are to know what lies in places that will be free
+        write_over_attention_inputs(forward)
+        write_over_attention_inputs(backward)
     exact = deciding(backward)
     costs = dict(graph_costs(p.joint, p.profile, fused=p.fused, written=saved))
     seconds = {k: c.seconds for k, c in costs.items()}

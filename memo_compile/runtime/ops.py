@@ -7,6 +7,7 @@
 * `prefetch_buffer(lease, offset, nbytes, device) -> Tensor`: the storage into which the slice at `offset` is prefetched
   already, or a new one; it stands in emitted code alone, in place of an allocation
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
+* `onto(src, size, stride) -> Tensor`: the storage of `src`, as what is to be written over it lies there
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: matmuls written to their rows of a larger value
 * `poison_(dst!)`: the end of a value's life, with `verify="poison"`; see `memo_compile.runtime.poison`
 * `attention_onto`, `attention_backward_onto`, and with a `_` after: see `memo_compile.runtime.attention`
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,7 @@ _SCHEMAS = (
     "wait_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
     "prefetch_buffer(Tensor lease, SymInt offset, SymInt nbytes, Device device) -> Tensor",
     "keep(Tensor src) -> Tensor",
+    "onto(Tensor(a) src, SymInt[] size, SymInt[] stride) -> Tensor(a)",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
     "poison_(Tensor(a!) dst) -> ()",
@@ -155,6 +157,10 @@ def _keep(src: torch.Tensor) -> torch.Tensor:
     return src.clone(memory_format=torch.contiguous_format)
 
 
+def _onto(src: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    return src.as_strided(size, stride)
+
+
 def _mm_into(dst: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     torch.mm(a, b, out=dst)
 
@@ -187,6 +193,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "wait_": _wait,
     "prefetch_buffer": _prefetch_buffer,
     "keep": _keep,
+    "onto": _onto,
     "mm_into_": _mm_into,
     "addmm_into_": _addmm_into,
     "poison_": poison,
@@ -202,6 +209,7 @@ _FAKES = {
     "host_lease": _fake_lease,
     "prefetch_buffer": _fake_prefetch_buffer,
     "keep": _fake_keep,
+    "onto": _onto,
     "attention_onto": attention.fake_attention_onto,
     "attention_onto_": attention.fake_token,
     "attention_backward_onto": attention.fake_attention_backward_onto,

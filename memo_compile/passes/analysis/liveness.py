@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, op_name, storage_of
+from memo_compile.passes.fx.facts import (
+    is_pointwise,
+    is_reduction,
+    is_view,
+    nbytes,
+    op_name,
+    returns_operands,
+    storage_of,
+)
 from memo_compile.placement.bounds import live_bytes
 
 KEEP = "memo.keep.default"
@@ -99,7 +107,7 @@ def _beside(node: fx.Node) -> int:
     size = int(node.meta.get(WORKSPACE, 0))
     value = node.meta.get("val")
     calls_graphs = WORKSPACE in node.meta and not isinstance(node.target, torch._ops.OpOverload)
-    if not isinstance(value, (tuple, list)) or not (size or calls_graphs):
+    if not isinstance(value, (tuple, list)) or not (size or calls_graphs) or returns_operands(node):
         return size
     return size + sum(v.numel() * v.element_size() for v in value if isinstance(v, torch.Tensor))
 

@@ -1,8 +1,9 @@
 """Finds regions of token-wise ops whose inner values are large: what may run tile by tile.
 
 A region grows from *wide* values, such as logits, along ops that go row by row, and through thin values between them,
-such as the sums of a softmax. What reads a wide value and makes a narrow one of it belongs to the region too, and so do
-sums over tokens, such as the gradient of a weight.
+such as the sums of a softmax, and what cheap ops make of one on the way to another, such as halves of heads. What reads
+a wide value and makes a narrow one of it belongs to the region too, and so do sums over tokens, such as the gradient of
+a weight.
 
 Regions are convex: no value leaves a region and comes back into it. Each node has a *stage*, which grows along every
 edge that leaves a region; so nodes of one stage that hang together are convex.
@@ -11,7 +12,7 @@ edge that leaves a region; so nodes of one stage that hang together are convex.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
 from memo_compile.passes.analysis.token_axis import is_tensor, shape_of
-from memo_compile.passes.fx.facts import is_view, is_view_of, nbytes, storage_of
+from memo_compile.passes.fx.facts import is_cheap, is_view, is_view_of, nbytes, storage_of
 
 THIN = 4  # numbers a token, at most: what a reduction over a row leaves, or a label
 
@@ -56,9 +57,9 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
     if not large:
         return []
     few = THIN * min(_count(n, rows[n]) for n in large)
-    thin = {n for n in _made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
+    thin = {n for n in made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
     several = {a for n in large for a in n.all_input_nodes if a in rows and not is_tensor(a)}  # of which one is wide
-    candidates = {n for n in large | thin | several if _alone(n, rows)}
+    candidates = {n for n in large | thin | several | _between(large, rows) if _alone(n, rows)}
     candidates |= {n for n in rows if _adds_up(n, large, candidates, rows)}
     stages = _stages(gm, candidates, rows)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
@@ -121,6 +122,23 @@ def _alone(node: fx.Node, rows: Mapping[fx.Node, Rows]) -> bool:
     return is_tensor(node) or all(u in rows and not rows[u].summed for u in node.users)
 
 
+def _between(large: Collection[fx.Node], rows: Mapping[fx.Node, Rows]) -> set[fx.Node]:
+    """Cheap ops, row by row, that read what comes of a wide value and make what a wide value is made of.
+
+    Left outside they would cut the region in two, and both ends would be whole.
+    """
+
+    def reached(beside: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+        found, stack = set[fx.Node](), list(large)
+        while stack:
+            new = {n for n in beside(stack.pop()) if n in rows and not rows[n].summed and is_cheap(n)} - found
+            found |= new
+            stack += new
+        return found
+
+    return reached(lambda n: n.users) & reached(lambda n: n.all_input_nodes)
+
+
 def _adds_up(
     node: fx.Node, large: Collection[fx.Node], candidates: Collection[fx.Node], rows: Mapping[fx.Node, Rows]
 ) -> bool:
@@ -139,8 +157,8 @@ def fusible(source: fx.Node, reader: fx.Node, rows: Mapping[fx.Node, Rows]) -> b
     return needs.get(source) is not None and needs[source] == rows[source].axis
 
 
-def _made_of(nodes: Collection[fx.Node]) -> set[fx.Node]:
-    """All that is made of any of `nodes`."""
+def made_of(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """All that reads any of `nodes`, or what is made of them."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
@@ -202,7 +220,7 @@ def _region(
     returned: Collection[fx.Node] | None,
 ) -> Region | None:
     """The region around a part, without nodes that another one has taken."""
-    after = _made_of(part) - part
+    after = made_of(part) - part
     readers = {
         u for n in part & set(large) for u in n.users if u in rows and u not in part and u not in taken and is_tensor(u)
     }

@@ -69,7 +69,7 @@ def _visit(
             if axis is not None and parent in rows:
                 rows[node] = Rows(axis, (rows[parent].axis,))
         return
-    first = _GRADIENTS_OF_ATTENTION.get(schema_name(node))
+    first = GRADIENTS_OF_ATTENTION.get(schema_name(node))
     if first is not None:  # no tiles of it, but of what is made of the gradients
         operands = node.args[first : first + 3]
         items[node] = tuple(axes.get(operand) for operand in operands if isinstance(operand, fx.Node))
@@ -252,6 +252,12 @@ def _stacked(node: fx.Node, axes: Axes) -> Flow | None:
     return Flow((known[0].at(known[0].dim + (dim <= known[0].dim)),), tuple(known[0] for _ in node.all_input_nodes))
 
 
+def _copied(node: fx.Node, axes: Axes) -> Flow | None:
+    """`keep`: row by row, like the value that it copies."""
+    (source,) = node.all_input_nodes
+    return Flow((axes[source],), (axes[source],)) if source in axes else None
+
+
 def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
     """A constant in the shape of another value, of which nothing else is read."""
     source = node.args[0]
@@ -261,7 +267,7 @@ def _constant_like(node: fx.Node, axes: Axes) -> Flow | None:
 
 
 # By the place of the query, after which key and value stand; each gradient has the shape of one of them.
-_GRADIENTS_OF_ATTENTION = {
+GRADIENTS_OF_ATTENTION = {
     **{
         f"aten::_scaled_dot_product_{kind}_backward": 1
         for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -280,4 +286,5 @@ _MORE: Mapping[str, Callable[[fx.Node, Axes], Flow | None]] = {
     "aten::stack": _stacked,
     "aten::zeros_like": _constant_like,
     "aten::ones_like": _constant_like,
+    "memo::keep": _copied,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.fx as fx
@@ -161,9 +161,29 @@ def _overwritten_by(node: fx.Node) -> fx.Node | None:
     made, index = node.args
     assert isinstance(made, fx.Node)
     assert isinstance(index, int)
-    onto = op_name(made) in ("memo.attention_onto.default", "memo.attention_backward_onto.default")
-    overwritten = made.args[index] if onto else None
+    overwritten = made.args[index] if returns_operands(made) else None
     return overwritten if isinstance(overwritten, fx.Node) else None
+
+
+def returns_operands(node: fx.Node) -> bool:
+    """Whether an op writes all its results over its first arguments."""
+    return op_name(node) in ("memo.attention_onto.default", "memo.attention_backward_onto.default")
+
+
+def is_read_from(node: fx.Node, value: fx.Node, beside: Collection[fx.Node]) -> bool:
+    """Whether `node`, or one that stands after it, reads what lies in the storage of `value`; `beside` do not count."""
+    root = storage_of(value)
+    stack, seen = [root], {root, *beside}
+    while stack:
+        for user in stack.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user >= node:
+                return True
+            if storage_of(user) is root:
+                stack.append(user)
+    return False
 
 
 def has_tag(node: fx.Node, tag: torch.Tag) -> bool:

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.build import call, fake_mode
-from memo_compile.passes.fx.facts import argument, dimensions, is_view, nbytes, storage_of
+from memo_compile.passes.fx.build import call, fake_mode, told
+from memo_compile.passes.fx.facts import argument, dimensions, is_read_from, is_view, nbytes, storage_of
 from memo_compile.passes.fx.meta import WHY
 from memo_compile.passes.fx.sizes import largest
 
 PIECES = 8  # calls for one attention, at most: more would save little
+SMALL = 2  # keys and values smaller by this factor than the queries are copied, so that these can be written over
 
 
 def write_over_attention_inputs(gm: fx.GraphModule) -> fx.GraphModule:
     """Let results of fused attentions take the places of their inputs, where nothing reads these afterwards.
 
-    Of a forward that is the output in place of the queries, of a backward the gradients in place of all three.
+    Of a forward that is the output in place of the queries, of a backward the gradients in place of all three. Keys and
+    values that few heads share are copied where something reads them afterwards: the queries' place is worth more.
     """
     aten = torch.ops.aten
     for node in gm.graph.find_nodes(
@@ -46,9 +48,15 @@ def write_over_attention_inputs(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _rewrite(node: fx.Node, over: list[Any], beside: list[Any], target: Any) -> None:
-    pieces = _pieces(node, over[0], [*over, *beside])
-    if pieces == 1 or not all(may_be_overwritten(node, a) for a in over) or not are_apart(over, beside):
+    tensors = [*over, *beside]
+    pieces = _pieces(node, over[0], tensors)
+    if pieces == 1:
         return
+    others = [tensors[:i] + tensors[i + 1 :] for i in range(len(over))]
+    read = [a for a, b in zip(over, others, strict=True) if not (may_be_overwritten(node, a) and are_apart([a], b))]
+    if over[0] in read or SMALL * sum(map(nbytes, read)) > nbytes(over[0]):
+        return
+    over = [_copy_of(node, a) if a in read else a for a in over]
     plain: list[Any] = [argument(node, "dropout_p"), argument(node, "is_causal"), pieces]
     if len(over) == 1:
         over = [*over, _row_sums(node)]
@@ -71,6 +79,12 @@ def _lay_out(node: fx.Node) -> None:
                 _lay_out(view)
 
 
+def _copy_of(node: fx.Node, read: fx.Node) -> fx.Node:
+    """What is read later as well, once more."""
+    with node.graph.inserting_before(node):
+        return told(call(node.graph, torch.ops.memo.keep.default, (read,)), read)
+
+
 def _row_sums(node: fx.Node) -> fx.Node:
     """An empty place for the logarithms of the row sums, laid out as the kernel lays them out."""
     value: torch.Tensor = node.meta["val"][1]  # (batch, heads, rows)
@@ -90,17 +104,7 @@ def may_be_overwritten(node: fx.Node, value: Any) -> bool:
     root = storage_of(value)
     if root.op != "call_function" or root.target is operator.getitem:
         return False
-    stack, seen = [root], {root, node}
-    while stack:
-        for user in stack.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user > node:
-                return False
-            if storage_of(user) is root:
-                stack.append(user)
-    return True
+    return not is_read_from(node, value, {node})
 
 
 def are_apart(over: list[Any], beside: list[Any]) -> bool:

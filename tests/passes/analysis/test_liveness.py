@@ -5,10 +5,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_compile import measure_peak
-from memo_compile.passes.analysis.liveness import lifetimes, reaches_memory
+from memo_compile.passes.analysis.liveness import WORKSPACE, lifetimes, reaches_memory
 from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.build import call
+from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
 
 
@@ -50,3 +51,22 @@ def test_rows_of_a_batch_are_copied_to_be_read_in_another_shape(batch, copied):
     gm.recompile()
     held = max(lifetimes(gm, fused=False).live_bytes())
     assert held == measure_peak(gm, x) == batch * copied + batch * 16 * 8 * 8
+
+
+def test_gradients_over_what_they_are_made_from_are_counted_once():
+    """Their places live on; beside them is what the call takes for itself."""
+    aten = torch.ops.aten
+
+    def gradients(g, q, k, v, out, sums):
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q * 1.0, k * 1.0, v * 1.0, out, sums, 0.0, True
+        )
+
+    shapes = [(1, 4, 64, 8)] * 5
+    tensors = [torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2) for shape in shapes]
+    gm = make_fx(gradients, tracing_mode="fake")(*tensors, torch.randn(1, 4, 64))
+    write_over_attention_inputs(gm)
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.memo.attention_backward_onto.default)
+    node.meta[WORKSPACE] = 1000
+    step = list(gm.graph.nodes).index(node)
+    assert lifetimes(gm, fused=True).live_bytes()[step] == 3 * tensors[0].nbytes + 1000

@@ -9,7 +9,9 @@ from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.transforms.token_slices import slice_value, sliced_copy
+from memo_compile.runtime.ops import register
 
+register()
 TOKENS_AT, COUNT = 2, 64
 AXIS = TokenAxis(TOKENS_AT, 1, COUNT, 1)
 aten = torch.ops.aten
@@ -41,6 +43,7 @@ def graph_of(target, args, inputs):
         (aten._softmax_backward_data.default, (value(8), value(8)), (3, torch.float64)),
         (aten.slice.Tensor, (value(8),), (3, 2, 6)),
         (aten.mul.Tensor, (value(8), value(8)), ()),
+        (torch.ops.memo.keep.default, (value(8),), ()),
     ],
 )
 def test_rows_alone_are_those_of_the_whole(target, inputs, args):

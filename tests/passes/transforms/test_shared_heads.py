@@ -87,3 +87,43 @@ def test_what_is_repeated_or_read_otherwise_stays(fn, kept):
     wanted = gm(*tensors)
     assert heads_of_keys(share_heads(gm)) == kept
     torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "shared", "can"), [(8, 2, True), (4, 1, True), (6, 3, False)])
+def test_keys_and_values_that_few_heads_share_are_copied_where_they_are_read_later(heads, shared, can):
+    """So that gradients replace the queries all the same; not where copies would take more than half of these."""
+
+    def run(*args):
+        return step(beside_each_other)(*args)[1:]
+
+    tensors = given(heads, shared)
+    gm = share_heads(traced(run, tensors))
+    gm.graph.eliminate_dead_code()
+    (node,) = gm.graph.find_nodes(op="call_function", target=BACKWARD)
+    (output,) = gm.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *node.args[2:4]),)  # keys and values are returned as well
+    gm.recompile()
+    wanted = gm(*tensors)
+    write_over_attention_inputs(gm)
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.memo.keep.default)) == (2 if can else 0)
+    assert bool(gm.graph.find_nodes(op="call_function", target=torch.ops.memo.attention_backward_onto.default)) is can
+    torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_keys_that_are_values_are_copied_once_for_each():
+    """Their gradients are two."""
+
+    def run(g, q, k, v):
+        return step(beside_each_other)(g, q, k, k)[1:]
+
+    tensors = given(8, 2)
+    gm = share_heads(traced(run, tensors))
+    gm.graph.eliminate_dead_code()
+    (node,) = gm.graph.find_nodes(op="call_function", target=BACKWARD)
+    node.args = (*node.args[:3], node.args[2], *node.args[4:])
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    wanted = gm(*tensors)
+    write_over_attention_inputs(gm)
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.memo.attention_backward_onto.default)
+    torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)

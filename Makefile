@@ -36,7 +36,8 @@ test-all: $(STAMP)
 # fail does not stop the other's: bench.compat reads both runs, and fails behind its table where one did.
 COMPAT := 2.11.0 2.15.0
 SMOKE := tests/test_contract.py tests/test_options.py tests/runtime/test_ops.py \
-	tests/passes/transforms/test_partition.py tests/passes/transforms/test_masks.py tests/codegen/emitted/test_body.py \
+	tests/passes/transforms/test_partition.py tests/passes/transforms/test_masks.py \
+	tests/passes/transforms/test_tile_places.py tests/codegen/emitted/test_body.py \
 	tests/codegen/scheduler/test_fusion.py tests/codegen/test_kernels.py tests/codegen/scheduler/test_order.py \
 	tests/codegen/scheduler/test_dependencies.py tests/codegen/test_workspace.py \
 	tests/codegen/scheduler/test_lost_dependencies.py tests/passes/transforms/test_sums.py tests/trace/test_offline.py \

@@ -2,7 +2,8 @@
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.lowering.register_lowering` and `clone`; of
 `torch._inductor.ir` `ExternKernel.realize_input`, `copy_input` and `require_exact_strides`, `FallbackKernel.create`,
-`FixedLayout`, `ReinterpretView`, `as_storage_and_layout`, values' `get_read_names`; `V.graph.env`, `V.graph.current_node` and `V.graph.name_to_buffer`.
+`FixedLayout`, `ReinterpretView`, `as_storage_and_layout`, values' `get_read_names`; `V.graph.env`,
+`V.graph.current_node` and `V.graph.name_to_buffer`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from memo_compile.passes.analysis.recompute_chains import recompute_chains
 from memo_compile.passes.analysis.tokens import annotate_tokens
 from memo_compile.passes.analysis.user_checkpoints import policies_of
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
+from memo_compile.passes.transforms.causal_masks import say_causal
 from memo_compile.passes.transforms.fewer_layers import named_layers
 from memo_compile.passes.transforms.masks import share_masks
 from memo_compile.passes.transforms.matmuls import keep_early_matmuls
@@ -80,6 +81,7 @@ ANNOTATING: tuple[tuple[str, Callable[[Joint, Found], Any]], ...] = (
     ),
     ("fewer_layers", lambda j, _: named_layers(j.graph)),
     ("sums", lambda j, _: _nothing_found(add_as_they_come(j.graph) if j.fused else j.graph)),
+    ("causal_masks", lambda j, _: _nothing_found(say_causal(j.graph))),
     ("shared_heads", lambda j, _: _nothing_found(share_heads(j.graph))),
     ("tokens", lambda j, _: annotate_tokens(j.graph, j.data_inputs)),
     ("layers", lambda j, _: annotate_layers(j.graph)),

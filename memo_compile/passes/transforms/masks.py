@@ -18,12 +18,14 @@ from memo_compile.passes.fx.build import call
 from memo_compile.passes.fx.facts import argument, storage_of
 from memo_compile.passes.fx.provenance import provenance
 
+MASKS = ("attn_mask", "attn_bias")  # arguments of fused attentions
+
 
 def share_masks(gm: fx.GraphModule) -> fx.GraphModule:
     """Put masks that are computed in this graph, and read by two attentions or more, in memory once."""
     readers: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
-        mask = _mask(node)
+        mask = mask_of(node)
         if mask is not None:
             made = storage_of(mask)
             readers[made] = readers.get(made, 0) + 1
@@ -36,12 +38,12 @@ def share_masks(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _mask(node: fx.Node) -> fx.Node | None:
+def mask_of(node: fx.Node) -> fx.Node | None:
     """The mask (rows, columns, with batch and heads before them) of a fused attention."""
-    target: Any = node.target
+    target = node.target
     if not isinstance(target, torch._ops.OpOverload) or "scaled_dot_product" not in target.__name__:
         return None
-    found = [argument(node, a.name) for a in target._schema.arguments if a.name in ("attn_mask", "attn_bias")]
+    found = [argument(node, name) for name in MASKS]
     return next((n for n in found if isinstance(n, fx.Node)), None)
 
 

@@ -44,6 +44,7 @@ HARDWARE = "h200"
 TRACED = (4, 6)  # layers
 ADAM = 16  # bytes a trained parameter: itself, its gradient, a master copy and two moments
 HOSTS = (int(1.9 * 2**40), 128 * 2**30)
+PROBE, TRIES, STEP = 2**20, 5, 4096  # tokens
 PEER = "ALST: 1.2 million tokens, Llama-8B on one H200"
 MOMENTS = ("attention", "between attentions", "loss", "all else")
 Row = dict[str, Any]
@@ -150,13 +151,19 @@ def lora_rows() -> Iterator[Row]:
 
 
 def _longest(host: int) -> Row:
-    """Peaks and slices grow with the tokens: from a plan at a million tokens, and checked at the length found."""
-    probe = 2**20
+    """The longest of the lengths tried: peaks grow with the tokens, but for what does not, and is tried again."""
     shares = [host * layers // LAYERS for layers in TRACED]
-    few = planned(probe, TRACED[0], lora=True, host=shares[0])[1]
-    room = _room(few)
-    tokens = int(min(probe * room / few["peak"], probe * shares[0] / max(1, few["host"])) // 1024 * 1024)
-    at_length = [planned(tokens, n, lora=True, host=share)[1] for n, share in zip(TRACED, shares, strict=True)]
+    tokens, fitting = PROBE, dict[int, Row]()
+    for _ in range(TRIES):
+        row = planned(tokens, TRACED[0], lora=True, host=shares[0])[1]
+        room = _room(row)
+        if row["peak"] <= room:
+            fitting[tokens] = row
+        tokens = int(tokens * room / row["peak"] / STEP) * STEP
+        if tokens in fitting:
+            break
+    tokens = max(fitting)
+    at_length = [fitting[tokens], planned(tokens, TRACED[1], lora=True, host=shares[1])[1]]
     more = (at_length[1]["seconds"] - at_length[0]["seconds"]) / (TRACED[1] - TRACED[0])
     return {
         "part": "lora",

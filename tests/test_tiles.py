@@ -185,8 +185,8 @@ def test_scores_of_attention_are_made_by_rows_of_queries():
     torch.manual_seed(0)
     ids, labels = (torch.randint(0, WORDS, (2, 96)) for _ in range(2))
     compare(WrittenOut(), (ids, labels), 8, "memo_eager")
-    summed = [str(n.target) for body in tile_bodies.bodies().values() for n in body.graph.nodes]
-    assert summed.count("aten.bmm.default") > 4
+    scores = 2 * 2 * 96 * 96 * 8
+    assert memo_compile.plans()[-1].predicted_peak < scores
 
 
 @pytest.mark.parametrize(("batch", "tiles", "verify"), [(1, 4, "poison"), (1, 5, False), (3, 7, False)])
@@ -197,3 +197,31 @@ def test_a_region_reads_results_of_attention_as_they_lie(batch, tiles, verify):
     compare(zoo.one_layer_llama(), (ids, ids), tiles, "memo", verify=verify)
     bodies = [n.target for body in tile_bodies.bodies().values() for n in body.graph.nodes]
     assert torch.ops.aten.as_strided.default in bodies
+
+
+class Looked(nn.Module):
+    """Frozen layers whose input is read beside them, once more where they have run, and a head that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm, self.head = nn.Embedding(WORDS, 64), nn.LayerNorm(64), nn.Linear(64, WORDS)
+        self.layers = nn.ModuleList(nn.Linear(64, 192, bias=False) for _ in range(2))
+        for frozen in (self.words, self.norm, self.layers):
+            frozen.requires_grad_(False)
+
+    def forward(self, ids, labels):
+        x = self.words(ids)
+        x = torch.cat([x[:, :1] * 0.5, x], 1)  # a token before all others
+        for layer in self.layers:
+            rest = x * 0.8
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in layer(self.norm(x)).chunk(3, -1))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = rest + torch.tanh(mixed.transpose(1, 2).flatten(2))
+        return mean(self.head(x[:, 1:]), labels)
+
+
+@pytest.mark.parametrize(("batch", "tiles"), [(1, 3), (1, 4), (2, 4)])
+def test_what_a_later_region_reads_is_not_written_over(batch, tiles):
+    torch.manual_seed(0)
+    ids = torch.randint(0, WORDS, (batch, 40))
+    compare(Looked(), (ids, ids), tiles, "memo_eager")

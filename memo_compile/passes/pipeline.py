@@ -35,6 +35,7 @@ from memo_compile.passes.transforms.shared_heads import share_heads
 from memo_compile.passes.transforms.slices import Sliced, apply_residency
 from memo_compile.passes.transforms.sums import add_as_they_come
 from memo_compile.passes.transforms.tile_bodies import Accumulate
+from memo_compile.passes.transforms.tile_places import write_over_operands
 from memo_compile.passes.transforms.tiles import tile_regions
 from memo_compile.passes.transforms.unplanned import unplanned
 
@@ -111,6 +112,7 @@ class Tiling:
         for side, gm in (("forward", forward), ("backward", backward)):
             name = f"memo_tiled_{side}"
             tile_regions(gm, self.tiles, self.wide, fused=fused, prefix=name, accumulate=self.accumulate)
+            write_over_operands(gm, fused=fused)
 
 
 @dataclass(frozen=True)

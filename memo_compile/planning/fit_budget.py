@@ -27,6 +27,8 @@ CLEARLY = 0.97  # of a least peak: more tiles than that need are not worth it
 IN_THE_WAY = 0.1  # of a least peak: where the widest value is less, other things bind, and there are no tiles
 LEAST_ROWS = 16  # of a tile: matmuls of fewer rows are slow
 MATTERS = 2**20  # bytes
+MISSED = 1.02  # of a predicted peak
+LESS = 0.95  # of what the smallest plan is found to hold
 IN_VAIN = 2  # numbers of tiles without a gain, before no more are tried
 LEVELS = 2  # of what is wide: what is widest at first, and what is once that runs in tiles
 T = TypeVar("T")
@@ -171,11 +173,28 @@ def _smallest(
     least = known or _looked_at(replace(limits, objective="memory"), decide, evaluate)
     if limits.offload == "all" or least[1] <= WORTHWHILE * p.unplanned_peak:
         return least
+    least = _looked_around(least, limits, decide, evaluate)
     unplanned = _looked_at(replace(limits, budget=None, objective="time", offload=False), decide, evaluate)
     # Of equal peaks, what holds less between the forward and the backward: other graphs of the step run then.
     if (least[1], held_between(least[0].forward)) <= (unplanned[1], held_between(unplanned[0].forward)):
         return least
     return replace(unplanned[0], peak_tensors=least[0].peak_tensors), *unplanned[1:]
+
+
+def _looked_around(
+    least: tuple[Decided, int, T], limits: Limits, decide: Decide, evaluate: Evaluate[T]
+) -> tuple[Decided, int, T]:
+    """Where the smallest plan holds more than was predicted, one that is to hold a little less; so on while it does.
+
+    The least by the program is not the least as emitted then.
+    """
+    while least[1] > MISSED * least[0].plan.predicted_peak:
+        aimed = replace(limits, budget=int(LESS * least[1]), objective="time")
+        found = _looked_at(aimed, decide, evaluate)
+        if found[1] >= least[1]:
+            break
+        least = replace(found[0], limits=limits, plan=replace(found[0].plan, budget=limits.budget)), *found[1:]
+    return least
 
 
 def _looked_at(limits: Limits, decide: Decide, evaluate: Evaluate[T]) -> tuple[Decided, int, T]:

@@ -8,7 +8,7 @@ import zoo
 
 from memo_compile.errors import BudgetTooSmall
 from memo_compile.planning.decide import decide
-from memo_compile.planning.fit_budget import ROUNDS, fit_budget
+from memo_compile.planning.fit_budget import LESS, ROUNDS, fit_budget
 from memo_compile.trace.offline import trace
 from memo_compile.trace.setting import limits_for
 
@@ -44,7 +44,23 @@ def test_the_unplanned_graph_is_the_least_where_no_plan_holds_less(traced):
     found, asked = fitted(p, limits, lambda d: p.unplanned_peak - bool(not d.residency))
     assert not found.decided.residency
     assert found.peak == p.unplanned_peak - 1
-    assert len(asked) == 2
+    assert len(asked) == 3
+
+
+def test_where_the_least_plan_holds_more_than_predicted_others_are_looked_at(traced):
+    """While they hold less; with what it holds the first is above seven tenths of the unplanned graph's peak."""
+    p, limits = traced
+    shares, targets = [1.0, 0.97, 0.98, 2.0], []
+
+    def peak_of(decided):
+        targets.append(decided.limits.budget)
+        return int(shares[len(targets) - 1] * p.unplanned_peak)
+
+    found, _ = fitted(p, limits, peak_of)
+    assert targets == [None, int(LESS * p.unplanned_peak), int(LESS * int(0.97 * p.unplanned_peak)), None]
+    assert found.peak == int(0.97 * p.unplanned_peak)
+    assert found.decided.limits == replace(limits, tiles=1)
+    assert found.decided.plan.budget is None
 
 
 @pytest.mark.parametrize("unplanned_holds", [0, 2])
@@ -53,7 +69,7 @@ def test_of_equal_peaks_what_holds_less_between_forward_and_backward_is_taken(tr
     between = "memo_compile.planning.fit_budget.held_between"
     monkeypatch.setattr(between, lambda graph: unplanned_holds if graph is p.unplanned.forward else 1)
     found, asked = fitted(p, limits, lambda d: p.unplanned_peak)
-    assert len(asked) == 2
+    assert len(asked) == 3
     assert bool(found.decided.residency) == (unplanned_holds > 1)
 
 
@@ -91,5 +107,5 @@ def test_the_smallest_plan_is_looked_at_once_where_none_keeps_the_target(traced)
     assert len(asked) == 1
     assert found.decided.residency == known.decided.residency
     found, asked = fitted(p, shared, lambda d: p.unplanned_peak - bool(not d.residency))
-    assert [bool(d.residency) for d in asked] == [True, False]
+    assert [bool(d.residency) for d in asked] == [True, True, False]
     assert not found.decided.residency

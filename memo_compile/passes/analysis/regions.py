@@ -12,6 +12,7 @@ edge that leaves a region; so nodes of one stage that hang together are convex.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from memo_compile.passes.analysis.token_axis import is_tensor, shape_of
 from memo_compile.passes.fx.facts import is_cheap, is_view, is_view_of, nbytes, storage_of
 
 THIN = 4  # numbers a token, at most: what a reduction over a row leaves, or a label
+NARROW = 32  # what is smaller than all wide values by this factor is thin, too: what adapters make of a row
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
     large = {n for n, r in rows.items() if not r.summed and is_tensor(n) and nbytes(n) >= wide}
     if not large:
         return []
-    few = THIN * min(_count(n, rows[n]) for n in large)
+    few = max(THIN * min(_count(n, rows[n]) for n in large), min(map(_numbers, large)) // NARROW)
     thin = {n for n in made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
     several = {a for n in large for a in n.all_input_nodes if a in rows and not is_tensor(a)}  # of which one is wide
     candidates = {n for n in large | thin | several | _between(large, rows) if _alone(n, rows)}
@@ -109,6 +111,10 @@ def _can_be_ordered(gm: fx.GraphModule, regions: Sequence[Region]) -> bool:
 def _count(node: fx.Node, rows: Rows) -> int:
     """Tokens of all sequences."""
     return math.prod(shape_of(node)[: rows.axis.dim + 1])
+
+
+def _numbers(node: fx.Node) -> int:
+    return math.prod(shape_of(node))
 
 
 def _is_thin(node: fx.Node, few: int) -> bool:
@@ -219,7 +225,8 @@ def _region(
     taken: Collection[fx.Node],
     returned: Collection[fx.Node] | None,
 ) -> Region | None:
-    """The region around a part, without nodes that another one has taken."""
+    """The region around a part, without nodes that another one has taken, and items of what is outside."""
+    part = {n for n in part if n.target is not operator.getitem or n.all_input_nodes[0] in part}
     after = made_of(part) - part
     readers = {
         u for n in part & set(large) for u in n.users if u in rows and u not in part and u not in taken and is_tensor(u)

@@ -170,20 +170,23 @@ def returns_operands(node: fx.Node) -> bool:
     return op_name(node) in ("memo.attention_onto.default", "memo.attention_backward_onto.default")
 
 
-def is_read_from(node: fx.Node, value: fx.Node, beside: Collection[fx.Node]) -> bool:
-    """Whether `node`, or one that stands after it, reads what lies in the storage of `value`; `beside` do not count."""
+def readers_of(value: fx.Node, beside: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """All that reads what lies in the storage of `value`: views and items of it are followed, but not `beside`."""
     root = storage_of(value)
-    stack, seen = [root], {root, *beside}
+    found, stack = set[fx.Node](), [root]
     while stack:
         for user in stack.pop().users:
-            if user in seen:
+            if user in found or user in beside:
                 continue
-            seen.add(user)
-            if user >= node:
-                return True
-            if storage_of(user) is root:
-                stack.append(user)
-    return False
+            found.add(user)
+            lying_there = user.users if returns_operands(user) else [user]
+            stack += [n for n in lying_there if storage_of(n) is root]
+    return found
+
+
+def is_read_from(node: fx.Node, value: fx.Node, beside: Collection[fx.Node]) -> bool:
+    """Whether `node`, or one that stands after it, reads what lies in the storage of `value`; `beside` do not count."""
+    return any(reader >= node for reader in readers_of(value, beside))
 
 
 def has_tag(node: fx.Node, tag: torch.Tag) -> bool:

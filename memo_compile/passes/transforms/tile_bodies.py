@@ -21,7 +21,6 @@ from memo_compile.passes.analysis.token_axis import TokenAxis, shape_of
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.build import call, fake_mode, reshape
 from memo_compile.passes.fx.facts import schema_name
-from memo_compile.passes.transforms.tile_places import NOWHERE, Operand, Over
 from memo_compile.passes.transforms.token_slices import sliced_copy
 
 LOW = frozenset({torch.bfloat16, torch.float16})
@@ -108,7 +107,7 @@ def _axes(region: Region) -> list[TokenAxis]:
     return found
 
 
-def operands_of(region: Region) -> list[Operand]:
+def operands_of(region: Region) -> list[tuple[fx.Node, TokenAxis | None]]:
     """What a region reads from outside, each value with the axis along which it is cut; None: needed whole."""
     inside = set(region.nodes)
     found: dict[tuple[fx.Node, TokenAxis | None], None] = {}
@@ -200,16 +199,12 @@ def _resized(sizes: Any, dim: int, rows: int) -> list[int]:
 
 def body_of(
     region: Region,
-    operands: Sequence[Operand],
+    operands: Sequence[tuple[fx.Node, TokenAxis | None]],
     lo: int,
     hi: int,
     accumulate: Accumulate = "float32",
-    over: Over = NOWHERE,
 ) -> fx.GraphModule:
-    """The graph that computes the token rows [lo, hi) of a region, over views of `operands` and of its results.
-
-    Rows of results that lie over operands are written when all that reads these has run.
-    """
+    """The graph that computes the token rows [lo, hi) of a region, over views of `operands` and of its results."""
     w = _Writing(fx.Graph(), region, lo, hi, {}, {})
     with fake_mode(region.nodes[0].graph):
         views = [w.placeholder(f"operand_{i}", Part(a).of(n.meta["val"], lo, hi)) for i, (n, a) in enumerate(operands)]
@@ -217,30 +212,17 @@ def body_of(
             w.placeholder(f"result_{i}", part.of(torch.empty_like(value, dtype=dtype or value.dtype), lo, hi))
             for i, (value, part, dtype) in enumerate(_places(region, accumulate))
         ]
-    place_of = dict(zip((*region.results, *region.sums), places, strict=True))
-    views += [_rows_under(w, place_of[result], operand) for result, operand in over.items()]
-    for view, (node, axis) in zip(views, [*operands, *over.values()], strict=True):
+    for view, (node, axis) in zip(views, operands, strict=True):
         w.given[node, axis] = w.folded(view, Part(axis), node.meta["val"])
     for node in region.nodes:
         w.compute(node)
-    for node in region.results:
-        if node not in over:
-            _write(w, node, place_of[node])
-    for node in region.sums:
-        _add(w, node, place_of[node])
-    for node in over:
-        _write(w, node, place_of[node])
+    for node, place in zip(region.results, places, strict=False):
+        _write(w, node, place)
+    for node, place in zip(region.sums, places[len(region.results) :], strict=True):
+        _add(w, node, place)
     w.graph.output(())
     w.graph.eliminate_dead_code()
     return fx.GraphModule(torch.nn.Module(), w.graph)
-
-
-def _rows_under(w: _Writing, place: fx.Node, operand: Operand) -> fx.Node:
-    """A tile's rows of an operand, which lie where rows of a result are to be written."""
-    node, axis = operand
-    with fake_mode(w.region.nodes[0].graph):
-        rows = Part(axis).of(node.meta["val"], w.lo, w.hi)
-    return call(w.graph, torch.ops.aten.as_strided.default, (place, list(rows.shape), list(rows.stride())))
 
 
 def _places(region: Region, accumulate: Accumulate) -> list[tuple[torch.Tensor, Part, torch.dtype | None]]:
@@ -274,19 +256,16 @@ def _add(w: _Writing, node: fx.Node, place: fx.Node) -> None:
     call(w.graph, torch.ops.aten.copy_.default, (place, total))
 
 
-def program_of(region: Region, tiles: int, accumulate: Accumulate, over: Over) -> tuple[Program, list[fx.Node]] | None:
-    """The loop that runs a region in about `tiles` tiles, and its operands, without those over which it writes.
-
-    None where that would be one tile.
-    """
+def program_of(region: Region, tiles: int, accumulate: Accumulate) -> tuple[Program, list[fx.Node]] | None:
+    """The loop that runs a region in about `tiles` tiles, and its operands; None where that would be one tile."""
     rows = rows_of_a_tile(region, tiles)
     if rows >= region.tokens:
         return None
-    operands = [operand for operand in operands_of(region) if operand not in over.values()]
+    operands = operands_of(region)
     last = (region.tokens - 1) // rows * rows
     whole = last + rows == region.tokens == min(a.tokens for a in _axes(region))
-    tail = _known(body_of(region, operands, last, region.tokens, accumulate, over))
-    body = tail if whole else _known(body_of(region, operands, 0, rows, accumulate, over))
+    tail = keep_body(body_of(region, operands, last, region.tokens, accumulate))
+    body = tail if whole else keep_body(body_of(region, operands, 0, rows, accumulate))
     places = _places(region, accumulate)
     program = Program(
         (body, tail),
@@ -299,8 +278,8 @@ def program_of(region: Region, tiles: int, accumulate: Accumulate, over: Over) -
     return program, [node for node, _ in operands]
 
 
-def _known(body: fx.GraphModule) -> str:
-    """The body's key, under which it is kept."""
+def keep_body(body: fx.GraphModule) -> str:
+    """Keep a body in this process; returns its key."""
     given = [(tuple(v.shape), v.stride(), v.dtype, str(v.device)) for v in inputs_of(body)]
     key = hashlib.sha256(f"{body.graph} {given}".encode()).hexdigest()[:16]
     bodies()[key] = body  # an earlier one's fake values are of another compilation

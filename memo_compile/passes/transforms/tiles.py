@@ -1,12 +1,12 @@
 """Lets regions of token-wise ops run tile by tile: one call of memo's in the place of all their nodes.
 
-The call is given places for its results, new ones or those of operands, and fills them: rows by rows, and sums over all
-tokens. What is between lives
+The call is given places for its results, and fills them: rows by rows, and sums over all tokens. What is between lives
 for one tile. Where the graph is a backward that makes inner values of the forward again, those go with the tile too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,10 @@ from memo_compile.passes.transforms.tile_bodies import (
     accumulator_bytes,
     bodies,
     keep_program,
-    operands_of,
     program_of,
     programs,
 )
 from memo_compile.passes.transforms.tile_copies import make_again_in_tiles
-from memo_compile.passes.transforms.tile_places import Over, written_over
 
 TILED = "memo.tiled_.default"
 # Where Inductor looks for the strides that an op's operands must have; without it lays values out as it likes.
@@ -46,11 +44,7 @@ def tile_regions(
     make_again_in_tiles(gm, wide)
     for i, region in enumerate(find_regions(gm, wide)):
         if can_be_called(region):
-            first = _first_place(region)
-            over = written_over(region, operands_of(region), first)
-            found = program_of(region, tiles, accumulate, over)
-            if found is not None:
-                _outline(gm, region, found, over, first, fused, f"{prefix}_{i}")
+            _outline(gm, region, program_of(region, tiles, accumulate), fused, f"{prefix}_{i}")
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -91,30 +85,33 @@ def programs_of(gm: fx.GraphModule) -> dict[str, Program]:
 
 
 def _outline(
-    gm: fx.GraphModule,
-    region: Region,
-    found: tuple[Program, list[fx.Node]],
-    over: Over,
-    first: fx.Node,
-    fused: bool,
-    name: str,
+    gm: fx.GraphModule, region: Region, found: tuple[Program, list[fx.Node]] | None, fused: bool, name: str
 ) -> None:
+    if found is None:
+        return
     program, operands = found
     made = [*region.results, *region.sums]
-    scratch = accumulator_bytes(program, [n.meta["val"] for n in made])
-    scratch += max(scratch_of(bodies()[key], fused=fused) for key in program.kinds)
-    key = keep_program(replace(program, scratch=scratch))
-    graph = gm.graph
+    graph, first = gm.graph, _first_place(region)
     why = (
         f"{len(program.tiles)} tiles of {program.rows} tokens: {source_line(region.nodes[-1]) or region.nodes[-1].name}"
     )
     with graph.inserting_before(first):
-        places = [_place_over(graph, node, over[node][0]) if node in over else _place(graph, node) for node in made]
-        node = graph.create_node("call_function", torch.ops.memo.tiled_.default, (places, operands, key), name=name)
-    node.meta.update(
-        {"val": None, WHY: why, AS_GIVEN: (((None,) * len(places), [n.meta["val"] for n in operands], key), {})}
-    )
+        places = [_place(graph, node) for node in made]
+        node = graph.create_node("call_function", torch.ops.memo.tiled_.default, name=name)
+    node.meta.update({"val": None, WHY: why})
+    call_program(node, program, places, operands, fused=fused)
     _replace(gm, region, dict(zip(made, places, strict=True)), node)
+
+
+def call_program(
+    node: fx.Node, program: Program, places: Sequence[fx.Node], operands: Sequence[fx.Node], *, fused: bool
+) -> None:
+    """Let a node call a program with these places and operands; it is kept with what it takes for itself."""
+    scratch = accumulator_bytes(program, [n.meta["val"] for n in places])
+    scratch += max(scratch_of(bodies()[key], fused=fused) for key in program.kinds)
+    key = keep_program(replace(program, scratch=scratch))
+    node.args = (list(places), list(operands), key)
+    node.meta[AS_GIVEN] = (((None,) * len(places), [n.meta["val"] for n in operands], key), {})
 
 
 def scratch_of(body: fx.GraphModule, *, fused: bool) -> int:
@@ -158,12 +155,6 @@ def _place(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return call(graph, torch.ops.aten.permute.default, (empty, [order.index(d) for d in range(value.dim())]))
 
 
-def _place_over(graph: fx.Graph, node: fx.Node, operand: fx.Node) -> fx.Node:
-    """The operand's storage, as the node's value lies in it."""
-    value: torch.Tensor = node.meta["val"]
-    return call(graph, torch.ops.memo.onto.default, (operand, list(value.shape), list(value.stride())))
-
-
 def _replace(gm: fx.GraphModule, region: Region, places: dict[fx.Node, fx.Node], called: fx.Node) -> None:
     inside = {*region.nodes, *region.sums}
     for node, place in places.items():
@@ -171,7 +162,7 @@ def _replace(gm: fx.GraphModule, region: Region, places: dict[fx.Node, fx.Node],
     for node in reversed([n for n in gm.graph.nodes if n in inside]):
         gm.graph.erase_node(node)
     for node, place in places.items():
-        if place.target in (torch.ops.aten.empty.memory_format, torch.ops.memo.onto.default):
+        if place.target is torch.ops.aten.empty.memory_format:
             place.name = node.name  # by which plans know it
     _readers_after(gm.graph, set(places.values()), called)
 

@@ -9,7 +9,7 @@ from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.meta import TOKENS
 
-COUNT, WIDTH = 32, 64
+COUNT, WIDTH = 32, 256
 WIDE = COUNT * WIDTH * 8  # bytes of a value in float64
 cat, cumsum = torch.ops.aten.cat.default, torch.ops.aten.cumsum.default
 
@@ -40,7 +40,7 @@ def sliced_halves(x):
 
 
 @pytest.mark.parametrize("fn", [turned_by_halves, sliced_halves])
-def test_halves_that_cheap_ops_turn_are_in_the_region_of_what_they_are_made_of(fn):
+def test_halves_that_are_turned_are_in_the_region_of_what_they_are_made_of(fn):
     (region,) = regions(fn, (COUNT, WIDTH))
     assert {n.name for n in region.nodes} >= {"tanh", "neg", "cat", "exp"}
     assert [n.name for n in region.results] == ["exp"]
@@ -58,7 +58,7 @@ def test_halves_whose_rows_are_mixed_end_a_region():
     assert len(found) == len(set(found))
 
 
-def test_what_nothing_wide_is_made_of_is_in_no_region_for_its_cheapness():
+def test_what_nothing_wide_is_made_of_is_in_no_region():
     def narrow(x):
         x = torch.exp(torch.tanh(x) + 1)
         half = torch.ops.aten.slice.Tensor(x, 1, 0, WIDTH // 2)
@@ -66,3 +66,18 @@ def test_what_nothing_wide_is_made_of_is_in_no_region_for_its_cheapness():
 
     (region,) = regions(narrow, (COUNT, WIDTH))
     assert "sin" not in {n.name for n in region.nodes}
+
+
+def test_what_is_narrow_on_the_way_to_a_sum_or_to_a_wide_value_is_in_the_region():
+    """As adapters make it: products over a few columns, and the gradients of their weights."""
+
+    def adapted(x, down, up):
+        x = torch.tanh(x)
+        narrow = x @ down
+        wide = torch.exp(x + narrow @ up)
+        return wide, narrow.t() @ wide, x.t() @ (wide @ up.t())
+
+    rank = WIDTH // 32
+    (region,) = regions(adapted, (COUNT, WIDTH), (WIDTH, rank), (rank, WIDTH))
+    assert [n.name for n in region.results] == ["exp"]
+    assert len(region.sums) == 2

@@ -11,6 +11,8 @@ from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
 from memo_compile.passes.fx.facts import storage_of
 from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.transforms.attention import write_over_attention_inputs
+from memo_compile.passes.transforms.tile_places import write_over_operands
 from memo_compile.passes.transforms.tiles import TILED, places_of, tile_regions
 from memo_compile.runtime.ops import register
 
@@ -48,7 +50,7 @@ def two_results(x, weight):
 
 
 def with_a_view(x, weight):
-    """A view of an operand is a result as well: that operand is read when results are written."""
+    """A view of an operand is a result as well, which is written before results that lie over operands."""
     a, c = front(x, weight)
     c = c @ weight
     result = torch.exp(torch.tanh(a) + c + cumsum(c, 0))
@@ -89,6 +91,25 @@ def read_by_what_is_moved(x, weight):
     return torch.tanh(torch.tanh(result) + cumsum(x, 0)), late
 
 
+def read_by_a_region_that_waits(x, weight):
+    """`other` stands before the region's last op, in a region that runs after it."""
+    a, c = front(x, weight)
+    both = torch.tanh(a) + c
+    other = torch.cos(a)
+    result = torch.cos(both + cumsum(x, 0))
+    return torch.sin(other + cumsum(result, 0))
+
+
+def read_by_what_waits_for_a_region(x, weight):
+    """`late` reads what a region makes that has begun before, and runs after."""
+    a, c = front(x, weight)
+    begun = torch.sin(x)
+    result = torch.exp(torch.tanh(a) + c)
+    other = torch.exp(torch.sin(begun) + cumsum(result, 0))
+    late = cat([other, a], 0)
+    return torch.tanh(torch.tanh(result) + cumsum(x, 0)), late
+
+
 def read_whole(x, weight):
     """Each row of the result reads all rows of the operand."""
     a, c = front(x, weight)
@@ -124,7 +145,7 @@ def the_callers(x, weight):
     return torch.exp(torch.tanh(x) + cumsum(x, 0))
 
 
-WRITTEN = [(read_last, 1), (halves_change_places, 1), (two_results, 2), (with_a_view, 1), (with_a_sum, 1)]
+WRITTEN = [(read_last, 1), (halves_change_places, 1), (two_results, 2), (with_a_view, 2), (with_a_sum, 1)]
 NOT_WRITTEN = [
     read_later,
     read_later_as_a_view,
@@ -153,6 +174,7 @@ def traced(fn):
 
 def tiled(gm, tiles=4):
     tile_regions(gm, tiles, WIDE // 2, fused=False, prefix="call")
+    write_over_operands(gm, fused=False)
     return gm, list(gm.graph.find_nodes(op="call_function", target=ONTO))
 
 
@@ -174,13 +196,52 @@ def test_what_others_read_keeps_its_place(fn):
     torch.testing.assert_close(gm(*given()), fn(*given()), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tiles", [3, 4])
+@pytest.mark.parametrize("fn", [read_by_a_region_that_waits, read_by_what_waits_for_a_region])
+def test_values_are_right_wherever_results_lie(fn, tiles):
+    gm, _ = tiled(traced(fn), tiles)
+    torch.testing.assert_close(gm(*given()), fn(*given()), rtol=1e-12, atol=1e-12)
+
+
+def attention(x, weight):
+    """Its output lies over its queries."""
+    q, k, v = ((f(x) @ weight).view(1, COUNT, 2, 4).permute(0, 2, 1, 3) for f in (torch.tanh, torch.cos, torch.sin))
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, True)
+    rows = out.permute(0, 2, 1, 3).reshape(COUNT, WIDTH)
+    return out, torch.exp(torch.tanh(rows) + cumsum(rows, 0))
+
+
+@pytest.mark.parametrize("later", ["nowhere", "returned", "read", "copied to the host"])
+def test_an_output_of_attention_is_written_over_where_it_is_read_last(later):
+    def fn(x, weight):
+        out, result = attention(x, weight)
+        if later == "read":
+            return result, cumsum(out, 2)
+        return (result, out) if later == "returned" else (result,)
+
+    gm = traced(fn)
+    write_over_attention_inputs(gm)
+    item = next(n for n in gm.graph.nodes if n.name == "getitem")
+    axis = TokenAxis(2, 1, COUNT, 1)
+    item.meta[TOKENS] = TokenInfo(axis=axis, operands=(), sliceable=False, mixing=True, reason="")
+    if later == "copied to the host":
+        copied_to_the_host(item)
+    gm, places = tiled(gm)
+    assert len(places) == (later == "nowhere")
+    if later != "copied to the host":
+        torch.testing.assert_close(gm(*given()), fn(*given()), rtol=1e-12, atol=1e-12)
+
+
+def copied_to_the_host(node):
+    (x, *_) = node.graph.find_nodes(op="placeholder")
+    with node.graph.inserting_after(node):
+        node.graph.call_function(torch.ops.memo.offload.default, (node, x, 0)).meta["val"] = None
+
+
 def test_what_is_copied_to_the_host_keeps_its_place():
     """The copy reads on when what comes after it has started."""
     gm = traced(read_last)
-    (x, _) = gm.graph.find_nodes(op="placeholder")
-    made = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.mm.default)
-    with gm.graph.inserting_after(made):
-        gm.graph.call_function(torch.ops.memo.offload.default, (made, x, 0)).meta["val"] = None
+    copied_to_the_host(next(n for n in gm.graph.nodes if n.target is torch.ops.aten.mm.default))
     assert not tiled(gm)[1]
 
 

@@ -1,9 +1,9 @@
 """How Inductor lowers memo's ops that are no extern kernels of their own name.
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `torch._inductor.lowering.register_lowering` and `clone`; of
-`torch._inductor.ir` `ExternKernel.realize_input`, `copy_input` and `require_exact_strides`, `FallbackKernel.create`,
-`FixedLayout`, `ReinterpretView`, `as_storage_and_layout`, values' `get_read_names`; `V.graph.env`,
-`V.graph.current_node` and `V.graph.name_to_buffer`.
+`torch._inductor.ir` `ExternKernel.realize_input` and `copy_input`, `FallbackKernel.create`, `as_storage_and_layout`,
+values' `get_read_names`; `V.graph.env`, `V.graph.current_node` and `V.graph.name_to_buffer`. With torch 2.11 and 2.13:
+`ExternKernel.require_exact_strides`, `FixedLayout`, `ReinterpretView`.
 """
 
 from __future__ import annotations

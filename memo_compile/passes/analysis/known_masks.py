@@ -7,7 +7,7 @@ made of such a value and of constants has one value below the diagonal and on it
 Hugging Face's models make such masks whenever they are compiled, from positions and from segments of packed sequences,
 of which there is one.
 
-Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `unset_fake_temporarily` and `_disable_current_modes`.
+Private torch APIs, tried with torch 2.11 and 2.13: `unset_fake_temporarily` and `_disable_current_modes`.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from memo_compile.passes.transforms.offloads import schedule_offloads
 from memo_compile.passes.transforms.partition import Split, split_saving
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.residency import Residency
+from memo_compile.passes.transforms.row_gradients import add_rows_in_place
 from memo_compile.passes.transforms.saved_set import saved_set
 from memo_compile.passes.transforms.shared_heads import share_heads
 from memo_compile.passes.transforms.slices import Sliced, apply_residency
@@ -146,6 +147,7 @@ ACTING: tuple[tuple[str, Callable[[Decision, Any], Split | Sliced]], ...] = (
     ("masks", lambda d, g: _each(share_masks, g) if d.fused else g),
     ("attention", lambda d, g: _each(write_over_attention_inputs, g) if d.fused else g),
     ("tiles", lambda d, g: _tiled(d, g)),
+    ("row_gradients", lambda d, g: replace(g, backward=add_rows_in_place(g.backward))),
     ("offloads", lambda d, g: _with_offloads(d, g)),
     ("prefetches", lambda d, g: _with_prefetches(d, g)),
     ("matmuls", lambda d, g: replace(g, backward=keep_early_matmuls(g.backward))),

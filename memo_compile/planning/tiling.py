@@ -19,6 +19,7 @@ from memo_compile.passes.fx.ranges import has_symbols
 from memo_compile.passes.pipeline import Tiling
 from memo_compile.passes.transforms.attention import write_over_attention_inputs
 from memo_compile.passes.transforms.partition import canonical_saved, order_backward, split_saving
+from memo_compile.passes.transforms.row_gradients import add_rows_in_place
 from memo_compile.passes.transforms.tile_bodies import Accumulate, bodies, operands_of
 from memo_compile.passes.transforms.tiles import can_be_called, program_in
 from memo_compile.planning.prepared import Prepared, results_of
@@ -81,6 +82,7 @@ def _tiled(p: Prepared, tiling: Tiling) -> Prepared | None:
     costs = dict(graph_costs(p.joint, p.profile, fused=p.fused, written=saved))
     seconds = {k: c.seconds for k, c in costs.items()}
     tiling.applied(forward, backward, fused=p.fused)
+    add_rows_in_place(backward)
     called = [n for n in (*forward.graph.nodes, *backward.graph.nodes) if program_in(n) is not None]
     if not called:
         return None

@@ -9,6 +9,7 @@
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
 * `onto(src, size, stride) -> Tensor`: the storage of `src`, as what is to be written over it lies there
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: matmuls written to their rows of a larger value
+* `add_rows_(dst!, index, rows)`: adds rows to those of `dst` that `index` names, some of them several times
 * `poison_(dst!)`: the end of a value's life, with `verify="poison"`; see `memo_compile.runtime.poison`
 * `attention_onto`, `attention_backward_onto`, and with a `_` after: see `memo_compile.runtime.attention`
 * `tiled_`, `addmm_onto_`: see `memo_compile.runtime.tiles`
@@ -42,6 +43,7 @@ _SCHEMAS = (
     "onto(Tensor(a) src, SymInt[] size, SymInt[] stride) -> Tensor(a)",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
+    "add_rows_(Tensor(a!) dst, Tensor index, Tensor rows) -> ()",
     "poison_(Tensor(a!) dst) -> ()",
     *attention.SCHEMAS,
     *tiles.SCHEMAS,
@@ -169,6 +171,12 @@ def _addmm_into(dst: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch
     torch.addmm(bias, a, b, out=dst)
 
 
+def _add_rows(dst: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """`rows`: (…, width), `index`: (…); an index out of the table is one of its ends, as where nothing is masked."""
+    count = dst.shape[0]
+    dst.index_put_((index.clamp(-count, count - 1),), rows, accumulate=True)
+
+
 def _fake_lease(nbytes: int, budget: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
@@ -196,6 +204,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "onto": _onto,
     "mm_into_": _mm_into,
     "addmm_into_": _addmm_into,
+    "add_rows_": _add_rows,
     "poison_": poison,
     "tiled_": tiles.tiled_,
     "addmm_onto_": tiles.addmm_onto_,

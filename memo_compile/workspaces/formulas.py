@@ -29,6 +29,8 @@ def by_formula(node: fx.Node) -> int | None:
         return _cudnn_backward(node.args[1])
     if name == "aten::_scaled_dot_product_efficient_attention_backward":
         return _efficient_backward_on_cuda(node.args[0], node.args[1], node.args[3])
+    if name == "memo::add_rows_":
+        return _bytes(node.args[1].meta["val"])  # type: ignore[union-attr]
     if name == "memo::tiled_":
         program = program_in(node)
         return program.scratch if program is not None else None

@@ -24,7 +24,7 @@ from memo_compile.passes.analysis.token_axis import is_tensor, shape_of
 from memo_compile.passes.fx.facts import is_cheap, is_view, is_view_of, nbytes, storage_of
 
 THIN = 4  # numbers a token, at most: what a reduction over a row leaves, or a label
-NARROW = 32  # what is smaller than all wide values by this factor is thin, too: what adapters make of a row
+NARROW = 32  # by this factor a value is smaller than one that it is made of, as adapters make them of a row
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
     large = {n for n, r in rows.items() if not r.summed and is_tensor(n) and nbytes(n) >= wide}
     if not large:
         return []
-    few = max(THIN * min(_count(n, rows[n]) for n in large), min(map(_numbers, large)) // NARROW)
+    few = THIN * min(_count(n, rows[n]) for n in large)
     thin = {n for n in made_of(large) if n in rows and not rows[n].summed and _is_thin(n, few)}
     several = {a for n in large for a in n.all_input_nodes if a in rows and not is_tensor(a)}  # of which one is wide
-    candidates = {n for n in large | thin | several | _between(large, rows) if _alone(n, rows)}
+    between = _between(large, rows) | _narrowed(large, rows)
+    candidates = {n for n in large | thin | several | between if _alone(n, rows)}
     candidates |= {n for n in rows if _adds_up(n, large, candidates, rows)}
     stages = _stages(gm, candidates, rows)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
@@ -134,15 +135,36 @@ def _between(large: Collection[fx.Node], rows: Mapping[fx.Node, Rows]) -> set[fx
     Left outside they would cut the region in two, and both ends would be whole.
     """
 
-    def reached(beside: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-        found, stack = set[fx.Node](), list(large)
-        while stack:
-            new = {n for n in beside(stack.pop()) if n in rows and not rows[n].summed and is_cheap(n)} - found
-            found |= new
-            stack += new
-        return found
+    after = _reached(large, lambda n: n.users, rows)
+    return after & _reached(large, lambda n: n.all_input_nodes, rows)
 
-    return reached(lambda n: n.users) & reached(lambda n: n.all_input_nodes)
+
+def _reached(
+    nodes: Iterable[fx.Node], beside: Callable[[fx.Node], Iterable[fx.Node]], rows: Mapping[fx.Node, Rows]
+) -> set[fx.Node]:
+    """What cheap ops, row by row, lead to."""
+    found, stack = set[fx.Node](), list(nodes)
+    while stack:
+        new = {n for n in beside(stack.pop()) if n in rows and not rows[n].summed and is_cheap(n)} - found
+        found |= new
+        stack += new
+    return found
+
+
+def _narrowed(large: Collection[fx.Node], rows: Mapping[fx.Node, Rows]) -> set[fx.Node]:
+    """What adapters make: values much smaller than the wide one that they are made of, on the way to another or to a
+    sum over one.
+    """
+    sums = {n for n in rows if rows[n].summed and any(a in large for a in n.all_input_nodes)}
+    found = set[fx.Node]()
+    for node in rows:
+        sizes = [_numbers(a) for a in node.all_input_nodes if a in large]
+        if rows[node].summed or not is_tensor(node) or not sizes or NARROW * _numbers(node) > max(sizes):
+            continue
+        group = {node} | _reached([node], lambda n: n.users, rows) - set(large)
+        if any(u in large or u in sums for n in group for u in n.users):
+            found |= group
+    return found
 
 
 def _adds_up(

@@ -156,11 +156,23 @@ def _reading_below(body: fx.GraphModule, over: Over, operands: int) -> fx.GraphM
     inputs = _inputs(graph)
     for j, i in over.items():
         result, operand = inputs[operands + j], inputs[i]
-        rows = operand.meta["val"]
-        with graph.inserting_after(inputs[-1]):
-            below = call(graph, torch.ops.aten.as_strided.default, (result, list(rows.shape), list(rows.stride())))
+        with graph.inserting_before(inputs[-1].next):
+            below = _rows_below(graph, result, operand.meta["val"])
         operand.replace_all_uses_with(below)
         graph.erase_node(operand)
         (copy,) = (n for n in result.users if is_write(n))
         output.prepend(copy)
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _rows_below(graph: fx.Graph, place: fx.Node, rows: torch.Tensor) -> fx.Node:
+    """A copy of a tile's rows that lie where others are to be written, in the same order in memory.
+
+    What Inductor computes from the rows themselves it would not write over when they are written over: logits, say.
+    """
+    sizes, strides = list(map(int, rows.shape)), list(map(int, rows.stride()))
+    order = sorted(range(rows.dim()), key=lambda d: -strides[d])
+    by_stride = ([of[d] for d in order] for of in (sizes, strides))
+    below = call(graph, torch.ops.aten.as_strided.default, (place, *by_stride))
+    kept = call(graph, torch.ops.memo.keep.default, (below,))
+    return call(graph, torch.ops.aten.permute.default, (kept, [order.index(d) for d in range(rows.dim())]))

@@ -28,11 +28,15 @@ from memo_compile.passes.fx.facts import is_pure, schema_name
 from memo_compile.passes.fx.sizes import is_symbolic
 
 SMALL = 16  # numbers a token, at most, in what is computed
+LARGEST = 2**40  # of positions
 
 
 @dataclass(frozen=True)
 class Sides:
-    """A value of (…, queries, keys): one number where the key is no later than the query, and one where it is."""
+    """A value of (…, queries, keys): one number where the key is no later than the query, and one where it is.
+
+    Each is a tensor of one number, with dimensions if the value has them: types are promoted alike.
+    """
 
     seen: torch.Tensor
     later: torch.Tensor
@@ -40,7 +44,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Difference:
-    """A value of (…, queries, keys) that is `keys[j] - queries[i]`."""
+    """A value of (…, queries, keys) that is `keys[j] - queries[i]`; int64, as `_exact` gives them."""
 
     keys: torch.Tensor
     queries: torch.Tensor
@@ -72,7 +76,9 @@ def known_mask(mask: fx.Node) -> Mask | None:
 def _sides_of_few(value: torch.Tensor) -> Sides | None:
     """Of what was computed at its size, as masks of few tokens are, or has but one number."""
     count = value.shape[-1] if value.dim() > 1 else 1
-    seen, later = value.flatten()[0], value.flatten()[min(1, value.numel() - 1)]
+    if not value.numel():
+        return None
+    seen, later = value.flatten()[:1], value.flatten()[min(1, value.numel() - 1)]
     expected = torch.where(torch.ones(count, count, dtype=torch.bool).tril(), seen, later)
     return (
         Sides(seen, later) if value.shape[-2:] == expected.shape and bool((value == expected).all()) else _sides(value)
@@ -87,11 +93,18 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(map(int, value.shape))
 
 
+# What torch raises for a type without such an op, or for a number that has too few dimensions for it.
+_CANNOT_TELL = (RuntimeError, IndexError, TypeError, ValueError)
+
+
 def _evaluated(mask: fx.Node, count: int) -> Known | None:
     """What is known of a mask of `count` keys; None where an input, or an op without a rule, is among what makes it."""
     found: dict[fx.Node, Known] = {}
     for node in _made_from(mask):
-        value = _value(node, found, count) if _is_of_constants(node) else None
+        try:
+            value = _value(node, found, count) if _is_of_constants(node) else None
+        except _CANNOT_TELL:
+            value = None
         if value is None:
             return None
         found[node] = value
@@ -116,8 +129,15 @@ def _made_from(mask: fx.Node) -> list[fx.Node]:
 
 def _value(node: fx.Node, found: Mapping[fx.Node, Known], count: int) -> Known | None:
     if all(_is_small(n, count) for n in (node, *node.all_input_nodes)):
-        return _run(node, found)
-    return _wide(node, found) if _shape(node)[-2:] == (count, count) else None
+        return _of_its_type(node, _run(node, found))
+    return _of_its_type(node, _wide(node, found)) if _shape(node)[-2:] == (count, count) else None
+
+
+def _of_its_type(node: fx.Node, value: Known | None) -> Known | None:
+    """A value, unless it is of another type than the node's, as where bits are viewed as another type's."""
+    numbers = (value.seen, value.later) if isinstance(value, Sides) else (value,)
+    alike = all(not isinstance(n, torch.Tensor) or n.dtype == node.meta["val"].dtype for n in numbers)
+    return value if alike else None
 
 
 def _is_small(node: fx.Node, count: int) -> bool:
@@ -127,7 +147,7 @@ def _is_small(node: fx.Node, count: int) -> bool:
 def _wide(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
     """A value of (…, queries, keys) of which nothing is computed at its size. Vectors are not repeated for it."""
     if node.target is torch.ops.aten.full.default:
-        number = torch.tensor(node.args[1], dtype=node.meta["val"].dtype)
+        number = torch.full((1, 1), node.args[1], dtype=node.meta["val"].dtype)  # type: ignore[arg-type]
         return Sides(number, number)
     operands = node.all_input_nodes
     if schema_name(node) in _SAME_PLACES or (
@@ -150,10 +170,11 @@ _SAME_PLACES = frozenset({"aten::expand", "aten::view", "aten::_unsafe_view", "a
 def _sides(value: Known) -> Sides | None:
     if isinstance(value, Sides):
         return value
-    if isinstance(value, torch.Tensor) and bool((value == value.flatten()[0]).all()):
-        number = value.flatten()[0]
-        return Sides(number, number)
-    return None
+    if not isinstance(value, torch.Tensor) or not value.numel() or value.is_complex():
+        return None
+    number = value.flatten()[:1].reshape((1,) * value.dim())
+    same = bool((value == number).all()) and bool((value.signbit() == number.signbit()).all())
+    return Sides(number, number) if same else None
 
 
 def _of_vectors(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
@@ -164,7 +185,7 @@ def _of_vectors(node: fx.Node, found: Mapping[fx.Node, Known]) -> Known | None:
         return None
     left, right = (found[a] if isinstance(a, fx.Node) else torch.tensor(a) for a in args)
     if name == "aten::sub":
-        return _difference(left, right)
+        return _difference(left, right, node.meta["val"].dtype)
     return _comparison(left, right, *_COMPARISONS[name]) if name in _COMPARISONS else None
 
 
@@ -177,12 +198,19 @@ _COMPARISONS = {
 """Of each whether it is strict, and whether its operands are the other way about."""
 
 
-def _difference(left: Known, right: Known) -> Known | None:
+def _difference(left: Known, right: Known, dtype: torch.dtype) -> Difference | None:
+    """`left - right`, where no number of it is too large for its type."""
     keys, queries = _by_keys(left), _by_queries(right)
-    if keys is not None and queries is not None:
-        return Difference(keys, queries)
-    keys, queries = _by_keys(right), _by_queries(left)
-    return None if keys is None or queries is None else Difference(-keys, -queries)
+    if keys is None or queries is None:
+        keys, queries = _by_keys(right), _by_queries(left)
+        if keys is None or queries is None:
+            return None
+        keys, queries = -keys, -queries
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        return None
+    least, most = int(keys.min()) - int(queries.max()), int(keys.max()) - int(queries.min())
+    fits = torch.iinfo(dtype).min <= least and most <= torch.iinfo(dtype).max
+    return Difference(keys, queries) if fits else None
 
 
 def _comparison(left: Known, right: Known, strict: bool, turned: bool) -> Sides | None:
@@ -193,37 +221,51 @@ def _comparison(left: Known, right: Known, strict: bool, turned: bool) -> Sides 
         keys, queries = _sides_of(first, second)
         if keys is None or queries is None:
             continue
-        strictly = strict is not negated
+        strictly, yes, no = strict is not negated, torch.full((1, 1), not negated), torch.full((1, 1), negated)
         if _holds_up_to_the_diagonal(keys, queries, strict=strictly):
-            return Sides(torch.tensor(not negated), torch.tensor(negated))
+            return Sides(yes, no)
         if _holds_up_to_the_diagonal(-keys, -queries, strict=not strictly):  # behind it, the other way about
-            return Sides(torch.tensor(negated), torch.tensor(not negated))
+            return Sides(no, yes)
     return None
 
 
 def _sides_of(left: Known, right: Known) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Vectors of keys and of queries with `left <= right` where `keys[j] <= queries[i]`."""
     if isinstance(left, Difference) and isinstance(right, torch.Tensor) and right.numel() == 1:
-        return left.keys, left.queries + right.flatten()
+        bound = _exact(right)
+        return left.keys, None if bound is None else left.queries + bound
     return _by_keys(left), _by_queries(right)
 
 
 def _by_keys(value: Known) -> torch.Tensor | None:
     """A vector along the last dimension."""
-    alone = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == value.numel() > 1
-    return value.flatten() if alone else None  # type: ignore[union-attr]
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == value.numel() > 1:
+        return _exact(value)
+    return None
 
 
 def _by_queries(value: Known) -> torch.Tensor | None:
     """A vector along the last dimension but one."""
-    alone = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[-2] == value.numel() > 1
-    return value.flatten() if alone else None  # type: ignore[union-attr]
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[-2] == value.numel() > 1:
+        return _exact(value)
+    return None
+
+
+def _exact(value: torch.Tensor) -> torch.Tensor | None:
+    """The numbers in int64, where they are whole and so small that sums and differences of some are exact.
+
+    Of what devices round, each in its way, nothing is said.
+    """
+    if value.is_floating_point() or value.is_complex():
+        return None
+    numbers = value.flatten().to(torch.int64)
+    return numbers if bool(((numbers < LARGEST) & (numbers > -LARGEST)).all()) else None
 
 
 def _holds_up_to_the_diagonal(keys: torch.Tensor, queries: torch.Tensor, *, strict: bool) -> bool:
     """Whether `keys[j] <= queries[i]`, or `<`, where j ≤ i, and nowhere else."""
-    if keys.numel() != queries.numel() or keys.is_floating_point() or queries.is_floating_point():
-        return False  # of what devices round, each in its way, nothing is said
+    if keys.numel() != queries.numel():
+        return False
     holds: Callable[..., torch.Tensor] = torch.lt if strict else torch.le
     largest = keys.cummax(0).values  # of those up to each
     smallest = keys.flip(0).cummin(0).values.flip(0)  # of those from each on
@@ -234,10 +276,7 @@ def _run(node: fx.Node, found: Mapping[fx.Node, Any]) -> torch.Tensor | None:
     """The op on the CPU, on what is known of its operands."""
     target: Any = node.target
     args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda a: _given(a, found))
-    try:
-        result = target(*args, **kwargs)
-    except (RuntimeError, IndexError, TypeError):  # numbers in the place of what has dimensions
-        return None
+    result = target(*args, **kwargs)
     return result if isinstance(result, torch.Tensor) else None
 
 

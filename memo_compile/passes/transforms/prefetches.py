@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.build import call, fake_mode
+from memo_compile.passes.fx.facts import readers_of
 from memo_compile.passes.fx.meta import FOR, ROLE, WHY, Role
 from memo_compile.passes.transforms.slices import fetch
 from memo_compile.passes.transforms.transfers import SLACK, Room, begins_of, size_of
@@ -153,12 +154,18 @@ def _write(graph: fx.Graph, part: fx.Node, rows: fx.Node) -> None:
 
 
 def _matmul_of(part: fx.Node) -> fx.Node | None:
-    """The matmul that a part is a view of, if it is that and nobody else reads it."""
+    """The matmul that a part is a view of, if it is that, nobody else reads it, and it may run later."""
     node = part
     while len(node.users) == 1 and node.target in _RESHAPES:
         node = node.all_input_nodes[0]
     matmul = node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return node if matmul and not node.kwargs and len(node.users) == 1 else None
+    return node if matmul and not node.kwargs and len(node.users) == 1 and not _is_written_over(node) else None
+
+
+def _is_written_over(node: fx.Node) -> bool:
+    """Whether what a node reads gives way to another value somewhere, which may be before it would run."""
+    read = (reader for operand in node.all_input_nodes for reader in readers_of(operand))
+    return any(r.target is torch.ops.memo.onto.default for r in read)
 
 
 _RESHAPES = (

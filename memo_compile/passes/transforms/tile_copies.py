@@ -124,14 +124,32 @@ def _copy(chains: Mapping[fx.Node, Sequence[fx.Node]], places: _Places) -> None:
         for reader in readers[node]:
             groups.setdefault(places.region.get(reader, -1), []).append((node, reader))
     for group, pairs in groups.items():
-        first = min(reader for _, reader in pairs)  # of copies places are known roughly
-        made: dict[fx.Node, fx.Node] = {}
-        for source in sorted({n for node, _ in pairs for n in chains[node]}):
-            with source.graph.inserting_before(first):
-                made[source] = source.graph.node_copy(source, partial(_copied, made))
-            places.enter(made[source], first, group)
-        for node, reader in pairs:
-            reader.replace_input_with(node, made[node])
+        for together in _at_once(pairs, chains):
+            _copy_before(together, chains, places, group)
+
+
+_Pairs = Sequence[tuple[fx.Node, fx.Node]]
+
+
+def _at_once(pairs: _Pairs, chains: Mapping[fx.Node, Sequence[fx.Node]]) -> list[_Pairs]:
+    """Pairs of a value and a reader whose copies are made at one place: all, where what these read is there by then."""
+    first = min(reader for _, reader in pairs)
+    made = {n for node, _ in pairs for n in chains[node]}
+    if all(a < first for n in made for a in n.all_input_nodes if a not in made):
+        return [pairs]
+    return [[pair for pair in pairs if pair[0] is node] for node in dict.fromkeys(node for node, _ in pairs)]
+
+
+def _copy_before(pairs: _Pairs, chains: Mapping[fx.Node, Sequence[fx.Node]], places: _Places, group: int) -> None:
+    """Let readers read values that are made once more before the first of them."""
+    first = min(reader for _, reader in pairs)  # of copies places are known roughly
+    made: dict[fx.Node, fx.Node] = {}
+    for source in sorted({n for node, _ in pairs for n in chains[node]}):
+        with source.graph.inserting_before(first):
+            made[source] = source.graph.node_copy(source, partial(_copied, made))
+        places.enter(made[source], first, group)
+    for node, reader in pairs:
+        reader.replace_input_with(node, made[node])
 
 
 def _copied(made: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:

@@ -60,6 +60,50 @@ CAUSAL = [
     lambda count: added(~(positions(count)[0] < positions(count)[1])).view(1, 1, count, count),
     lambda count: added(positions(count)[0] + 1 > positions(count)[1]),
 ]
+
+
+def narrow(dtype, *, step=1, first=0):
+    """Positions in a type that their differences do not fit."""
+    return lambda count: (torch.arange(count) * step + first).to(dtype)
+
+
+def differences(at):
+    return lambda count: torch.zeros(count, count).masked_fill(at(count)[None] - at(count)[:, None] > 0, HIDDEN)
+
+
+def later_and(condition):
+    """Hides later keys where something is true, which it is not."""
+
+    def mask(count):
+        query, key = positions(count)
+        return torch.zeros(count, count).masked_fill((key > query) & condition(count), HIDDEN)
+
+    return mask
+
+
+def bits(count, value, dtype, other):
+    return torch.full((count, count), value, dtype=dtype).view(other)
+
+
+WRAPPING = [
+    differences(narrow(torch.uint8)),
+    differences(narrow(torch.int8, step=6, first=-100)),
+    differences(narrow(torch.int64, step=2**59, first=-(2**63))),
+    lambda count: torch.zeros(count, count).masked_fill(
+        -narrow(torch.int8, first=-128)(count)[None] < -narrow(torch.int8, first=-128)(count)[:, None], HIDDEN
+    ),
+    lambda count: torch.zeros(count, count).masked_fill(
+        -narrow(torch.int64, first=-(2**63))(count)[None] < -narrow(torch.int64, first=-(2**63))(count)[:, None], HIDDEN
+    ),
+    lambda count: added(positions(count)[1] + 0.5 <= positions(count)[0]),
+    later_and(lambda count: bits(count, 1.0, torch.float32, torch.int32) == 1),
+    later_and(lambda count: bits(count, -1, torch.int8, torch.uint8) < 0),
+    later_and(lambda count: torch.full((count, count), 200, dtype=torch.uint8) + torch.tensor(56) != 0),
+    later_and(lambda count: torch.full((count, count), 0.0).half() + torch.tensor(1e-9) > 0),
+    later_and(lambda count: torch.full((count, count), 1e-30) * torch.tensor(1e-30, dtype=torch.float64) != 0),
+    lambda count: added((torch.arange(count) > 3)[None] <= (torch.arange(count) > 3)[:, None]),
+    lambda count: added(torch.complex(torch.ones(count, count), torch.zeros(count, count)).real == 2),
+]
 OTHER = [
     lambda count: added(positions(count)[0] <= positions(count)[1]),
     lambda count: added((positions(count)[0] > positions(count)[1]) | (positions(count)[1] == 0)),
@@ -87,6 +131,13 @@ def test_causal_masks_are_known(make, count):
     wanted = torch.full((count, count), HIDDEN).triu(1)
     assert bool((make(count) == wanted).all())
     assert known_mask(node_of(make, count)) is Mask.CAUSAL
+
+
+@pytest.mark.parametrize("make", WRAPPING)
+def test_numbers_that_wrap_or_are_rounded_are_no_positions(make):
+    wanted = torch.full((32, 32), HIDDEN).triu(1)
+    assert not torch.equal(make(32), wanted)
+    assert known_mask(node_of(make, 32)) is None
 
 
 @pytest.mark.parametrize("count", [5, 300])
@@ -125,7 +176,8 @@ def test_a_long_mask_is_not_computed():
 
 COMPARISONS = [torch.le, torch.lt, torch.ge, torch.gt, torch.eq]
 JOINS = [torch.logical_and, torch.logical_or, lambda a, b: a & ~b]
-SCALES, SHIFTS = st.sampled_from([1, 1, 1, 0, 2]), st.integers(-1, 1)
+SCALES, SHIFTS = st.sampled_from([1, 1, 1, 0, 2]), st.sampled_from([-128, -1, 0, 0, 1, 100])
+TYPES = st.sampled_from([torch.int64, torch.int64, torch.int32, torch.int8, torch.uint8, torch.float32, torch.bool])
 
 
 @st.composite
@@ -133,10 +185,12 @@ def comparisons(draw):
     """Of positions, shifted and scaled, or of their difference with a number."""
     of_query, of_key, shift, bound = draw(SCALES), draw(SCALES), draw(SHIFTS), draw(SHIFTS)
     turned, difference, compare = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(COMPARISONS))
+    dtype = draw(TYPES)
+    difference &= dtype != torch.bool
 
     def seen(count):
         query, key = positions(count)
-        left, right = query * of_query + shift, key * of_key
+        left, right = (query * of_query + shift).to(dtype), (key * of_key).to(dtype)
         left, right = (right, left) if turned else (left, right)
         return compare(left - right, bound) if difference else compare(left, right)
 

@@ -61,8 +61,11 @@ def test_a_wait_stands_where_its_copy_has_ended(mode, seconds, matmuls_before_wa
     assert order[: order.index("offload_wait")].count("mm") == matmuls_before_wait
 
 
-def backward_of(mode, parts, works=3):
-    """`works` matmuls of a second each, then one value is read, joined from `parts` rows of a fetch and others."""
+def backward_of(mode, parts, works=3, written_over=False):
+    """`works` matmuls of a second each, then one value is read, joined from `parts` rows of a fetch and others.
+
+    `written_over`: what the rows are made of gives way to another value before they are joined.
+    """
     graph = fx.Graph()
     g, lease = placeholder(graph, "g", tensor(mode, 8, 8)), placeholder(graph, "lease", tensor(mode, 256))
     kept = placeholder(graph, "kept", tensor(mode, 2, 8))
@@ -74,7 +77,11 @@ def backward_of(mode, parts, works=3):
     value = mark
     if parts < 8:
         rows = call(graph, torch.ops.aten.slice.Tensor, (g, 0, 0, 6 - parts))
+        rows = call(graph, torch.ops.aten.mul.Tensor, (rows, 1)) if written_over else rows
         recomputed = call(graph, torch.ops.aten.mm.default, (rows, g))
+        if written_over:
+            place = call(graph, memo.onto.default, (rows, [6 - parts, 8], [8, 1]))
+            call(graph, torch.ops.aten.copy_.default, (place, call(graph, torch.ops.aten.neg.default, (place,))))
         value = call(graph, torch.ops.aten.cat.default, ([mark, recomputed, kept], 0))
     result = call(graph, torch.ops.aten.mm.default, (value, step))
     graph.output((result,))
@@ -157,9 +164,9 @@ def test_a_slice_lands_in_its_rows_and_nothing_is_copied_again(mode):
         assert node.args[0].args[0] is landing
 
 
-@pytest.mark.parametrize("parts", [4, 8])
-def test_the_value_is_the_same(mode, parts):
-    gm = schedule_prefetches(backward_of(mode, parts), lambda n: 0.0, rate=1.0)
+@pytest.mark.parametrize(("parts", "written_over"), [(4, False), (8, False), (4, True)])
+def test_the_value_is_the_same(mode, parts, written_over):
+    gm = schedule_prefetches(backward_of(mode, parts, written_over=written_over), lambda n: 0.0, rate=1.0)
     g, there, kept = 0.3 * torch.randn(8, 8), torch.randn(parts, 8), torch.randn(2, 8)
     lease = torch.empty(256, dtype=torch.uint8)
     lease[: parts * 32].view(torch.float32).view(parts, 8).copy_(there)

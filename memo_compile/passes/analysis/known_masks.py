@@ -80,9 +80,8 @@ def _sides_of_few(value: torch.Tensor) -> Sides | None:
         return None
     seen, later = value.flatten()[:1], value.flatten()[min(1, value.numel() - 1)]
     expected = torch.where(torch.ones(count, count, dtype=torch.bool).tril(), seen, later)
-    return (
-        Sides(seen, later) if value.shape[-2:] == expected.shape and bool((value == expected).all()) else _sides(value)
-    )
+    told = value.shape[-2:] == expected.shape and bool((value == expected).all())
+    return Sides(seen, later) if told else _sides(value)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

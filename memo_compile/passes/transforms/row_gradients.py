@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.build import call
-from memo_compile.passes.fx.facts import nbytes, readers_of, storage_of
+from memo_compile.passes.fx.facts import MATMULS, nbytes, readers_of, schema_name, storage_of
 from memo_compile.passes.fx.meta import WHY
 
 EXACT = frozenset({torch.float32, torch.float64})
@@ -62,12 +62,16 @@ def _are_rows(node: fx.Node) -> bool:
 
 
 def _can_take_rows(table: fx.Node, node: fx.Node) -> bool:
-    """Whether a value alone lies in a storage of the graph's own, as the sum would, and nothing reads it later."""
+    """Whether a value alone lies in the place of a product or of tiles, as the sum would, and nothing reads it later.
+
+    Of other ops Inductor may make no value of their own: a copy may be what it copies.
+    """
     value, root, total = table.meta.get("val"), storage_of(table), node.meta["val"]
     if not isinstance(value, torch.Tensor) or value.dtype not in EXACT or value.dtype != total.dtype:
         return False
     alike = value.shape == total.shape and value.stride() == total.stride() and nbytes(root) == nbytes(table)
-    return root.op == "call_function" and alike and all(reader <= node for reader in readers_of(table))
+    its_own = schema_name(root) in MATMULS or root.target is torch.ops.aten.empty.memory_format
+    return its_own and alike and all(reader <= node for reader in readers_of(table))
 
 
 def _rewrite(found: _Sum) -> None:

@@ -246,3 +246,10 @@ def test_values_that_are_made_again_stand_behind_what_they_are_made_of():
     wanted = gradients(model, model, (ids, ids))
     found = gradients(model, compile_tiled(model, 4, "memo_eager"), (ids, ids))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # it works in float32 here and there
+
+
+def test_rows_that_are_written_over_are_read_by_no_kernel_that_inductor_fuses():
+    """Its fusion of outer loops fails on what reads such a value and is written over it."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (1, 96))
+    compare(zoo.one_layer_gpt(), (ids, ids), 4, "memo")

@@ -28,6 +28,7 @@ IN_THE_WAY = 0.1  # of a least peak: where the widest value is less, other thing
 LEAST_ROWS = 16  # of a tile: matmuls of fewer rows are slow
 MATTERS = 2**20  # bytes
 MISSED = 1.02  # of a predicted peak
+MISJUDGED = 0.1  # of a predicted peak, either way: fewer tiles may hold less then, whatever the model says
 LESS = 0.95  # of what the smallest plan is found to hold
 IN_VAIN = 2  # numbers of tiles without a gain, before no more are tried
 LEVELS = 2  # of what is wide: what is widest at first, and what is once that runs in tiles
@@ -76,6 +77,9 @@ def _with_few_tiles(p: Prepared, limits: Limits, decide: Decide, evaluate: Evalu
     if limits.objective == "memory":
         ladder = _worthwhile(p, limits)
         least = fitted(*(ladder[-1] if ladder else (1,)))
+        predicted = least.decided.plan.predicted_peak
+        if len(ladder) > 1 and abs(least.peak - predicted) > MISJUDGED * predicted:
+            least = min(least, fitted(*ladder[-2]), key=lambda f: f.peak)
         if ladder and least.peak > least_peak(p, replace(limits, tiles=1)):  # more than the model said
             return min(least, fitted(1), key=lambda f: f.peak)
         return least

@@ -7,6 +7,7 @@
 * `prefetch_buffer(lease, offset, nbytes, device) -> Tensor`: the storage into which the slice at `offset` is prefetched
   already, or a new one; it stands in emitted code alone, in place of an allocation
 * `keep(src) -> Tensor`: the rows that stay, alone; a copy that no compiler takes for a view of the whole value
+* `copied(src) -> Tensor`: a copy that no compiler fuses with anything
 * `onto(src, size, stride) -> Tensor`: the storage of `src`, as what is to be written over it lies there
 * `mm_into_(dst!, a, b)`, `addmm_into_(dst!, bias, a, b)`: matmuls written to their rows of a larger value
 * `add_rows_(dst!, index, rows)`: adds rows to those of `dst` that `index` names, some of them several times
@@ -40,6 +41,7 @@ _SCHEMAS = (
     "wait_(Tensor(a!) dst, Tensor lease, SymInt offset) -> ()",
     "prefetch_buffer(Tensor lease, SymInt offset, SymInt nbytes, Device device) -> Tensor",
     "keep(Tensor src) -> Tensor",
+    "copied(Tensor src) -> Tensor",
     "onto(Tensor(a) src, SymInt[] size, SymInt[] stride) -> Tensor(a)",
     "mm_into_(Tensor(a!) dst, Tensor a, Tensor b) -> ()",
     "addmm_into_(Tensor(a!) dst, Tensor bias, Tensor a, Tensor b) -> ()",
@@ -201,6 +203,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "wait_": _wait,
     "prefetch_buffer": _prefetch_buffer,
     "keep": _keep,
+    "copied": _keep,
     "onto": _onto,
     "mm_into_": _mm_into,
     "addmm_into_": _addmm_into,
@@ -218,6 +221,7 @@ _FAKES = {
     "host_lease": _fake_lease,
     "prefetch_buffer": _fake_prefetch_buffer,
     "keep": _fake_keep,
+    "copied": _fake_keep,
     "onto": _onto,
     "attention_onto": attention.fake_attention_onto,
     "attention_onto_": attention.fake_token,

@@ -63,6 +63,22 @@ def test_where_the_least_plan_holds_more_than_predicted_others_are_looked_at(tra
     assert found.decided.plan.budget is None
 
 
+@pytest.mark.parametrize(("share", "looked_at"), [(1.0, [16]), (0.85, [16, 4])])
+def test_fewer_tiles_are_looked_at_where_the_model_misjudges_the_most(traced, monkeypatch, share, looked_at):
+    p, limits = traced
+    monkeypatch.setattr("memo_compile.planning.fit_budget._worthwhile", lambda p, limits: [(4, 0), (16, 0)])
+    tiles, peaks = [], []
+
+    def peak_of(decided):
+        tiles.append(decided.limits.tiles)
+        peaks.append(peaks[0] - 1 if peaks else int(share * decided.plan.predicted_peak))
+        return peaks[-1]
+
+    found, _ = fitted(p, replace(limits, tiles="auto"), peak_of)
+    assert tiles == looked_at
+    assert found.decided.limits.tiles == looked_at[-1]
+
+
 @pytest.mark.parametrize("unplanned_holds", [0, 2])
 def test_of_equal_peaks_what_holds_less_between_forward_and_backward_is_taken(traced, monkeypatch, unplanned_holds):
     p, limits = traced

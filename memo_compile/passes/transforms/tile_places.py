@@ -168,11 +168,12 @@ def _reading_below(body: fx.GraphModule, over: Over, operands: int) -> fx.GraphM
 def _rows_below(graph: fx.Graph, place: fx.Node, rows: torch.Tensor) -> fx.Node:
     """A copy of a tile's rows that lie where others are to be written, in the same order in memory.
 
-    What Inductor computes from the rows themselves it would not write over when they are written over: logits, say.
+    What Inductor computes from the rows themselves it would not write over when they are written over: logits, say. Nor
+    can it fuse a copy that it makes itself (torch 2.13's fusion of outer loops looks for reads in what writes there).
     """
     sizes, strides = list(map(int, rows.shape)), list(map(int, rows.stride()))
     order = sorted(range(rows.dim()), key=lambda d: -strides[d])
     by_stride = ([of[d] for d in order] for of in (sizes, strides))
     below = call(graph, torch.ops.aten.as_strided.default, (place, *by_stride))
-    kept = call(graph, torch.ops.memo.keep.default, (below,))
+    kept = call(graph, torch.ops.memo.copied.default, (below,))
     return call(graph, torch.ops.aten.permute.default, (kept, [order.index(d) for d in range(rows.dim())]))

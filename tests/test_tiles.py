@@ -190,6 +190,34 @@ def test_scores_of_attention_are_made_by_rows_of_queries():
     assert memo_compile.plans()[-1].predicted_peak < scores
 
 
+class Biased(nn.Module):
+    """Two layers of attention that is written out, with one bias for each pair of tokens, as T5 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.bias = nn.Embedding(WORDS, WIDTH), nn.Embedding(8, 2)
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids, labels):
+        x, places = self.words(ids), torch.arange(ids.shape[1])
+        bias = self.bias((places[None] - places[:, None]).clamp(-4, 3) + 4).permute(2, 0, 1)
+        for layer in self.qkv:
+            q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in layer(x).chunk(3, -1))
+            x = x + ((q @ k.transpose(-1, -2) + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return mean(self.head(x), labels)
+
+
+@pytest.mark.parametrize("backend", ["memo", "memo_eager"])
+def test_a_bias_for_pairs_of_tokens_is_looked_up_by_rows_of_queries(backend):
+    """And so is its gradient, of each layer by itself: nothing of tokens x tokens is ever there."""
+    torch.manual_seed(0)
+    ids, labels = (torch.randint(0, WORDS, (1, 256)) for _ in range(2))
+    compare(Biased(), (ids, labels), 16, backend)
+    scores = 2 * 256 * 256 * 8
+    assert backend == "memo_eager" or memo_compile.plans()[-1].predicted_peak < scores
+
+
 @pytest.mark.parametrize(("batch", "tiles", "verify"), [(1, 4, "poison"), (1, 5, False), (3, 7, False)])
 def test_a_region_reads_results_of_attention_as_they_lie(batch, tiles, verify):
     """And writes over them; with a last tile that is short, and several sequences."""

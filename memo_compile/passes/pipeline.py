@@ -32,6 +32,7 @@ from memo_compile.passes.transforms.prefetches import schedule_prefetches
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.row_gradients import add_rows_in_place
 from memo_compile.passes.transforms.saved_set import saved_set
+from memo_compile.passes.transforms.scattered_sums import put_each_term
 from memo_compile.passes.transforms.shared_heads import share_heads
 from memo_compile.passes.transforms.slices import Sliced, apply_residency
 from memo_compile.passes.transforms.sums import add_as_they_come
@@ -83,6 +84,7 @@ ANNOTATING: tuple[tuple[str, Callable[[Joint, Found], Any]], ...] = (
     ),
     ("fewer_layers", lambda j, _: named_layers(j.graph)),
     ("sums", lambda j, _: _nothing_found(add_as_they_come(j.graph) if j.fused else j.graph)),
+    ("scattered_sums", lambda j, _: _nothing_found(put_each_term(j.graph))),
     ("causal_masks", lambda j, _: _nothing_found(say_causal(j.graph))),
     ("shared_heads", lambda j, _: _nothing_found(share_heads(j.graph))),
     ("tokens", lambda j, _: annotate_tokens(j.graph, j.data_inputs)),

@@ -7,6 +7,7 @@ their place, still has row i made from row i: in a tile, either value has the ro
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.analysis.token_axis import Axes, Flow, TokenAxis, is_tensor, shape_of, wrapped
+from memo_compile.passes.analysis.token_axis import Axes, Flow, TokenAxis, is_tensor, only, shape_of, wrapped
 from memo_compile.passes.analysis.token_rules import flow, is_elementwise, needs_of_pointwise, sliceable
-from memo_compile.passes.fx.facts import is_pure, schema_name
+from memo_compile.passes.fx.facts import is_pure, puts_into_zeros, schema_name
 from memo_compile.passes.fx.meta import TOKENS
+
+SMALLER = 32  # by this factor a table is, so that rows may be put into one in each tile
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,47 @@ def _flow(node: fx.Node, axes: Axes) -> Flow | None:
 
 
 def _constants(gm: fx.GraphModule, axes: dict[fx.Node, TokenAxis], rows: dict[fx.Node, Rows]) -> None:
-    """What no data reaches, and whose rows a reader wants: constants, and elementwise ops on such."""
+    """What no data reaches, and whose rows a reader wants: constants, and what is made of such row by row."""
     for node in reversed(gm.graph.nodes):
         if node not in rows:
             continue
         for operand, need in zip(node.all_input_nodes, rows[node].needs, strict=True):
-            if need is None or operand in axes or operand.op != "call_function" or not is_tensor(operand):
+            known = operand in rows or axes.get(operand, need) != need
+            if need is None or known or operand.op != "call_function" or not is_tensor(operand):
                 continue
-            if is_constant(operand):
-                rows[operand] = Rows(need, ())
-            elif is_elementwise(operand) and is_pure(operand):
-                rows[operand] = Rows(need, needs_of_pointwise(operand, need))
+            needs = _needs_for(operand, need)
+            if needs is not None:
+                rows[operand] = Rows(need, needs)
             axes[operand] = need
+
+
+def _needs_for(node: fx.Node, axis: TokenAxis) -> tuple[TokenAxis | None, ...] | None:
+    """What rows of a value without data need of its operands; None where it is made in no such way."""
+    if is_constant(node):
+        return ()
+    if not is_pure(node):
+        return None
+    args: Any = node.args
+    if is_elementwise(node):
+        return needs_of_pointwise(node, axis)
+    if schema_name(node) == "aten::embedding":
+        within = axis.dim < len(shape_of(args[1]))
+        return tuple(axis if n is args[1] else None for n in node.all_input_nodes) if within else None
+    source = _axis_before_view(node, axis)
+    return None if source is None else only(node, args[0], source)
+
+
+def _axis_before_view(node: fx.Node, axis: TokenAxis) -> TokenAxis | None:
+    """The axis of what a view shows, whose rows are those that the view has along `axis`."""
+    args: Any = node.args
+    rank = len(shape_of(node))
+    name = schema_name(node)
+    if name == "aten::permute":
+        return axis.at(wrapped(args[1][axis.dim], rank))
+    if name == "aten::unsqueeze":
+        added = wrapped(args[1], rank)
+        return axis.at(axis.dim - (added < axis.dim)) if added != axis.dim else None
+    return None
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -137,7 +169,23 @@ def _summed(node: fx.Node, axes: Axes) -> Rows | None:
         listed = dims if isinstance(dims, (list, tuple)) else [dims] if isinstance(dims, int) else []
         reduced = {wrapped(d, rank) for d in listed} or set(range(rank))
         return Rows(axis, (axis,), summed=True) if axis.dim in reduced else None
-    return None
+    return _put_into_table(node, axes)
+
+
+def _put_into_table(node: fx.Node, axes: Axes) -> Rows | None:
+    """Rows added to those of a table that is much smaller than they are: each tile makes a table of its own."""
+    if not puts_into_zeros(node):
+        return None
+    args: Any = node.args
+    zeros, mask, (index,), values = args
+    axis, shape = axes.get(values), shape_of(values)
+    if axis is None or axis.dim >= len(shape_of(index)) or SMALLER * math.prod(shape_of(node)) > math.prod(shape):
+        return None
+    alike = all(
+        is_tensor(n) and len(shape_of(n)) > axis.dim and shape_of(n)[axis.dim] == shape[axis.dim] for n in (mask, index)
+    )
+    needs = tuple(None if n is zeros else axis for n in node.all_input_nodes)
+    return Rows(axis, needs, summed=True) if alike and zeros not in (mask, index, values) else None
 
 
 # Rules for tiles alone.

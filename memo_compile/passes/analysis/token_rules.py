@@ -48,6 +48,14 @@ def flow(node: fx.Node, axes: Axes) -> Flow | str:
     return found if found is not None else f"{target} reads across the token axis"
 
 
+def reads_nothing(node: fx.Node) -> bool:
+    """Whether a value is made beside another, of whose numbers none is read: no token axis goes on there, or ends."""
+    return schema_name(node) in _BESIDE
+
+
+_BESIDE = frozenset({"aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty"})
+
+
 def is_elementwise(node: fx.Node) -> bool:
     """Whether every element of the result reads the elements of the operands at its own place, broadcast."""
     name = schema_name(node)
@@ -59,6 +67,7 @@ _ELEMENTWISE = frozenset(
         "prims::convert_element_type",
         "aten::_to_copy",
         "aten::clone",
+        "aten::copy",
         "aten::where",
         "aten::full_like",
         "aten::detach",
@@ -267,6 +276,28 @@ def _pad(node: fx.Node, source: fx.Node, axis: TokenAxis) -> Flow | None:
     return Flow((axis,), only(node, source, axis))
 
 
+def _scattered(node: fx.Node, axes: Axes) -> Flow | None:
+    """`slice_scatter` and `select_scatter`: one value over a part of another. Along the tokens, rows move.
+
+    T5 shifts its labels by `shifted[:, 1:] = labels[:, :-1]` and `shifted[:, 0] = start`.
+    """
+    args: Any = node.args
+    base, source = args[0], args[1]
+    rank = len(shape_of(base))
+    dim = wrapped(args[2] if len(args) > 2 else 0, rank)
+    dropped = rank - len(shape_of(source))  # of a part that was selected, the dimension itself
+    by_source = axes.get(source)
+    if by_source is not None and dropped and dim <= by_source.dim:
+        by_source = by_source.at(by_source.dim + 1)
+    axis = axes.get(base) or by_source
+    if axis is None or axis.dim == dim:
+        return None if axis is None else fresh(node, axis)
+    if by_source not in (None, axis):
+        return None
+    of_part = axis.at(axis.dim - 1) if dropped and dim < axis.dim else axis
+    return Flow((axis,), tuple(of_part if n is source else axis for n in node.all_input_nodes))
+
+
 def _attention(node: fx.Node, axes: Axes) -> Flow | None:
     """Fused attention over (batch, heads, sequence, head size): rows of the output follow those of the query.
 
@@ -330,6 +361,7 @@ RULES: Mapping[str, Rule] = {
     "aten::embedding": _embedding,
     "aten::gather": _gather,
     "aten::constant_pad_nd": _pad,
+    **dict.fromkeys(("aten::slice_scatter", "aten::select_scatter"), _scattered),
     **dict.fromkeys(
         (
             "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.analysis.token_axis import Axes, Flow, TokenAxis, shape_of
-from memo_compile.passes.analysis.token_rules import flow, is_elementwise, needs_of_pointwise, sliceable
+from memo_compile.passes.analysis.token_rules import flow, is_elementwise, needs_of_pointwise, reads_nothing, sliceable
 from memo_compile.passes.fx.facts import is_pure, nbytes, op_name, source_line
 from memo_compile.passes.fx.meta import TOKENS
 
@@ -117,7 +117,7 @@ def _follow(gm: fx.GraphModule, seeds: Axes) -> tuple[dict[fx.Node, TokenInfo], 
         if node.target is operator.getitem:
             _follow_item(node, axes, results, infos)
             continue
-        if not any(a in axes or a in results for a in node.all_input_nodes):
+        if reads_nothing(node) or not any(a in axes or a in results for a in node.all_input_nodes):
             continue
         found = flow(node, axes)
         if isinstance(found, str):

@@ -108,6 +108,18 @@ def schema_name(node: fx.Node) -> str:
 
 MATMULS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})  # by the names of their schemas
 
+# (base, mask, indices, values): the gradient of a table that rows were looked up in, as Inductor has it.
+PUT = torch.ops.aten._unsafe_masked_index_put_accumulate.default
+
+
+def puts_into_zeros(node: fx.Node) -> bool:
+    """Whether a node adds values to rows of zeros, which one tensor of indices names."""
+    if node.target is not PUT:
+        return False
+    zeros, _, indices, _ = node.args
+    alone = isinstance(indices, (list, tuple)) and len(indices) == 1 and isinstance(indices[0], fx.Node)
+    return alone and isinstance(zeros, fx.Node) and zeros.target is torch.ops.aten.full.default and not zeros.args[1]
+
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether an op's schema says that it writes to an argument."""
@@ -302,6 +314,7 @@ def is_reduction(node: fx.Node) -> bool:
     return schema_name(node) in _REDUCTIONS
 
 
+LITTLE = 32  # by this factor a table is smaller than what is looked up in it
 _COSTLY = frozenset({"aten::cat", "aten::embedding", "aten::index", *_DRAWS})
 
 
@@ -312,7 +325,13 @@ def is_cheap(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return _is_item_of_view(node)
     name = schema_name(node)
-    return is_view(node) or (is_pointwise(node) and name not in _COSTLY)
+    return is_view(node) or (is_pointwise(node) and name not in _COSTLY) or _looks_up_little(node)
+
+
+def _looks_up_little(node: fx.Node) -> bool:
+    """Whether rows are looked up in a table much smaller than what is read of it, such as T5's position bias."""
+    table = node.args[0] if schema_name(node) == "aten::embedding" else None
+    return isinstance(table, fx.Node) and LITTLE * nbytes(table) <= nbytes(node)
 
 
 def is_pure(node: fx.Node) -> bool:

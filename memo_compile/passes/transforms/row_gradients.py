@@ -16,11 +16,10 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.build import call
-from memo_compile.passes.fx.facts import MATMULS, nbytes, readers_of, schema_name, storage_of
+from memo_compile.passes.fx.facts import MATMULS, nbytes, puts_into_zeros, readers_of, schema_name, storage_of
 from memo_compile.passes.fx.meta import WHY
 
 EXACT = frozenset({torch.float32, torch.float64})
-_ROWS = torch.ops.aten._unsafe_masked_index_put_accumulate.default
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,13 @@ def _sum_of(node: fx.Node) -> _Sum | None:
     a, b = node.args[:2]
     if node.kwargs or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    pairs = [_Sum(node, table, rows) for table, rows in ((a, b), (b, a)) if _are_rows(rows)]
+    pairs = [_Sum(node, table, rows) for table, rows in ((a, b), (b, a)) if _read_once(rows)]
     return next((found for found in pairs if _can_take_rows(found.table, node)), None)
 
 
-def _are_rows(node: fx.Node) -> bool:
-    """Whether a value is zeros into whose first dimension rows are put, which one sum reads."""
-    if node.target is not _ROWS or len(node.users) != 1:
-        return False
-    zeros, _, indices, _ = node.args
-    alone = isinstance(indices, (list, tuple)) and len(indices) == 1 and isinstance(indices[0], fx.Node)
-    empty = isinstance(zeros, fx.Node) and zeros.target is torch.ops.aten.full.default and zeros.args[1] == 0
-    return alone and bool(empty)
+def _read_once(node: fx.Node) -> bool:
+    """Whether a value is zeros into which rows are put, and one sum reads it."""
+    return len(node.users) == 1 and puts_into_zeros(node)
 
 
 def _can_take_rows(table: fx.Node, node: fx.Node) -> bool:

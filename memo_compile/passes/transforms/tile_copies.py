@@ -2,7 +2,8 @@
 
 A normalized value is read on both sides of an attention's backward: by the projections that are made again before it,
 and by their weights' gradients after it. Handed on it would lie there whole, all the while; made once more from what
-lies there anyway, each tile has its own rows of it.
+lies there anyway, each tile has its own rows of it. The same holds for what no region makes and several read, such as a
+constant, or a bias that is looked up for each pair of tokens.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from memo_compile.passes.analysis.regions import Region, find_regions
 from memo_compile.passes.analysis.token_axis import is_tensor
 from memo_compile.passes.fx.facts import is_cheap, is_view, nbytes
 from memo_compile.passes.transforms.slices import fetch
+from memo_compile.passes.transforms.tile_bodies import operands_of
 
 SMALL = 8  # what is smaller than a value by this factor may live longer for it
 
 
 def make_again_in_tiles(gm: fx.GraphModule, wide: int) -> fx.GraphModule:
-    """Let what reads wide results of cheap ops after their region make them once more, in a region of its own."""
+    """Let what reads wide results of cheap ops after their region make them once more, in a region of its own, and
+    regions what they read of cheap ops that are in none.
+    """
     regions = find_regions(gm, wide)
     places = _Places.of(gm, regions)
-    for region in regions:
-        cheap = [n for n in region.results if nbytes(n) >= wide and _can_run_again(n)]
+    for made in [*(region.results for region in regions), _read_in_rows(regions)]:
+        cheap = [n for n in made if nbytes(n) >= wide and _can_run_again(n)]
         chains = {n: chain for n in cheap if (chain := places.chain(n, cheap)) is not None}
         longer = {source for chain in chains.values() for source in chain.longer}
         if sum(map(nbytes, longer)) >= sum(map(nbytes, chains)):
@@ -35,6 +39,13 @@ def make_again_in_tiles(gm: fx.GraphModule, wide: int) -> fx.GraphModule:
         _copy({n: chain.nodes for n, chain in chains.items()}, places)
     gm.recompile()
     return gm
+
+
+def _read_in_rows(regions: Sequence[Region]) -> list[fx.Node]:
+    """What no region makes and regions read row by row."""
+    inside = {n for r in regions for n in r.nodes}
+    read = (n for r in regions for n, axis in operands_of(r) if axis is not None)
+    return list(dict.fromkeys(n for n in read if n not in inside))
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,8 @@ class _Places:
         self.region.update({copy: region} if region >= 0 else {})
 
     def later(self, node: fx.Node) -> list[fx.Node]:
-        """What reads a region's result outside of it."""
-        return [u for u in node.users if self.region.get(u) != self.region[node]]
+        """What reads a region's result outside of it, or in a region what none makes."""
+        return [u for u in node.users if self.region.get(u) != self.region.get(node)]
 
     def end(self, node: fx.Node) -> int:
         """Where a node has run, with its region or with what reads it as a view."""
@@ -85,8 +96,8 @@ class _Places:
         return max([*views, self.ends[self.region[node]] if node in self.region else self.order[node]])
 
     def chain(self, node: fx.Node, cheap: Collection[fx.Node]) -> _Chain | None:
-        """How a result is made of what is there, or small, until all its later readers have run; None where it is not,
-        or nothing reads it later.
+        """How a value is made of what is there, or small, until all its later readers have run; None where it is not,
+        or nothing reads it later, or it is there itself.
 
         Saved values can live longer. What only `cheap` values' readers hold is not there: these may be made again.
         """
@@ -94,6 +105,8 @@ class _Places:
         if not readers or any(u.op == "output" for u in readers):
             return None
         until, few = max(map(self.end, readers)), nbytes(node) // SMALL
+        if any(u.op == "output" or self.end(u) >= until for u in set(node.users) - set(readers)):
+            return None
         found, longer, stack = {node: None}, set[fx.Node](), list(node.all_input_nodes)
         while stack:
             source = stack.pop()
@@ -104,7 +117,7 @@ class _Places:
             if _is_saved(source):
                 longer.add(source)
                 continue
-            if not _can_run_again(source) or self.region.get(source) != self.region[node]:
+            if not _can_run_again(source) or self.region.get(source) not in (None, self.region.get(node)):
                 return None
             found[source] = None
             stack += source.all_input_nodes

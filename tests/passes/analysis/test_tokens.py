@@ -81,6 +81,8 @@ TOKENWISE = {
     "gather": lambda x: x.gather(-1, columns(x).unsqueeze(-1).expand(x.shape)),
     "embedding": lambda x: F.embedding(columns(x), table(x.shape[-1], 3, x)),
     "cross-entropy": cross_entropy,
+    "columns written": lambda x: torch.slice_scatter(x, x.sin()[..., :1], -1, 0, 1),
+    "column written": lambda x: torch.select_scatter(x, x.sin().select(-1, 0), -1, 0),
 }
 # and these may read others, or have no rule.
 MIXING = {
@@ -94,6 +96,8 @@ MIXING = {
     "rows looked up": lambda x: F.embedding(x.argmax(-2), x.flatten(0, -2)).flatten(-2),
     "product of rows": lambda x: x @ (x.transpose(-1, -2) @ x),
     "square": square,
+    "rows written": lambda x: torch.slice_scatter(x, x.sin()[..., :-1, :], -2, 1, x.shape[-2]),
+    "row written": lambda x: torch.select_scatter(x, x.sin().select(-2, 0), -2, 0),
 }
 BEGINNINGS = {
     "values": lambda x: x,
@@ -197,6 +201,12 @@ def test_other_bits_of_the_same_size_end_the_axis():
     """A view as another type is of the name of a view of another shape, and would be sliced as one."""
     _, report = annotated(lambda x: x.cos().view(torch.int32).bitwise_and(3), torch.ones(1, 16, 4))
     assert "no rule for aten.view.dtype" in report.stops[0].reason
+
+
+def test_a_constant_that_is_made_beside_a_value_neither_ends_the_axis_nor_has_it():
+    gm, report = annotated(lambda x: (x.new_zeros(x.shape).exp(), x.cos()), torch.ones(1, 16, 4))
+    assert report.stops == ()
+    assert [TOKENS in n.meta for n in gm.graph.nodes if n.op == "call_function"] == [False, False, True]
 
 
 def test_equal_sizes_do_not_fool_it():

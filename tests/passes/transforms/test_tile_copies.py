@@ -6,6 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memo_compile.passes.analysis.token_axis import TokenAxis
 from memo_compile.passes.analysis.tokens import TokenInfo
+from memo_compile.passes.fx.facts import nbytes
 from memo_compile.passes.fx.meta import TOKENS
 from memo_compile.passes.transforms.tile_bodies import programs
 from memo_compile.passes.transforms.tiles import TILED, places_of, tile_regions
@@ -35,6 +36,14 @@ def returned(x, scale, weight):
     scaled = x * scale
     after = torch.ops.aten.cumsum.default(torch.tanh(scaled) @ weight, 0)
     return scaled, (torch.tanh(after) + scaled) * x
+
+
+def constant_for_both(x, scale, weight):
+    """Two regions read a constant, and a value that is made of small ones."""
+    zeros = torch.ops.aten.full.default([COUNT, WIDTH], 0.5, dtype=x.dtype)
+    places = torch.arange(COUNT, dtype=x.dtype)[:, None] * scale
+    after = torch.ops.aten.cumsum.default(torch.tanh(x * places + zeros) @ weight, 0)
+    return (torch.tanh(after * places) + torch.maximum(after, zeros)) * x
 
 
 def traced(fn, tensors):
@@ -75,5 +84,18 @@ def test_a_saved_value_lives_longer_where_two_are_not_handed_on_for_it():
     tile_regions(gm, 4, WIDE, fused=False, prefix="call")
     calls = [n for n in gm.graph.nodes if str(n.target) == TILED]
     assert [len(places_of(call)) for call in calls] == [1, 1]
+    torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)
+    programs().clear()
+
+
+def test_what_no_region_makes_is_made_by_each_that_reads_it():
+    torch.manual_seed(0)
+    tensors = [torch.randn(s, dtype=torch.float64) for s in ((COUNT, WIDTH), (WIDTH,), (WIDTH, WIDTH))]
+    gm = traced(constant_for_both, tensors)
+    wanted = gm(*tensors)
+    tile_regions(gm, 4, WIDE, fused=False, prefix="call")
+    calls = [n for n in gm.graph.nodes if str(n.target) == TILED]
+    whole = [a for call in calls for a in call.args[1] if a.op == "call_function" and nbytes(a) >= WIDE]
+    assert [str(a.target) for a in whole] == ["aten.cumsum.default"]
     torch.testing.assert_close(gm(*tensors), wanted, rtol=1e-12, atol=1e-12)
     programs().clear()

@@ -218,6 +218,55 @@ def test_a_bias_for_pairs_of_tokens_is_looked_up_by_rows_of_queries(backend):
     assert backend == "memo_eager" or memo_compile.plans()[-1].predicted_peak < scores
 
 
+class Updated(nn.Module):
+    """A table that is no parameter, looked up for each pair of tokens, and then moved on."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.register_buffer("bias", torch.randn(8, 2))
+
+    def forward(self, ids, labels):
+        x, places = self.words(ids), torch.arange(ids.shape[1])
+        bias = F.embedding((places[None] - places[:, None]).clamp(-4, 3) + 4, self.bias).permute(2, 0, 1)
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        x = x + ((q @ q.transpose(-1, -2) * bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
+        with torch.no_grad():
+            self.bias.mul_(0.9).add_(0.1)
+        return mean(self.head(x), labels)
+
+
+def test_what_is_made_of_an_updated_buffer_is_not_made_again():
+    torch.manual_seed(0)
+    ids, labels = (torch.randint(0, WORDS, (1, 96)) for _ in range(2))
+    model = Updated().double()
+    other = copy.deepcopy(model)
+    found = gradients(model, compile_tiled(model, 4, "memo_eager"), (ids, labels))
+    torch.testing.assert_close(found, gradients(other, other, (ids, labels)), rtol=1e-10, atol=1e-12)
+
+
+class EachHead(nn.Module):
+    """Attention with a mask for each head, which Inductor writes out by a pattern whose values are dense."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.qkv = nn.Embedding(WORDS, 32), nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.out, self.head = nn.Linear(32, 32), nn.Linear(32, WORDS)
+
+    def forward(self, ids, labels):
+        x = self.words(ids)
+        q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in self.qkv)
+        mask = q.new_ones(4, 1, 1) * torch.arange(ids.shape[1]).to(q.dtype) / 7
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return mean(self.head(x + self.out(mixed.transpose(1, 2).flatten(2))), labels)
+
+
+def test_rows_are_written_over_operands_as_these_really_lie():
+    torch.manual_seed(0)
+    ids, labels = (torch.randint(0, WORDS, (1, 160)) for _ in range(2))
+    compare(EachHead(), (ids, labels), 3, "memo")
+
+
 @pytest.mark.parametrize(("batch", "tiles", "verify"), [(1, 4, "poison"), (1, 5, False), (3, 7, False)])
 def test_a_region_reads_results_of_attention_as_they_lie(batch, tiles, verify):
     """And writes over them; with a last tile that is short, and several sequences."""

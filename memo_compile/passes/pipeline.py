@@ -39,6 +39,7 @@ from memo_compile.passes.transforms.sums import add_as_they_come
 from memo_compile.passes.transforms.tile_bodies import Accumulate
 from memo_compile.passes.transforms.tile_places import write_over_operands
 from memo_compile.passes.transforms.tiles import tile_regions
+from memo_compile.passes.transforms.true_layouts import tell_true_layouts
 from memo_compile.passes.transforms.unplanned import unplanned
 
 Rewrite = Callable[[fx.GraphModule], fx.GraphModule]
@@ -77,6 +78,7 @@ class Joint:
 Found = Mapping[str, Any]
 
 ANNOTATING: tuple[tuple[str, Callable[[Joint, Found], Any]], ...] = (
+    ("true_layouts", lambda j, _: _nothing_found(tell_true_layouts(j.graph) if j.fused else j.graph)),
     ("user_checkpoints", lambda j, _: policies_of(j.graph)),
     (
         "unplanned",

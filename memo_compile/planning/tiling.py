@@ -111,6 +111,8 @@ def _saved(p: Prepared, wide: int) -> list[fx.Node]:
     wanted: list[fx.Node] = []
     (output,) = p.forward.graph.find_nodes(op="output")
     for region in _regions(p.forward, wide, output.args[0][: p.num_forward_outputs]):
+        if any(n.op == "placeholder" and joint[n.name] not in readable for n, _ in operands_of(region)):
+            continue  # it is made of what the graph itself overwrites, as a buffer that is used and then updated
         dropped |= {n.name for n in region.nodes if nbytes(n) >= wide and n.name not in results}
         operands = [(joint[n.name], axis) for n, axis in operands_of(region) if n.name in joint]
         wanted += [n for n, axis in operands if axis is not None or not _is_of_parameters(n, readable)]

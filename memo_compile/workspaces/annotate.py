@@ -54,7 +54,7 @@ class Workspaces:
             inner = self._of_subgraphs(node)
             return (0, "") if inner is None else (inner, "its subgraph")
         before = seen().of(node) or 0
-        exact = by_formula(node)
+        exact = by_formula(node, measure=self.measure)
         if exact is not None and exact >= before:
             return exact, "formula"
         if exact is None and not before and not self._is_foreign(node):

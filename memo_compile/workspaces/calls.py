@@ -9,7 +9,7 @@ The answer is kept by op, operands and number of threads for as long as the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ from memo_compile.logs import logger
 from memo_compile.workspaces.recording import can_record, recorded
 
 log = logger(__name__)
+_CPU = torch.device("cpu")
 
 
 class _Unknown(Exception):
@@ -56,6 +57,21 @@ def by_call(node: fx.Node) -> int | None:
         return _measured(_Call(node.target, args, kwargs, torch.get_num_threads()))
     except _Unknown as unknown:
         log.debug("%s: its scratch is not measured: %s", node.target, unknown)
+        return None
+
+
+def taken_by(op: Any, operands: Sequence[torch.Tensor], *rest: Any) -> int | None:
+    """The bytes that a call on the CPU takes beyond its results; None where it cannot be measured.
+
+    Args:
+        operands: values that lie as those of the call; their numbers are not read.
+        rest: the arguments after them.
+    """
+    made = (_Operand(tuple(map(int, v.shape)), tuple(map(int, v.stride())), v.dtype, _CPU) for v in operands)
+    try:
+        return _measured(_Call(op, (*made, *rest), (), torch.get_num_threads()))
+    except _Unknown as unknown:
+        log.debug("%s: its scratch is not measured: %s", op, unknown)
         return None
 
 

@@ -7,22 +7,30 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.facts import schema_name
+from memo_compile.passes.fx.facts import MATMULS, schema_name
 from memo_compile.passes.fx.heads import adds_up, head_slices
 from memo_compile.passes.transforms.tiles import program_in
+from memo_compile.workspaces.low_precision import LOW, is_low_on_cpu, of_attention, of_product
 
 
-def by_formula(node: fx.Node) -> int | None:
-    """The scratch of one call, in bytes; threads are those that torch has now. None for an op without a formula."""
+def by_formula(node: fx.Node, *, measure: bool = True) -> int | None:
+    """The scratch of one call, in bytes; threads are those that torch has now. None for an op without a formula.
+
+    Args:
+        measure: whether kernels of low precision, of which the CPU has its own, may be called to be measured.
+    """
     name = schema_name(node)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
-        return _flash_on_cpu(node.args[0], node.args[1], backward=False)
+        return _flash_on_cpu(node.args[0], node.args[1], backward=False, measure=measure)
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
-        return _copied(node.args[0]) + _flash_on_cpu(node.args[1], node.args[2], backward=True)
+        return _copied(node.args[0]) + _flash_on_cpu(node.args[1], node.args[2], backward=True, measure=measure)
     if name == "memo::attention_onto":
-        return _a_piece_on_cpu(node, backward=False)
+        return _a_piece_on_cpu(node, backward=False, measure=measure)
     if name == "memo::attention_backward_onto":
-        return _a_piece_on_cpu(node, backward=True)
+        return _a_piece_on_cpu(node, backward=True, measure=measure)
+    if name in _PRODUCTS:
+        left, right = (a.meta["val"] for a in node.args[-2:])  # type: ignore[union-attr]
+        return of_product(left, right) if measure and is_low_on_cpu(left) else 0
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         return _flash_backward_on_cuda(node.args[0], node.args[1], node.args[2])
     if name == "aten::_scaled_dot_product_cudnn_attention_backward":
@@ -37,13 +45,12 @@ def by_formula(node: fx.Node) -> int | None:
     return 0 if name in _NONE else None
 
 
+# Their last two arguments are matrices.
+_PRODUCTS = MATMULS | {"memo::mm_into_", "memo::addmm_into_", "memo::addmm_onto_"}
+
 # These allocate their results alone (cuBLAS's own workspace is the process's, and stays).
 _NONE = frozenset(
     {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
         "aten::copy_",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",
@@ -52,7 +59,7 @@ _NONE = frozenset(
 )
 
 
-def _a_piece_on_cpu(node: fx.Node, *, backward: bool) -> int:
+def _a_piece_on_cpu(node: fx.Node, *, backward: bool, measure: bool) -> int:
     """`memo_compile.runtime.attention`: what one piece makes, the sums beside it, and the kernel's own.
 
     Of the queries the backward makes their gradient and a dense copy of the output's, here a part of it.
@@ -65,12 +72,13 @@ def _a_piece_on_cpu(node: fx.Node, *, backward: bool) -> int:
     batch, heads, shared = int(q.shape[0]), int(q.shape[1]), int(k.shape[1])
     of_queries, of_keys = (_bytes(q) + _bytes(other)) // heads, (_bytes(k) + _bytes(v)) // shared if backward else 0
     parts = not backward or adds_up(q.dtype)
-    held = 0
+    held = most = 0
     for calls in head_slices(batch, heads, shared, pieces, parts=parts):
+        most = max(most, *(of.stop - of.start for of, _ in calls))
         sums = of_keys * (calls[0][1].stop - calls[0][1].start) if len(calls) > 1 else 0
         made = max(of_queries * (of.stop - of.start) + of_keys * (by.stop - by.start) for of, by in calls)
         held = max(held, sums + made)
-    return held + _flash_on_cpu(query, key, backward=backward)
+    return held + _flash_on_cpu(query, key, backward=backward, heads=most, measure=measure)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -122,18 +130,24 @@ def _efficient_backward_on_cuda(gradient: Any, query: Any, value: Any) -> int:
     return _copied(gradient) + max(whole, sums + summed)
 
 
-def _flash_on_cpu(query: Any, key: Any, *, backward: bool) -> int:
+def _flash_on_cpu(query: Any, key: Any, *, backward: bool, heads: int | None = None, measure: bool = True) -> int:
     """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: one block of scores for each thread, two in the backward.
 
-    The backward has one sum a row beside them.
+    The backward has one sum a row beside them. In low precision it is measured. `heads`: those of one call, by default
+    all.
     """
     q: torch.Tensor = query.meta["val"]
     rows, head, columns = int(q.shape[2]), int(q.shape[3]), int(key.meta["val"].shape[2])
+    if measure and is_low_on_cpu(q):
+        calls = int(q.shape[0]) * (heads or int(q.shape[1]))
+        measured = of_attention(q.dtype, calls, rows, columns, head, backward=backward)
+        if measured is not None:
+            return measured
     split = 256 if rows >= 768 else 64 if rows >= 192 else 32
     split, columns = min(split, rows), min(512, columns)
     each = 2 * split * columns + split if backward else split * columns + 2 * split + split * head
     accumulated = 8 if q.dtype == torch.float64 else 4
     reduced = 0
-    if q.dtype in (torch.bfloat16, torch.float16):
+    if q.dtype in LOW:
         reduced = split * columns * 2 * (2 if backward else 1)
     return torch.get_num_threads() * (each * accumulated + reduced)

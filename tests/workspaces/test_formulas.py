@@ -7,6 +7,8 @@ from memo_compile import measure_peak
 from memo_compile.runtime.ops import register
 from memo_compile.workspaces.formulas import by_formula
 
+register()
+
 
 def node_of(op, *shapes, dtype=torch.bfloat16):
     graph = torch.fx.Graph()
@@ -99,6 +101,47 @@ def test_attentions_backward_on_the_cpu_has_what_it_is_measured_to_have(dtype, h
     kept = []
     peak = measure_peak(lambda: kept.append(op(gradient, query, key, value, out, sums, 0.0, True)))
     assert by_formula(node) == pytest.approx(peak - sum(t.nbytes for t in kept[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "heads", "rows", "columns", "head"), [(1, 4, 300, 700, 64), (2, 3, 1500, 1100, 40)])
+def test_attention_in_low_precision_has_what_it_is_measured_to_have(dtype, batch, heads, rows, columns, head):
+    """The processor lays keys and values out anew, or does not, and oneDNN takes scratch of its own."""
+    q, g = (torch.randn(batch, rows, heads, head).to(dtype).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(batch, columns, heads, head).to(dtype).transpose(1, 2) for _ in range(2))
+    aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    kept = []
+    peak = measure_peak(lambda: kept.append(forward(q, k, v)))
+    out, sums = kept.pop()
+    assert by_formula(on_cpu(forward, q, k, v)) == peak - out.nbytes - sums.nbytes
+    peak = measure_peak(lambda: kept.append(backward(g, q, k, v, out, sums, 0.0, False)))
+    assert by_formula(on_cpu(backward, g, q, k, v, out, sums)) == peak - sum(t.nbytes for t in kept[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_in_low_precision_have_what_they_are_measured_to_have(dtype):
+    a, b, out = (torch.randn(shape).to(dtype) for shape in ((300, 200), (200, 96), (300, 96)))
+    peak = measure_peak(lambda: torch.mm(a, b, out=out))
+    assert by_formula(on_cpu(torch.ops.aten.mm.default, a, b)) == peak
+    assert by_formula(on_cpu(torch.ops.memo.mm_into_.default, out, a, b)) == peak
+    batched, other = a.expand(3, -1, -1).contiguous(), b.expand(3, -1, -1).contiguous()
+    peak = measure_peak(lambda: torch.bmm(batched, other)) - 3 * out.nbytes
+    assert by_formula(on_cpu(torch.ops.aten.bmm.default, batched, other)) == peak
+
+
+def test_nothing_is_called_for_another_machines_plan():
+    a, b = torch.randn(64, 32).bfloat16(), torch.randn(32, 16).bfloat16()
+    assert by_formula(on_cpu(torch.ops.aten.mm.default, a, b), measure=False) == 0
+
+
+def on_cpu(op, *tensors):
+    graph = torch.fx.Graph()
+    arguments = [graph.placeholder(f"a{number}") for number in range(len(tensors))]
+    for argument, tensor in zip(arguments, tensors, strict=True):
+        argument.meta["val"] = tensor
+    return graph.call_function(op, tuple(arguments))
 
 
 def test_other_kernels_have_none():

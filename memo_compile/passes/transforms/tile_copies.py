@@ -30,6 +30,7 @@ def make_again_in_tiles(gm: fx.GraphModule, wide: int) -> fx.GraphModule:
     """
     regions = find_regions(gm, wide)
     places = _Places.of(gm, regions)
+    left: dict[fx.Node, None] = {}
     for made in [*(region.results for region in regions), _read_in_rows(regions)]:
         cheap = [n for n in made if nbytes(n) >= wide and _can_run_again(n)]
         chains = {n: chain for n in cheap if (chain := places.chain(n, cheap)) is not None}
@@ -37,6 +38,10 @@ def make_again_in_tiles(gm: fx.GraphModule, wide: int) -> fx.GraphModule:
         if sum(map(nbytes, longer)) >= sum(map(nbytes, chains)):
             chains = {n: chain for n, chain in chains.items() if not chain.longer}
         _copy({n: chain.nodes for n, chain in chains.items()}, places)
+        left |= dict.fromkeys(n for chain in chains.values() for n in chain.nodes)
+    for node in sorted(left, reverse=True):
+        if not node.users:
+            gm.graph.erase_node(node)
     gm.recompile()
     return gm
 

@@ -99,7 +99,7 @@ def prepare(
         workspaces: where to look for what kernels take for themselves; by default also by calling them.
         watch: is shown the joint graph after each pass, with the pass's name and what it found.
     """
-    workspaces = workspaces or Workspaces(fused)
+    workspaces = workspaces or Workspaces(fused, low=profile.device == "cpu")
     state = Joint(
         graph=joint,
         inputs=inputs,

@@ -11,6 +11,8 @@ import torch.fx as fx
 from memo_compile.passes.analysis.liveness import WORKSPACE, lifetimes
 from memo_compile.passes.fx.facts import is_pointwise, is_reduction, is_view, nbytes, op_name, source_line, storage_of
 from memo_compile.passes.fx.ranges import at_the_upper_end
+from memo_compile.passes.transforms.tile_bodies import bodies
+from memo_compile.passes.transforms.tiles import program_in
 from memo_compile.schema import Workspace
 from memo_compile.workspaces.calls import by_call
 from memo_compile.workspaces.formulas import by_formula
@@ -29,12 +31,14 @@ class Workspaces:
     """Where to look for what calls take.
 
     With `fused`, a compiler makes loops of all that it can, and only what it leaves to kernels takes any. `measure`
-    says whether ops may be called to be measured: not where a plan is made for another machine. Where `given`, by node,
-    there is nothing else.
+    says whether ops may be called to be measured: not where a plan is made for another machine. With `low`, so may
+    kernels of low precision on the CPU, of which each processor has its own. Where `given`, by node, there is nothing
+    else.
     """
 
     fused: bool
     measure: bool = True
+    low: bool = False
     given: Mapping[str, Workspace] | None = None
 
     def annotate(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -42,6 +46,9 @@ class Workspaces:
         for node in gm.graph.nodes:
             if node.op == "call_function":
                 node.meta[WORKSPACE], node.meta[HOW] = self.of(node)
+            program = program_in(node)
+            for key in program.kinds if program is not None else ():
+                self.annotate(bodies()[key])
         return gm
 
     def of(self, node: fx.Node) -> tuple[int, str]:
@@ -54,7 +61,7 @@ class Workspaces:
             inner = self._of_subgraphs(node)
             return (0, "") if inner is None else (inner, "its subgraph")
         before = seen().of(node) or 0
-        exact = by_formula(node, measure=self.measure)
+        exact = by_formula(node, measure=self.measure and self.low)
         if exact is not None and exact >= before:
             return exact, "formula"
         if exact is None and not before and not self._is_foreign(node):

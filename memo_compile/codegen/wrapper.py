@@ -2,7 +2,8 @@
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `PythonWrapperCodegen.generate_return` is called when the body
 of `call` is complete and has not been joined to the rest; `wrapper_call._lines` are its lines and `header` the
-module's; `V.graph` knows the buffers. The wrapper class is swapped in for the time of one compilation.
+module's; `define_subgraph_launcher_fn` with the text of a subgraph's function, whose graph is the last of
+`codegened_graph_stack`; `V.graph` knows the buffers. The wrapper class is swapped in for the time of one compilation.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from memo_compile.codegen.emitted.body import Body, Kind, read_body
 from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
 from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffers_in, take_prefetch_buffer
-from memo_compile.codegen.emitted.text import source_of
+from memo_compile.codegen.emitted.text import function_in, source_of
 from memo_compile.codegen.emitted.views import Segment, common_dtype
 from memo_compile.codegen.lowered import Lowered
 from memo_compile.codegen.lowerings import register_lowerings
 from memo_compile.codegen.scheduler.dependencies import held_buffers, views_of
 from memo_compile.codegen.workspaces import workspaces_of
+from memo_compile.logs import logger
 from memo_compile.passes.fx.facts import schema_name_of
+from memo_compile.placement.bounds import live_bytes
 from memo_compile.schema import ArenaBuffer, ArenaSegment
+
+log = logger(__name__)
 
 # Called with the finished body. Returns the buffers and segments to emit; an empty pair leaves the text as it is.
 Planner = Callable[[Body], tuple[Sequence[ArenaBuffer], Sequence[ArenaSegment]]]
@@ -44,11 +49,12 @@ class Emission:
     outputs: tuple[str, ...] = ()
     device: str | None = None
     lowered: Lowered | None = None
+    inside: Mapping[str, int] = field(default_factory=dict)
 
     def reread(self, lines: Sequence[str]) -> Body:
         """The body of the same graph with its lines in another order."""
         with self.at_hand():
-            return _read(lines, self.outputs, self.device)
+            return _read(lines, self.outputs, self.device, self.inside)
 
 
 # Called with what Inductor emitted. Returns the lines in the order in which they are to stand.
@@ -110,7 +116,14 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
         def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
             if is_subgraph:
                 return base.create(is_subgraph, subgraph_name, parent_wrapper, partition_signatures)
-            return ArenaWrapper()
+            made = ArenaWrapper()
+            made.inside = {}
+            return made
+
+        def define_subgraph_launcher_fn(self, name: str, subgraph_code: Any) -> None:
+            super().define_subgraph_launcher_fn(name, subgraph_code)
+            held = held_inside(self.codegened_graph_stack[-1], name, subgraph_code.value, self.asked.device)
+            self.inside.update({} if held is None else {name: held})
 
         def go_on(self, asked: Hooks) -> None:
             """Ask something else of a body that a dry run ended at; called before it is generated once more."""
@@ -125,14 +138,19 @@ def _subclass(base: Any, hooks: Hooks) -> Any:
             kept = [line for line in lines if line is not None]
             symbols = symbols_at_hand()
             check_growing()
-            body = _read(numbered(kept, symbols), output_refs, hooks.device)
+            body = _read(numbered(kept, symbols), output_refs, hooks.device, self.inside)
             if hooks.arrange is not None:
                 shown = tuple(numbered(kept, symbols))
                 emission = Emission(
-                    lines=shown, body=body, at_hand=_at_hand(), outputs=tuple(output_refs), device=hooks.device
+                    lines=shown,
+                    body=body,
+                    at_hand=_at_hand(),
+                    outputs=tuple(output_refs),
+                    device=hooks.device,
+                    inside=self.inside,
                 )
                 kept = list(hooks.arrange(emission))
-                body = _read(kept, output_refs, hooks.device)
+                body = _read(kept, output_refs, hooks.device, self.inside)
                 self.wrapper_call._lines[:] = kept
             buffers, segments = hooks.plan(body)
             if buffers:
@@ -169,7 +187,26 @@ def _input_names() -> list[str]:
     return list(V.graph.graph_input_names)
 
 
-def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) -> Body:
+def held_inside(graph: Any, name: str, text: str, device: str | None) -> int | None:
+    """Bytes that the function of a subgraph holds at most beside what it is given, beyond its results.
+
+    None where the text is of no form that memo knows.
+    """
+    from torch._inductor.virtualized import V  # loads Inductor
+
+    try:
+        lines, outputs = function_in(text, name)
+        with V.set_graph_handler(graph):
+            body = _read(numbered(lines, symbols_at_hand()), outputs, device, {})
+    except (SyntaxError, ValueError, LookupError):
+        log.debug("%s: what it holds is taken from its graph", name, exc_info=True)
+        return None
+    ranges = [(s.start, s.end, s.bytes) for s in body.storages.values() if s.kind != Kind.INPUT]
+    returned = {n for n in body.outputs if n is not None and body.storages[n].kind != Kind.INPUT}
+    return max(0, max(live_bytes(ranges, body.steps), default=0) - sum(body.storages[n].bytes for n in returned))
+
+
+def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None, inside: Mapping[str, int]) -> Body:
     from torch._inductor.virtualized import V  # loads Inductor
 
     graph = V.graph
@@ -200,6 +237,7 @@ def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None) 
         workspaces_of(graph),
         held=held_buffers(graph),
         device=device,
+        inside=inside,
     )
     strides = tuple(_stride(output) for output in graph.graph_outputs)
     origins = {name: _origin(graph.name_to_buffer.get(name)) for name in body.storages}

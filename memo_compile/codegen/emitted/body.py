@@ -110,6 +110,7 @@ def read_body(
     taken_by: Callable[[Sequence[str], str], int] = lambda _, __: 0,
     held: Collection[str] = (),
     device: str | None = None,
+    inside: Mapping[str, int] | None = None,
 ) -> Body:
     """Read a body.
 
@@ -122,6 +123,7 @@ def read_body(
         taken_by: bytes that a call takes for itself, by the names of its results, and by what it calls.
         held: names of buffers that Inductor gives to what memo does not know, whatever the text shows.
         device: where buffers are to be placed, "cpu" or "cuda:0"; by default where most bytes lie.
+        inside: bytes that the functions of subgraphs hold beyond their results, by name.
     """
     lines = list(_lines(ast.parse(source).body))
     reading = _Reading(kernel_storage, aliased_by, len(lines))
@@ -131,7 +133,7 @@ def read_body(
         reading.read(step, line)
     returned = [reading.returned(expression) for expression in outputs]
     body = reading.body(lines, returned, inputs, held, device)
-    scratch = _workspaces([line.statement for line in lines], taken_by)
+    scratch = _workspaces([line.statement for line in lines], taken_by, inside or {})
     return replace(body, storages=body.storages | scratch)
 
 
@@ -170,6 +172,7 @@ class _Reading:
     results: dict[str, str] = field(default_factory=dict)  # item -> the tuple that holds it as long as it has a name
     deleted: dict[str, int] = field(default_factory=dict)  # name -> one past the statement that deletes it
     held: set[str] = field(default_factory=set)
+    lists: dict[str, list[str]] = field(default_factory=dict)  # what a subgraph is called with, until it has run
 
     def add(self, name: str, kind: Kind, size: int, start: int) -> None:
         """A storage of its own."""
@@ -190,7 +193,8 @@ class _Reading:
             self.held.update(self.storages_in(statement))
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             self._assign(step, statement.targets[0].id, statement.value, line.device)
-        for name in self.storages_in(statement):
+        listed = [s for name in _names(statement) for s in self.lists.get(name, ())]
+        for name in [*self.storages_in(statement), *listed]:
             self.end[name] = step + 1
 
     def _assign(self, step: int, target: str, value: ast.expr, device: str | None) -> None:
@@ -206,6 +210,8 @@ class _Reading:
             self.storage_of[target] = shared[0]
             self.held.update(shared if len(set(shared)) > 1 else ())
         elif isinstance(value, (ast.Call, ast.List, ast.BinOp)):  # `[None] * 2`, which a branch fills
+            if isinstance(value, ast.List):
+                self.lists[target] = self.storages_in(value)
             self._made(step, target, value)
 
     def _name(self, target: str, whole: str, is_item: bool) -> None:
@@ -265,7 +271,9 @@ class _Reading:
             self.end[item] = max(self.end[item], self.end[whole], self.deleted.get(whole, self.steps))
 
 
-def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str], str], int]) -> dict[str, Storage]:
+def _workspaces(
+    statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str], str], int], inside: Mapping[str, int]
+) -> dict[str, Storage]:
     """What calls take for themselves, each live while its statement runs; a loop or a choice is one statement."""
     found = {}
     for step, statement in enumerate(statements):
@@ -274,7 +282,11 @@ def _workspaces(statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str
         if not label:
             continue
         targets = [name for n in within if isinstance(n, ast.Assign) for t in n.targets for name in _names(t)]
-        size = taken_by(list(dict.fromkeys(targets)), label)
+        functions = [n.func.id for n in within if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        known = [inside[name] for name in functions if name in inside]
+        # The text tells all of a subgraph that is called here, and not of what is called round after round.
+        exact = isinstance(statement, ast.Assign) and known
+        size = max(known, default=0) if exact else max([taken_by(list(dict.fromkeys(targets)), label), *known])
         if size:
             name = f"{label}:{step}"
             found[name] = Storage(name=name, kind=Kind.WORKSPACE, bytes=size, start=step, end=step + 1)

@@ -62,6 +62,24 @@ def flatten(body: Sequence[ast.stmt]) -> list[ast.stmt]:
     return flat
 
 
+def function_in(text: str, name: str) -> tuple[list[str], list[str]]:
+    """The statements of a function before its `return`, and the expressions that it returns.
+
+    Raises:
+        LookupError: there is no such function, or it does not end so.
+
+    >>> function_in("def f(args):\\n    a, b = args\\n    return (a, g(b), )", "f")
+    (['(a, b) = args'], ['a', 'g(b)'])
+    """
+    found = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name]
+    if not found or not isinstance(found[0].body[-1], ast.Return):
+        raise LookupError(name)
+    *statements, last = found[0].body
+    value = last.value if isinstance(last, ast.Return) else None
+    returned = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value] if value is not None else []
+    return [ast.unparse(s) for s in statements], [ast.unparse(r) for r in returned]
+
+
 def call_in(statement: ast.stmt) -> ast.Call | None:
     """The call that a statement makes, where that is all it does."""
     value = statement.value if isinstance(statement, (ast.Expr, ast.Assign)) else None

@@ -113,6 +113,30 @@ def test_results_live_as_long_as_the_tuple_that_holds_them():
     assert storages["buf4"].end == storages["buf5"].end
 
 
+SUBGRAPH = """
+buf0 = empty_strided_cpu((4, 8), (8, 1), torch.float32)
+region_args = [buf0, primals_1]
+del buf0
+buf1 = region(region_args)
+buf2 = buf1[0]
+del buf1
+"""
+
+
+def test_what_a_subgraph_holds_inside_is_live_while_it_runs_and_so_is_what_it_is_given():
+    body = read_body(SUBGRAPH, ["buf2"], ["primals_1"], {"buf1": ("workspace", 0)}.get, inside={"region": 1000})
+    assert [s.bytes for s in body.storages.values() if s.start <= 3 < s.end and s.bytes] == [128, 1000]
+    assert [s.bytes for s in body.storages.values() if s.start <= 4 < s.end and s.bytes] == []
+
+
+def test_the_text_of_a_subgraph_tells_what_its_graph_does_not():
+    def told(names, label):
+        return 400
+
+    body = read_body(SUBGRAPH, ["buf2"], ["primals_1"], lambda name: None, taken_by=told, inside={"region": 300})
+    assert body.storages["region:3"].bytes == 300
+
+
 def test_what_lies_on_another_device_has_no_place():
     text = BODY.replace("buf1 = empty_strided_cpu", "buf1 = empty_strided_cuda")
     storages = read(text).storages

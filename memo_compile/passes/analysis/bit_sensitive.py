@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 import torch.fx as fx
 
+from memo_compile.passes.fx.facts import is_random
+
 _aten = torch.ops.aten
 # By packet, so that every overload counts.
 _DECISIONS = (
@@ -21,6 +23,7 @@ _DECISIONS = (
 )
 _BETWEEN_TENSORS = tuple(getattr(_aten, name).Tensor for name in ("gt", "ge", "lt", "le"))
 _WITH_PLACES = (_aten.max.dim, _aten.min.dim)
+_CASTS = (torch.ops.prims.convert_element_type.default, _aten._to_copy.default)  # to whole numbers: these truncate
 # Of a difference that may be exactly zero. Of anything else a value as close to the constant is rare, as in ReLU.
 _OF_A_DIFFERENCE = (
     *(getattr(_aten, name).Scalar for name in ("gt", "ge", "lt", "le")),
@@ -33,9 +36,23 @@ def decides(node: fx.Node) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     if node.target in _OF_A_DIFFERENCE:
         return any(_is_difference(n) for n in node.all_input_nodes)
+    if node.target in _CASTS:
+        return not _is_floating(node) and any(_is_floating(n) and _is_of_data(n) for n in node.all_input_nodes)
     if packet not in _DECISIONS and node.target not in _BETWEEN_TENSORS + _WITH_PLACES:
         return False
     return any(_is_floating(n) for n in node.all_input_nodes)
+
+
+def _is_of_data(node: fx.Node) -> bool:
+    """Whether anything but constants is in a value."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current.op != "call_function" or is_random(current):
+            return True
+        stack += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(stack)
+    return False
 
 
 def _is_difference(node: fx.Node) -> bool:

@@ -28,6 +28,15 @@ def rounded(h):
     return torch.sin(h) * (1024 * h).round()
 
 
+def truncated(h):
+    return torch.sin(h) * (1024 * h).long()
+
+
+def by_a_constant(h):
+    """What is truncated is made of no data: it is the same again."""
+    return torch.sin(h) * (torch.arange(h.shape[-1], dtype=h.dtype) / 3).long()
+
+
 def where_it_differs(h):
     return torch.sin(h) * (torch.sign(h - h.amax(-1, keepdim=True)) + 0.5)
 
@@ -65,12 +74,14 @@ def matmuls_of(layer):
     return [a for a in memo_compile.plans()[-1].activations if a.name.startswith("addmm")]
 
 
-@pytest.mark.parametrize("layer", [greatest, where_it_is_greatest, rounded, where_it_differs, above_the_greatest])
+@pytest.mark.parametrize(
+    "layer", [greatest, where_it_is_greatest, rounded, truncated, where_it_differs, above_the_greatest]
+)
 def test_what_decides_is_not_made_again(layer):
     assert not any(a.recomputed for a in matmuls_of(layer))
 
 
-@pytest.mark.parametrize("layer", [smooth, rectified, the_best_two])
+@pytest.mark.parametrize("layer", [smooth, rectified, the_best_two, by_a_constant])
 def test_where_nothing_is_decided_once_more_it_may_be_made_again(layer):
     """Places that were chosen in the forward are saved."""
     assert any(a.recomputed for a in matmuls_of(layer))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from memo_compile.codegen.emitted.body import Body, Kind, read_body
+from memo_compile.codegen.emitted.body import Body, Inside, Kind, read_body
 from memo_compile.codegen.emitted.numbers import check_growing, number_of, numbered, symbols_at_hand
 from memo_compile.codegen.emitted.prefetch_buffers import prefetch_buffers_in, take_prefetch_buffer
 from memo_compile.codegen.emitted.text import function_in, source_of
@@ -49,7 +49,7 @@ class Emission:
     outputs: tuple[str, ...] = ()
     device: str | None = None
     lowered: Lowered | None = None
-    inside: Mapping[str, int] = field(default_factory=dict)
+    inside: Mapping[str, Inside] = field(default_factory=dict)
 
     def reread(self, lines: Sequence[str]) -> Body:
         """The body of the same graph with its lines in another order."""
@@ -187,26 +187,25 @@ def _input_names() -> list[str]:
     return list(V.graph.graph_input_names)
 
 
-def held_inside(graph: Any, name: str, text: str, device: str | None) -> int | None:
-    """Bytes that the function of a subgraph holds at most beside what it is given, beyond its results.
-
-    None where the text is of no form that memo knows.
-    """
+def held_inside(graph: Any, name: str, text: str, device: str | None) -> Inside | None:
+    """What the function of a subgraph holds; None where the text is of no form that memo knows."""
     from torch._inductor.virtualized import V  # loads Inductor
 
     try:
         lines, outputs = function_in(text, name)
         with V.set_graph_handler(graph):
             body = _read(numbered(lines, symbols_at_hand()), outputs, device, {})
+            given = [body.storages[n].end for n in graph.graph_input_names]
     except (SyntaxError, ValueError, LookupError):
         log.debug("%s: what it holds is taken from its graph", name, exc_info=True)
         return None
     ranges = [(s.start, s.end, s.bytes) for s in body.storages.values() if s.kind != Kind.INPUT]
     returned = {n for n in body.outputs if n is not None and body.storages[n].kind != Kind.INPUT}
-    return max(0, max(live_bytes(ranges, body.steps), default=0) - sum(body.storages[n].bytes for n in returned))
+    own = live_bytes(ranges, body.steps)
+    return Inside(tuple(own), tuple(given), sum(body.storages[n].bytes for n in returned))
 
 
-def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None, inside: Mapping[str, int]) -> Body:
+def _read(lines: Sequence[str], output_refs: Sequence[str], device: str | None, inside: Mapping[str, Inside]) -> Body:
     from torch._inductor.virtualized import V  # loads Inductor
 
     graph = V.graph

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from memo_compile.codegen.emitted.known import device_of, is_known, is_known_block
 
@@ -79,6 +80,27 @@ class Body:
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
+@dataclass(frozen=True)
+class Inside:
+    """What the function of a subgraph holds while it runs.
+
+    Attributes:
+        own: bytes that it has allocated, at each of its statements.
+        ends: for each value that it is given one past the statement that needs it last.
+        results: bytes of what it returns, as far as it has made that itself.
+    """
+
+    own: tuple[int, ...]
+    ends: tuple[int, ...]
+    results: int
+
+    def beyond(self, given: Sequence[int]) -> int:
+        """The most bytes beyond its results; of what it is given, so many bytes each count until it lets go of them."""
+        pairs = list(zip(given, self.ends, strict=False))
+        held = (own + sum(size for size, end in pairs if step < end) for step, own in enumerate(self.own))
+        return max(0, max(held, default=0) - self.results)
+
+
 def dense_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
     """Bytes that a strided tensor spans.
 
@@ -110,7 +132,7 @@ def read_body(
     taken_by: Callable[[Sequence[str], str], int] = lambda _, __: 0,
     held: Collection[str] = (),
     device: str | None = None,
-    inside: Mapping[str, int] | None = None,
+    inside: Mapping[str, Inside] | None = None,
 ) -> Body:
     """Read a body.
 
@@ -123,7 +145,7 @@ def read_body(
         taken_by: bytes that a call takes for itself, by the names of its results, and by what it calls.
         held: names of buffers that Inductor gives to what memo does not know, whatever the text shows.
         device: where buffers are to be placed, "cpu" or "cuda:0"; by default where most bytes lie.
-        inside: bytes that the functions of subgraphs hold beyond their results, by name.
+        inside: what the functions of subgraphs hold, by name.
     """
     lines = list(_lines(ast.parse(source).body))
     reading = _Reading(kernel_storage, aliased_by, len(lines))
@@ -133,8 +155,14 @@ def read_body(
         reading.read(step, line)
     returned = [reading.returned(expression) for expression in outputs]
     body = reading.body(lines, returned, inputs, held, device)
-    scratch = _workspaces([line.statement for line in lines], taken_by, inside or {})
-    return replace(body, storages=body.storages | scratch)
+    statements = [line.statement for line in lines]
+    handed_over = {
+        step: _handed_over(body, step, reading.lists.get(call.args[0].id, []))
+        for step, call in _calls_with_lists(statements)
+    }
+    scratch = _workspaces(statements, taken_by, inside or {}, handed_over)
+    gone = {s.name: replace(s, end=step) for step, given in handed_over.items() for s in given if s is not None}
+    return replace(body, storages=body.storages | gone | scratch)
 
 
 @dataclass(frozen=True)
@@ -172,7 +200,7 @@ class _Reading:
     results: dict[str, str] = field(default_factory=dict)  # item -> the tuple that holds it as long as it has a name
     deleted: dict[str, int] = field(default_factory=dict)  # name -> one past the statement that deletes it
     held: set[str] = field(default_factory=set)
-    lists: dict[str, list[str]] = field(default_factory=dict)  # what a subgraph is called with, until it has run
+    lists: dict[str, list[list[str]]] = field(default_factory=dict)  # what a subgraph is called with, until it has run
 
     def add(self, name: str, kind: Kind, size: int, start: int) -> None:
         """A storage of its own."""
@@ -193,7 +221,7 @@ class _Reading:
             self.held.update(self.storages_in(statement))
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             self._assign(step, statement.targets[0].id, statement.value, line.device)
-        listed = [s for name in _names(statement) for s in self.lists.get(name, ())]
+        listed = [s for name in _names(statement) for given in self.lists.get(name, ()) for s in given]
         for name in [*self.storages_in(statement), *listed]:
             self.end[name] = step + 1
 
@@ -209,9 +237,11 @@ class _Reading:
             # `buf3 = torch.ops.aten.view_as_complex.default(buf2)`: a view, though a kernel's call makes it.
             self.storage_of[target] = shared[0]
             self.held.update(shared if len(set(shared)) > 1 else ())
-        elif isinstance(value, (ast.Call, ast.List, ast.BinOp)):  # `[None] * 2`, which a branch fills
-            if isinstance(value, ast.List):
-                self.lists[target] = self.storages_in(value)
+        elif isinstance(value, ast.List):
+            self.lists[target] = [self.storages_in(element) for element in value.elts]
+            self.held.update(self.storages_in(value))
+            self.add(target, Kind.KERNEL, 0, step)
+        elif isinstance(value, (ast.Call, ast.BinOp)):  # `[None] * 2`, which a branch fills
             self._made(step, target, value)
 
     def _name(self, target: str, whole: str, is_item: bool) -> None:
@@ -271,8 +301,34 @@ class _Reading:
             self.end[item] = max(self.end[item], self.end[whole], self.deleted.get(whole, self.steps))
 
 
+def _calls_with_lists(statements: Sequence[ast.stmt]) -> Iterator[tuple[int, Any]]:
+    """Statements that do no more than to call a function with a list that has a name, as Inductor calls subgraphs."""
+    for step, statement in enumerate(statements):
+        call = statement.value if isinstance(statement, ast.Assign) else None
+        if isinstance(call, ast.Call) and len(call.args) == 1 and isinstance(call.args[0], ast.Name):
+            yield step, call
+
+
+def _handed_over(body: Body, step: int, given: Sequence[Sequence[str]]) -> list[Storage | None]:
+    """Of what a subgraph is given, each storage that nothing else needs, where it is given first; None in other places.
+
+    What the caller of the graph has given is its own.
+    """
+    seen: set[str] = set()
+    found: list[Storage | None] = []
+    for names in given:
+        storage = body.storages[names[0]] if len(names) == 1 else None
+        own = storage is not None and storage.kind != Kind.INPUT and storage.end == step + 1
+        found.append(storage if own and names[0] not in seen else None)
+        seen.update(names)
+    return found
+
+
 def _workspaces(
-    statements: Sequence[ast.stmt], taken_by: Callable[[Sequence[str], str], int], inside: Mapping[str, int]
+    statements: Sequence[ast.stmt],
+    taken_by: Callable[[Sequence[str], str], int],
+    inside: Mapping[str, Inside],
+    handed_over: Mapping[int, Sequence[Storage | None]],
 ) -> dict[str, Storage]:
     """What calls take for themselves, each live while its statement runs; a loop or a choice is one statement."""
     found = {}
@@ -282,8 +338,9 @@ def _workspaces(
         if not label:
             continue
         targets = [name for n in within if isinstance(n, ast.Assign) for t in n.targets for name in _names(t)]
+        given = [0 if s is None else s.bytes for s in handed_over.get(step, ())]
         functions = [n.func.id for n in within if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-        known = [inside[name] for name in functions if name in inside]
+        known = [inside[name].beyond(given) for name in functions if name in inside]
         # The text tells all of a subgraph that is called here, and not of what is called round after round.
         exact = isinstance(statement, ast.Assign) and known
         size = max(known, default=0) if exact else max([taken_by(list(dict.fromkeys(targets)), label), *known])

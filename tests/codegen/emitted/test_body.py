@@ -2,7 +2,7 @@
 
 import pytest
 
-from memo_compile.codegen.emitted.body import dense_bytes, read_body
+from memo_compile.codegen.emitted.body import Inside, dense_bytes, read_body
 from memo_compile.placement.bounds import live_bytes
 
 BODY = """
@@ -123,18 +123,34 @@ del buf1
 """
 
 
-def test_what_a_subgraph_holds_inside_is_live_while_it_runs_and_so_is_what_it_is_given():
-    body = read_body(SUBGRAPH, ["buf2"], ["primals_1"], {"buf1": ("workspace", 0)}.get, inside={"region": 1000})
-    assert [s.bytes for s in body.storages.values() if s.start <= 3 < s.end and s.bytes] == [128, 1000]
-    assert [s.bytes for s in body.storages.values() if s.start <= 4 < s.end and s.bytes] == []
+def held_by_step(body):
+    return live_bytes([(s.start, s.end, s.bytes) for s in body.storages.values()], body.steps)
+
+
+def test_a_subgraph_lets_go_of_what_it_is_given_alone():
+    """Of the two, 1,000 bytes are allocated after that."""
+    sizes = {"buf1": ("workspace", 0), "buf2": ("kernel", 40)}
+    inside = {"region": Inside(own=(500, 1000), ends=(1, 2), results=40)}
+    body = read_body(SUBGRAPH, ["buf2"], ["primals_1"], sizes.get, inside=inside)
+    assert held_by_step(body)[3] == 40 + 960
+    later = Inside(own=(500, 1000), ends=(2, 2), results=40)
+    assert held_by_step(read_body(SUBGRAPH, ["buf2"], ["primals_1"], sizes.get, inside={"region": later}))[3] == 1128
+
+
+def test_what_is_needed_after_a_subgraph_is_not_its_own():
+    text = SUBGRAPH.replace("del buf0\n", "") + "cpp_fused_0(buf0, buf2)\n"
+    inside = {"region": Inside(own=(500, 1000), ends=(1, 2), results=0)}
+    body = read_body(text, ["buf2"], ["primals_1"], {"buf1": ("workspace", 0)}.get, inside=inside)
+    assert held_by_step(body)[2] == 128 + 1000
 
 
 def test_the_text_of_a_subgraph_tells_what_its_graph_does_not():
     def told(names, label):
         return 400
 
-    body = read_body(SUBGRAPH, ["buf2"], ["primals_1"], lambda name: None, taken_by=told, inside={"region": 300})
-    assert body.storages["region:3"].bytes == 300
+    inside = {"region": Inside(own=(300,), ends=(1, 1), results=0)}
+    body = read_body(SUBGRAPH, ["buf2"], [], lambda name: None, taken_by=told, inside=inside)
+    assert body.storages["region:3"].bytes == 300 + 128
 
 
 def test_what_lies_on_another_device_has_no_place():

@@ -108,30 +108,33 @@ def _with_few_tiles(p: Prepared, limits: Limits, decide: Decide, evaluate: Evalu
 def _worthwhile(p: Prepared, limits: Limits) -> list[tuple[int, int]]:
     """Numbers of tiles and bytes of what is wide, each with a least peak that is clearly below the one before.
 
-    By the model. Once the widest values do not bind, those do that are widest then: with as many tiles as help at all,
-    since these may be what binds with fewer.
+    By the model. Once the widest values do not bind, those do that are widest then; where tiles of the first still
+    bind, that is seen with more of these.
     """
     found: list[tuple[int, int]] = []
     if limits.offload == "all" or widest_of(p) < MATTERS:
         return []
     counts: tuple[int, ...] = TILES
-    least = finest_peak = least_peak(p, replace(limits, tiles=1))
-    finest = p
+    clear = finest = (p, least_peak(p, replace(limits, tiles=1)))
     for _ in range(LEVELS):
-        now, now_peak = finest, finest_peak
-        if widest_of(now) < max(MATTERS, IN_THE_WAY * now_peak):
-            break
-        wide, in_vain = wide_in(now), 0
-        spared = now_peak - least_peak(now, replace(limits, tiles=1), wide_values(now))  # by tiles without end
+        least = clear[1]
+        enough = max(MATTERS, (1 - CLEARLY) * least)
+        for now, peak in (clear, finest):
+            if widest_of(now) < max(MATTERS, IN_THE_WAY * peak):
+                return found
+            wide, in_vain = wide_in(now), 0
+            spared = peak - least_peak(now, replace(limits, tiles=1), wide_values(now))  # by tiles without end
+            if spared >= enough:
+                break
         for count in counts:
-            if (1 - 1 / count) * spared < max(MATTERS, (1 - CLEARLY) * least):
+            if (1 - 1 / count) * spared < enough:
                 continue
             cut = tiled(p, count, wide, limits.accumulate) if count * LEAST_ROWS <= p.tokens.tokens else None
             peak = least_peak(cut, limits) if cut is not None else least
-            if cut is not None and peak < finest_peak:
-                finest, finest_peak = cut, peak
+            if cut is not None and peak < finest[1]:
+                finest = cut, peak
             if cut is not None and peak <= CLEARLY * least and least - peak >= MATTERS:
-                least, counts, in_vain = peak, tuple(c for c in TILES if c >= count), 0
+                clear, least, counts, in_vain = (cut, peak), peak, tuple(c for c in TILES if c >= count), 0
                 found.append((count, wide))
             elif cut is None or (in_vain := in_vain + 1) == IN_VAIN:
                 break

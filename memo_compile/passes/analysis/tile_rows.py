@@ -18,7 +18,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.token_axis import Axes, Flow, TokenAxis, is_tensor, only, shape_of, wrapped
 from memo_compile.passes.analysis.token_rules import flow, is_elementwise, needs_of_pointwise, sliceable
-from memo_compile.passes.fx.facts import is_pure, puts_into_zeros, schema_name
+from memo_compile.passes.fx.facts import is_pure, is_view, puts_into_zeros, schema_name
 from memo_compile.passes.fx.meta import TOKENS
 
 SMALLER = 32  # by this factor a table is, so that rows may be put into one in each tile
@@ -125,8 +125,15 @@ def _needs_for(node: fx.Node, axis: TokenAxis) -> tuple[TokenAxis | None, ...] |
     if schema_name(node) == "aten::embedding":
         within = axis.dim < len(shape_of(args[1]))
         return tuple(axis if n is args[1] else None for n in node.all_input_nodes) if within else None
-    source = _axis_before_view(node, axis)
+    source = _axis_before_view(node, axis) if _shows_a_lookup(node) else None
     return None if source is None else only(node, args[0], source)
+
+
+def _shows_a_lookup(node: fx.Node) -> bool:
+    """Whether a value is a view of what is looked up in a table. Other tables, of positions say, stay whole."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return schema_name(node) == "aten::embedding"
 
 
 def _axis_before_view(node: fx.Node, axis: TokenAxis) -> TokenAxis | None:

@@ -2,8 +2,9 @@
 
 Private torch APIs, tried with torch 2.11, 2.13 and 2.15: `PythonWrapperCodegen.generate_return` is called when the body
 of `call` is complete and has not been joined to the rest; `wrapper_call._lines` are its lines and `header` the
-module's; `define_subgraph_launcher_fn` with the text of a subgraph's function, whose graph is the last of
-`codegened_graph_stack`; `V.graph` knows the buffers. The wrapper class is swapped in for the time of one compilation.
+module's; `V.graph` knows the buffers. The wrapper class is swapped in for the time of one compilation. Tried with torch
+2.13 alone: `define_subgraph_launcher_fn` is called with the text of a subgraph's function, whose graph is the last of
+`codegened_graph_stack`.
 """
 
 from __future__ import annotations

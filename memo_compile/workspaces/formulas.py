@@ -9,8 +9,9 @@ import torch.fx as fx
 
 from memo_compile.passes.fx.facts import MATMULS, schema_name
 from memo_compile.passes.fx.heads import adds_up, head_slices
+from memo_compile.passes.transforms.tile_bodies import LOW
 from memo_compile.passes.transforms.tiles import program_in
-from memo_compile.workspaces.low_precision import LOW, is_low_on_cpu, of_attention, of_product
+from memo_compile.workspaces.low_precision import is_low_on_cpu, of_attention, of_product
 
 
 def by_formula(node: fx.Node, *, measure: bool = True) -> int | None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from memo_compile.passes.transforms.tile_bodies import LOW
 from memo_compile.workspaces.calls import taken_by
 
-LOW = frozenset({torch.bfloat16, torch.float16})
 MOST = 1024  # rows and columns of a call that is measured: blocks have at most 256 and 512
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -69,7 +69,7 @@ def function_in(text: str, name: str) -> tuple[list[str], list[str]]:
         LookupError: there is no such function, or it does not end so.
 
     >>> function_in("def f(args):\\n    a, b = args\\n    return (a, g(b), )", "f")
-    (['(a, b) = args'], ['a', 'g(b)'])
+    (['a, b = args'], ['a', 'g(b)'])
     """
     found = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name]
     if not found or not isinstance(found[0].body[-1], ast.Return):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -38,6 +39,7 @@ def _work(pipe: Connection) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is there to stay: collections, of which steps make many, need not walk it
     while True:
         try:
             task: Task = pipe.recv()

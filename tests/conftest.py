@@ -1,4 +1,3 @@
-import gc
 import os
 
 # Off as outside of CI: a test calls an op whose schema is wrong, of which torch warns.
@@ -6,12 +5,6 @@ os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "0"
 
 import pytest
 import torch
-
-
-def pytest_collection_finish():
-    """What was imported is there to stay: collections, of which `measure_peak` makes many, need not walk it."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -163,13 +163,18 @@ class _Interpreter(fx.Interpreter):
 
 
 class _Poisoning(_Interpreter):
-    """Fills places before anything lands in them, and slices in host memory once they have come back."""
+    """Fills places before anything lands in them, and slices in host memory once they have come back last."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        waits = gm.graph.find_nodes(op="call_function", target=torch.ops.memo.wait_.default)
+        self._last = {n.args[1:]: n for n in waits}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.target is torch.ops.aten.empty.memory_format and result is not None:
             poison(result)
-        elif n.target is torch.ops.memo.wait_.default:
+        elif n.target is torch.ops.memo.wait_.default and self._last[n.args[1:]] is n:
             poison_host(*self.fetch_args_kwargs_from_env(n)[0])
         return result
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -135,9 +135,26 @@ def row_buffers(problem: Problem, residency: Mapping[str, Residency], played: Si
             lives[a.produced, max(step, a.last_forward) + 1] += size
         for step, size in _whole(copied[Stream.H2D, a.name], offloaded):
             lives[min(step, needed), end] += size
-        for k, ((start, stop), size) in enumerate(sorted(lives.items())):
+        away = problem.away(a) if home.offloaded == a.tokens else ()
+        pieces = [
+            (piece, size) for (start, stop), size in sorted(lives.items()) for piece in _without(start, stop, away)
+        ]
+        for k, ((start, stop), size) in enumerate(pieces):
             if size:
                 yield Buffer(f"{a.name}:{k}", size, start, min(stop, len(problem.seconds)))
+
+
+def _without(start: int, stop: int, away: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """A range of steps less others in it, in order.
+
+    >>> list(_without(0, 9, [(2, 4), (6, 7)]))
+    [(0, 2), (4, 6), (7, 9)]
+    """
+    for begin, end in away:
+        if start <= begin < end < stop:
+            yield start, begin
+            start = end
+    yield start, stop
 
 
 def _copied(problem: Problem, played: Simulation) -> defaultdict[tuple[Stream, str], Counter[int]]:

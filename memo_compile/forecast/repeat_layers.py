@@ -258,6 +258,7 @@ def _moved(a: Activation, p: Period, copy: int) -> Activation:
         last_forward=a.last_forward + on,
         first_backward=a.first_backward + back,
         last_backward=a.last_backward + back,
+        unread=tuple((begin + back, end + back) for begin, end in a.unread),
     )
 
 
@@ -274,4 +275,5 @@ def _stretched(a: Activation, p: Period) -> Activation:
         last_forward=at(a.last_forward),
         first_backward=at(a.first_backward),
         last_backward=at(a.last_backward),
+        unread=tuple((at(begin), at(end)) for begin, end in a.unread),
     )

@@ -29,6 +29,7 @@ from memo_compile.passes.transforms.matmuls import keep_early_matmuls
 from memo_compile.passes.transforms.offloads import schedule_offloads
 from memo_compile.passes.transforms.partition import Split, split_saving
 from memo_compile.passes.transforms.prefetches import schedule_prefetches
+from memo_compile.passes.transforms.refetches import fetch_again
 from memo_compile.passes.transforms.residency import Residency
 from memo_compile.passes.transforms.row_gradients import add_rows_in_place
 from memo_compile.passes.transforms.saved_set import saved_set
@@ -153,6 +154,7 @@ ACTING: tuple[tuple[str, Callable[[Decision, Any], Split | Sliced]], ...] = (
     ("tiles", lambda d, g: _tiled(d, g)),
     ("row_gradients", lambda d, g: replace(g, backward=add_rows_in_place(g.backward))),
     ("offloads", lambda d, g: _with_offloads(d, g)),
+    ("refetches", lambda d, g: g if d.overlap else _with_refetches(d, g)),
     ("prefetches", lambda d, g: _with_prefetches(d, g)),
     ("matmuls", lambda d, g: replace(g, backward=keep_early_matmuls(g.backward))),
     ("workspaces", lambda d, g: _each(d.workspaces, g)),
@@ -211,6 +213,11 @@ def _with_offloads(d: Decision, g: Sliced) -> Sliced:
     live = d.live(g.forward, g.saved)
     forward = schedule_offloads(g.forward, d.seconds, d.profile.d2h, overlap=d.overlap, live=live, most=most)
     return replace(g, forward=forward)
+
+
+def _with_refetches(d: Decision, g: Sliced) -> Sliced:
+    least = max(d.live(g.forward, g.saved), default=0)
+    return replace(g, backward=fetch_again(g.backward, d.live(g.backward, g.saved), least))
 
 
 def _with_prefetches(d: Decision, g: Sliced) -> Sliced:

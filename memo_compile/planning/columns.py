@@ -29,6 +29,7 @@ def grid_of(problem: Problem) -> Grid:
     edges = {0, problem.forward_steps}
     for a in problem.activations:
         edges |= {a.produced, a.produced + 1, a.last_forward + 1, a.first_backward, a.last_backward + 1}
+        edges |= {step for away in problem.away(a) for step in away}
     start = sorted(e for e in edges if 0 <= e < steps)
     of_step = np.zeros(steps + 1, dtype=int)
     seconds, base = [], []

@@ -19,6 +19,7 @@ from memo_compile.passes.fx.facts import (
     storage_of,
 )
 from memo_compile.passes.fx.meta import TOKENS
+from memo_compile.passes.transforms.refetches import unread_ranges
 from memo_compile.planning import residency
 from memo_compile.planning.anchors import anchor_sets, bottlenecks, first_needed
 from memo_compile.planning.prepared import Prepared, results_of, step_seconds, tangents_of
@@ -91,7 +92,7 @@ def view_of(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) -> 
     seconds = [step_seconds(p, n) for n in (*front_nodes, *back_nodes)]
     reads = last_reads(p.forward, fused=p.fused, ignore_output=True)
     born = {n.name: i for i, n in enumerate(front_nodes)}
-    first_read = _first_reads(p.backward)
+    first_read, unread = _first_reads(p.backward), unread_ranges(p.backward)
     activations = {}
     axes: dict[str, TokenAxis | None] = {}
     for name, node in movable.items():
@@ -112,6 +113,7 @@ def view_of(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) -> 
             can_offload=bool(limits.offload),
             can_stay=not must_leave,
             recompute_whole=axis is not None and not _recomputed_by_rows(info, chain),
+            unread=tuple((steps + begin, steps + end) for begin, end in unread.get(name, ())),
         )
     problem = residency.Problem(
         seconds=tuple(seconds),

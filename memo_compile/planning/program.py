@@ -10,6 +10,7 @@ For activation a: bytes b, fractions k (kept), o (offloaded), r (recomputed), k 
 * memory   its bytes are live on [produced, last_forward] and on [first_backward, last_backward] whole, k·b in between;
            calls beside this one hold k·b each, all along;
            with it go the slices that wait for the D2H engine and those that landed early or are landing
+           where the least is wanted, o·b less in ranges of steps that do not read it: it comes once more
 * out      slices can leave from the interval after the one that makes them. The engine takes them in the order in
            which their bytes must be gone, so that what is overdue is all that was due less all that was copied
 * in       slices land before their first use, in the order of their first uses

@@ -17,7 +17,8 @@ class Activation:
 
     `first_backward` is the first step that needs it, be it for a gradient or to recompute another activation.
     `recompute_seconds` is None where it must not be recomputed; with `recompute_whole` it is recomputed whole or not
-    at all, while its rows may be kept and offloaded in slices. With `can_stay` false none of it is kept.
+    at all, while its rows may be kept and offloaded in slices. With `can_stay` false none of it is kept. `unread` are
+    half-open ranges of steps of the backward, between reads of it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Activation:
     can_offload: bool = True
     recompute_whole: bool = False
     can_stay: bool = True
+    unread: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Problem:
     """`seconds` and `base_bytes` per step; `base_bytes` is live whatever is decided. Rates in bytes/s.
 
     One of `calls` is played: the others have run their forward, and hold what the decision keeps. The activations of
-    each tuple of `alike` have one home, by name.
+    each tuple of `alike` have one home, by name. With `again`, what is offloaded takes no room while it is unread, and
+    comes once more: the least memory, for more copies.
     """
 
     seconds: tuple[float, ...]
@@ -52,6 +55,11 @@ class Problem:
     slice_tokens: int = 1
     calls: int = 1
     alike: tuple[tuple[str, ...], ...] = ()
+    again: bool = False
+
+    def away(self, a: Activation) -> tuple[tuple[int, int], ...]:
+        """The ranges of steps in which `a` takes no room, where all of it is offloaded."""
+        return a.unread if self.again else ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ def memory_profile(problem: Problem, residency: Mapping[str, Residency]) -> list
         change[min(a.last_forward + 1, steps)] -= gone
         change[min(max(a.first_backward, a.last_forward + 1), steps)] += gone
         change[min(a.last_backward + 1, steps)] -= a.bytes
+        for begin, end in problem.away(a) if residency[a.name].offloaded == a.tokens else ():
+            change[begin] -= a.bytes
+            change[end] += a.bytes
     return [int(v) for v in np.cumsum(change[:-1]) + np.array(problem.base_bytes)]
 
 

@@ -71,6 +71,9 @@ def _events(
         constant[dead] -= size
         changes[gone][c.kept + i] = changes[gone].get(c.kept + i, 0.0) + size
         changes[back][c.kept + i] = changes[back].get(c.kept + i, 0.0) - size
+        for begin, end in problem.away(a):
+            for at, way in ((grid.of_step[begin], -size), (grid.of_step[end], size)):
+                changes[at][c.offloaded + i] = changes[at].get(c.offloaded + i, 0.0) + way
         # The engine's order is that of the due times: what is due later leaves after what is due before.
         here = max(ready, min(grid.of_step[min(a.produced + 1, steps)], gone))
         ready = here if not offloaded or a.name in offloaded else ready

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -31,7 +31,7 @@ def least_peak(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) 
     found = [p.unplanned_peak]
     for problem in problems_of(view_of(p, limits, free)):
         with suppress(SolverOutOfTime):
-            found.append(int(rounding.smallest_peak(problem, time_limit=limits.time_limit)))
+            found += [int(rounding.smallest_peak(way, time_limit=limits.time_limit)) for way in _ways(problem)]
     return min(found)
 
 
@@ -41,32 +41,54 @@ def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.De
     Raises:
         SolverOutOfTime: no answer for any set within `limits.time_limit` seconds for each program.
     """
-    problems = problems_of(view)
-    unpulled = replace(view.problem, activations=tuple(view.activations.values())) if len(problems) > 1 else None
+    once = problems_of(view)
+    unpulled = replace(view.problem, activations=tuple(view.activations.values())) if len(once) > 1 else None
 
     @cache
-    def peak(i: int) -> float:
-        return rounding.smallest_peak(problems[i], time_limit=limits.time_limit)
+    def peak(problem: residency.Problem) -> float:
+        return rounding.smallest_peak(problem, time_limit=limits.time_limit)
 
-    def fastest(budget: int | None) -> tuple[residency.Problem, residency.Decision] | None:
+    def fastest(
+        problems: Sequence[residency.Problem], budget: int | None, like: residency.Problem | None = None
+    ) -> tuple[residency.Problem, residency.Decision] | None:
         # Whether anything fits is asked first, and only when it comes to it: it is told much sooner than what is best.
-        roomy = (replace(p, budget=budget) for i, p in enumerate(problems) if budget is None or peak(i) <= budget)
-        return _fastest(replace(unpulled, budget=budget) if unpulled else None, roomy, limits.time_limit)
+        roomy = (replace(p, budget=budget) for p in problems if budget is None or peak(p) <= budget)
+        bound = replace(unpulled, budget=budget) if unpulled else None
+        bound = again(bound) if bound is not None and like is not None and like.again else bound
+        return _fastest(bound, roomy, limits.time_limit)
 
     if limits.objective == "time":
-        found = fastest(view.problem.budget)
+        found = fastest(once, view.problem.budget)
         if found is not None:
             return (*found, True)
-    smallest = min(range(len(problems)), key=peak)
+    problems = [way for problem in once for way in _ways(problem)]
+    smallest = min(problems, key=peak)
     try:
-        found = fastest(int(rounding.slightly_more(peak(smallest))))
+        alike = [p for p in problems if p.again == smallest.again]
+        found = fastest(alike, int(rounding.slightly_more(peak(smallest))), smallest)
     except SolverOutOfTime as late:
         log.warning("the smallest plan is not the fastest of such: %s", late)
         found = None
     if found is None:  # or slices are too coarse for so little room
-        found = problems[smallest], rounding.least(problems[smallest], time_limit=limits.time_limit)
+        found = smallest, rounding.least(smallest, time_limit=limits.time_limit)
     problem, decision = replace(found[0], budget=limits.budget), found[1]
     return problem, decision, limits.budget is None or decision.peak <= limits.budget
+
+
+def _ways(problem: residency.Problem) -> list[residency.Problem]:
+    """The problem in which what is offloaded comes more than once, where that helps; and as it is, where the host may
+    have no room for so much.
+    """
+    if not any(a.unread and a.can_offload for a in problem.activations):
+        return [problem]
+    roomy = sum(a.bytes for a in problem.activations) <= problem.host_budget
+    return [again(problem)] if roomy else [again(problem), problem]
+
+
+def again(problem: residency.Problem) -> residency.Problem:
+    """The problem in which what is offloaded comes more than once. None of that is recomputed: rows would be twice."""
+    activations = (replace(a, recompute_seconds=None if a.unread else a.recompute_seconds) for a in problem.activations)
+    return replace(problem, activations=tuple(activations), again=True)
 
 
 def _fastest(

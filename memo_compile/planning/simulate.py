@@ -150,6 +150,9 @@ class _Player:
             change[min(a.last_forward + 1, self.steps)] -= gone
             change[min(_needed(a), self.steps)] += gone
             change[min(a.last_backward + 1, self.steps)] -= a.bytes
+            for begin, end in self.p.away(a) if self.residency[a.name].offloaded == a.tokens else ():
+                change[begin] -= a.bytes
+                change[end] += a.bytes
         resident: np.ndarray[Any, Any] = np.cumsum(change[:-1]) + np.array(self.p.base_bytes, dtype=float)
         return resident
 

@@ -127,14 +127,14 @@ def _moved(value: ast.expr, buffer: str, itemsize: Mapping[str, int], sizes: Map
 def replay(lines: Sequence[Line], rates: Rates) -> float:
     """Seconds that the lines take on three streams; it is over when nothing is left to copy."""
     now = out_free = back_free = 0.0
-    ends: dict[tuple[LineKind, int], float] = {}
+    ends: dict[tuple[LineKind, int, str], float] = {}
     for line in lines:
         if line.kind is LineKind.OFFLOAD:
-            ends[LineKind.OFFLOAD_WAIT, line.at] = out_free = max(now, out_free) + line.bytes / rates.d2h
+            ends[LineKind.OFFLOAD_WAIT, line.at, line.buffer] = out_free = max(now, out_free) + line.bytes / rates.d2h
         elif line.kind is LineKind.PREFETCH:
-            ends[LineKind.WAIT, line.at] = back_free = max(now, back_free) + line.bytes / rates.h2d
+            ends[LineKind.WAIT, line.at, line.buffer] = back_free = max(now, back_free) + line.bytes / rates.h2d
         elif line.kind in (LineKind.OFFLOAD_WAIT, LineKind.WAIT):
-            now = max(now, ends.get((line.kind, line.at), now))
+            now = max(now, ends.get((line.kind, line.at, line.buffer), now))
         now += line.seconds
     return max(now, out_free, back_free)
 
@@ -206,7 +206,7 @@ def _wait_later(places: list[_Place], done: Mapping[int, float], sizes: Mapping[
         _regroup(places, at, to, group, size, last=True)
 
 
-def _start_earlier(places: list[_Place], wanted: Mapping[int, float], sizes: Mapping[str, int], most: int) -> bool:
+def _start_earlier(places: list[_Place], wanted: Mapping[str, float], sizes: Mapping[str, int], most: int) -> bool:
     """Move each prefetch to where its link needs it to start, as far as there is room; whether any has moved."""
     moved = False
     for at, place in enumerate(list(places)):
@@ -214,7 +214,7 @@ def _start_earlier(places: list[_Place], wanted: Mapping[int, float], sizes: Map
         if prefetch.kind is not LineKind.PREFETCH or prefetch.buffer not in sizes:
             continue
         names, size, target, to = _aliases(places, prefetch.buffer), sizes[prefetch.buffer], at, at
-        while to > 0 and places[to].begins > wanted.get(prefetch.at, 0.0):
+        while to > 0 and places[to].begins > wanted.get(prefetch.text, 0.0):
             before = places[to - 1]
             makes_room = before.line.kind is LineKind.EMPTY and before.line.buffer == prefetch.buffer
             if before.line.kind in (LineKind.PREFETCH, LineKind.FIXED) or (
@@ -258,14 +258,16 @@ def _aliases(places: Sequence[_Place], name: str) -> frozenset[str]:
     return found
 
 
-def _wanted_starts(places: Sequence[_Place], rates: Rates) -> dict[int, float]:
-    """When each prefetch has to start so that the link serves all of them in time, by host offset: the last first."""
-    waits = {p.line.at: p.begins for p in places if p.line.kind is LineKind.WAIT}
-    free, starts = math.inf, {}
+def _wanted_starts(places: Sequence[_Place], rates: Rates) -> dict[str, float]:
+    """When each prefetch has to start so that the link serves all of them in time, by its text: the last first."""
+    waits: dict[tuple[int, str], float] = {}  # a slice may come several times
+    free, starts = math.inf, dict[str, float]()
     for place in reversed(places):
-        if place.line.kind is LineKind.PREFETCH:
-            free = min(waits.get(place.line.at, math.inf), free) - place.line.bytes / rates.h2d
-            starts[place.line.at] = free
+        if place.line.kind is LineKind.WAIT:
+            waits[place.line.at, place.line.buffer] = place.begins
+        elif place.line.kind is LineKind.PREFETCH:
+            free = min(waits.get((place.line.at, place.line.buffer), math.inf), free) - place.line.bytes / rates.h2d
+            starts[place.line.text] = free
     return starts
 
 

@@ -63,7 +63,7 @@ def poisoned(lines: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, k
         kept: what it receives and is the last to read.
     """
     text = [part for line in lines for part in line.split("\n")]
-    last = _last_lines(text)
+    last, waits = _last_lines(text), _last_waits(text)
     before: dict[int, list[str]] = defaultdict(list)
     after: dict[int, list[str]] = defaultdict(list)
     for number, (at, bytes_of, end) in enumerate(_lives(text, buffers, first, kept)):
@@ -76,7 +76,8 @@ def poisoned(lines: Sequence[str], buffers: Sequence[ArenaBuffer], first: int, k
         indent = line[: len(line) - len(line.lstrip())]
         out += [indent + more for more in before[i]]
         out.append(line.replace(PREFETCH_BUFFER, "poisoned_prefetch_buffer"))
-        out += [indent + more for more in (*_fill_of(line), *after[i])]
+        filled = _fill_of(line) if i in waits or not line.lstrip().startswith(WAIT) else []
+        out += [indent + more for more in (*filled, *after[i])]
     return out
 
 
@@ -98,6 +99,18 @@ def _fill_of(line: str) -> list[str]:
     if taken is not None and taken["maker"] != PREFETCH_BUFFER:
         return [f"poison({taken['name']})"]
     return [line.strip().replace(WAIT, "poison_host")] if line.lstrip().startswith(WAIT) else []
+
+
+def _last_waits(text: Sequence[str]) -> frozenset[int]:
+    """Of each slice that comes back, once or more often, the line that waits for it last: then the host's is unused."""
+    last: dict[str, int] = {}
+    for i, line in enumerate(text):
+        if line.lstrip().startswith(WAIT):
+            (statement,) = statements_of([line])
+            assert isinstance(statement, ast.Expr)
+            assert isinstance(statement.value, ast.Call)
+            last[", ".join(map(ast.unparse, statement.value.args[1:]))] = i
+    return frozenset(last.values())
 
 
 def _last_lines(text: Sequence[str]) -> list[int]:

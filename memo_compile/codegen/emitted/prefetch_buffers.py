@@ -59,7 +59,10 @@ def prefetch_buffer_size(call: ast.expr) -> int | None:
 
 
 def schedule_of(lines: Sequence[str]) -> Schedule:
-    """What an emitted backward prefetches, as if all of its prefetch buffers could be taken before it begins."""
+    """What an emitted backward prefetches, as if all of its prefetch buffers could be taken before it begins.
+
+    Of a slice that comes back several times the first may be early.
+    """
     taken: dict[str, int] = {}
     views: dict[str, View] = {}
     prefetch_buffers: list[EarlyPrefetch] = []
@@ -80,6 +83,8 @@ def schedule_of(lines: Sequence[str]) -> Schedule:
                     shape, stride, start = (ast.literal_eval(a) for a in place.args[1:4])
                 dtype = getattr(torch, view.dtype.rsplit(".", 1)[1])
                 offset = ast.literal_eval(call.args[2])
+                if any(offset == early.offset for early in prefetch_buffers):
+                    continue
                 prefetch_buffers.append(
                     EarlyPrefetch(
                         buffer=buffer,

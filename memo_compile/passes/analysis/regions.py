@@ -5,6 +5,8 @@ such as the sums of a softmax, and what cheap ops make of one on the way to anot
 a wide value and makes a narrow one of it belongs to the region too, and so do sums over tokens, such as the gradient of
 a weight.
 
+What holds less as two calls, one after the other, is two regions (`waists`).
+
 Regions are convex: no value leaves a region and comes back into it. Each node has a *stage*, which grows along every
 edge that leaves a region; so nodes of one stage that hang together are convex.
 """
@@ -21,6 +23,7 @@ import torch.fx as fx
 
 from memo_compile.passes.analysis.tile_rows import Rows, tile_rows
 from memo_compile.passes.analysis.token_axis import is_tensor, shape_of
+from memo_compile.passes.analysis.waists import divisions
 from memo_compile.passes.fx.facts import is_cheap, is_view, is_view_of, nbytes, storage_of
 
 THIN = 4  # numbers a token, at most: what a reduction over a row leaves, or a label
@@ -68,11 +71,32 @@ def find_regions(gm: fx.GraphModule, wide: int, returned: Collection[fx.Node] | 
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     found: list[Region] = []
     for part in _parts(candidates, stages, rows):
-        taken = candidates | {n for r in found for n in (*r.nodes, *r.sums)}
-        region = _region(part, large, rows, order, taken, returned) if part & large else None
-        if region is not None:
-            found.append(region)
+        if part & large:
+            found += _divided(part, large, rows, order, candidates | _nodes_of(found), returned)
     return _in_some_order(gm, sorted(found, key=lambda r: order[r.nodes[0]]))
+
+
+def _nodes_of(regions: Sequence[Region]) -> set[fx.Node]:
+    return {n for r in regions for n in (*r.nodes, *r.sums)}
+
+
+def _divided(
+    part: set[fx.Node],
+    large: Collection[fx.Node],
+    rows: Mapping[fx.Node, Rows],
+    order: Mapping[fx.Node, int],
+    taken: Collection[fx.Node],
+    returned: Collection[fx.Node] | None,
+) -> list[Region]:
+    """The region around a part, or several that hold less at once, where there is something inside of each."""
+    for division in divisions(part, rows):
+        first = _divided(set(division.before), large, rows, order, taken, returned)
+        also = {*taken, *_nodes_of(first)}
+        second = _divided(set(division.after), large, rows, order, also, returned) if first else []
+        if second:
+            return [*first, *second]
+    region = _region(part, large, rows, order, taken, returned)
+    return [region] if region is not None else []
 
 
 def _in_some_order(gm: fx.GraphModule, regions: list[Region]) -> list[Region]:

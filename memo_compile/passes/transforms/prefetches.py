@@ -75,7 +75,7 @@ def _starts(
 
 def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
     """Take the prefetch buffer and start the prefetch: where it is read, in its rows of the whole value."""
-    join = _join_of(mark)
+    join = join_of(mark)
     with graph.inserting_before(start):
         buffer = _empty(graph, mark if join is None else join)
         buffer.meta.update({WHY: f"where they land: {mark.meta.get(WHY, '')}", FOR: mark.meta.get(FOR, "")})
@@ -87,12 +87,12 @@ def _start(graph: fx.Graph, mark: fx.Node, start: fx.Node) -> fx.Node:
 
 def _land(graph: fx.Graph, mark: fx.Node, buffer: fx.Node) -> None:
     """Put the whole value together in the prefetch buffer, and wait for what was prefetched."""
-    join = _join_of(mark)
+    join = join_of(mark)
     whole = mark if join is None else join
     with graph.inserting_before(whole):
         if join is not None:
-            for index in range(1, len(_parts(join))):
-                _write(graph, _parts(join)[index], _rows(graph, buffer, join, index))
+            for index in range(1, len(parts_of(join))):
+                _write(graph, parts_of(join)[index], _rows(graph, buffer, join, index))
         # Last: the other rows are made while these are on their way.
         rows = buffer if join is None else _rows(graph, buffer, join, 0)
         _transfer(graph, torch.ops.memo.wait_.default, rows, mark, "the copy must have ended")
@@ -102,21 +102,21 @@ def _land(graph: fx.Graph, mark: fx.Node, buffer: fx.Node) -> None:
         _erase_unused(graph, mark)
 
 
-def _join_of(mark: fx.Node) -> fx.Node | None:
+def join_of(mark: fx.Node) -> fx.Node | None:
     """The `cat` that joins a slice with rows of other homes, of which it is the first part."""
     (reader,) = mark.users if len(mark.users) == 1 else (None,)
     if reader is not None and reader.target is torch.ops.aten.reshape.default and len(reader.users) == 1:
         (reader,) = reader.users
     if reader is None or reader.target is not torch.ops.aten.cat.default:
         return None
-    return reader if _base(_parts(reader)[0]) is mark else None
+    return reader if base_of(parts_of(reader)[0]) is mark else None
 
 
-def _base(part: fx.Node) -> fx.Node:
+def base_of(part: fx.Node) -> fx.Node:
     return part.all_input_nodes[0] if part.target is torch.ops.aten.reshape.default else part
 
 
-def _parts(join: fx.Node) -> list[fx.Node]:
+def parts_of(join: fx.Node) -> list[fx.Node]:
     parts: Any = join.args[0]
     return list(parts)
 
@@ -130,7 +130,7 @@ def _empty(graph: fx.Graph, like: fx.Node) -> fx.Node:
 def _rows(graph: fx.Graph, buffer: fx.Node, join: fx.Node, index: int) -> fx.Node:
     """Where one part of a join lies in it."""
     dim: Any = join.args[1]
-    sizes = [part.meta["val"].shape[dim] for part in _parts(join)]
+    sizes = [part.meta["val"].shape[dim] for part in parts_of(join)]
     begin = sum(sizes[:index])
     return call(graph, torch.ops.aten.slice.Tensor, (buffer, dim, begin, begin + sizes[index]))
 
@@ -195,4 +195,4 @@ def _erase_unused(graph: fx.Graph, mark: fx.Node) -> None:
 
 def _prefetch_bytes(mark: fx.Node) -> int:
     """Of the place that the whole value takes, other rows than the mark's included."""
-    return size_of(_join_of(mark) or mark)
+    return size_of(join_of(mark) or mark)

@@ -104,6 +104,18 @@ def test_a_prefetch_starts_with_its_landing_place_when_its_link_needs_it():
     assert (replay(BACKWARD, LINKS), replay(arranged(BACKWARD), LINKS)) == (4.0, 3.0)
 
 
+def test_a_slice_that_comes_again_starts_when_its_own_wait_needs_it():
+    again = lines_of(
+        *(buffer("a"), moved("prefetch_", "a", 0), moved("wait_", "a", 0), "work(a)", "del a"),
+        *("work(x)", "work(x)"),
+        *(buffer("b"), moved("prefetch_", "b", 0), moved("wait_", "b", 0), "work(b)", "del b"),
+    )
+    order = texts(arranged(again))
+    at = order.index(moved("prefetch_", "b", 0))
+    assert order[at + 1 : at + 3] == ["work(x)", moved("wait_", "b", 0)]
+    assert (replay(again, LINKS), replay(arranged(again), LINKS)) == (6.0, 5.0)
+
+
 def test_a_prefetch_stays_where_its_place_would_raise_the_peak():
     crowded = lines_of(buffer("a"), buffer("b"), "work(x, a, b)", "del a", "del b", *texts(BACKWARD)[6:])
     order = texts(arranged(crowded))
@@ -138,14 +150,18 @@ def test_a_view_of_a_buffer_moves_its_own_bytes():
 
 @st.composite
 def bodies(draw):
-    """Work on buffers of one or two units that come and go, among offloads and prefetches with their waits."""
-    out, live = [], []
+    """Work on buffers of one or two units that come and go, among offloads and prefetches with their waits.
+
+    Some slices come several times, to a buffer of their own each time.
+    """
+    out, live, came = [], [], []
     for number in range(draw(st.integers(3, 14))):
         name = f"b{number}"
         kind = draw(st.sampled_from(["work", "offload", "prefetch"]))
         out.append(buffer(name))
         if kind == "prefetch":
-            out += [moved("prefetch_", name, number), moved("wait_", name, number)]
+            came.append(draw(st.sampled_from([number, *came])))
+            out += [moved("prefetch_", name, came[-1]), moved("wait_", name, came[-1])]
         out.append(f"work(x, {', '.join([name, *live[-2:]])})")
         if kind == "offload":
             out += [moved("offload", name, number), moved("offload_wait", name, number), f"del {name}"]
@@ -183,10 +199,10 @@ def test_every_name_is_bound_before_its_use_and_dropped_after_it(body):
 @given(bodies())
 def test_every_wait_stands_after_its_start(body):
     order = arranged(lines_of(*body))
-    place = {(line.kind, line.at): i for i, line in enumerate(order) if line.at or line.kind.endswith(("wait", "_"))}
-    for (kind, at), i in place.items():
+    place = {(line.kind, line.buffer): i for i, line in enumerate(order)}
+    for (kind, name), i in place.items():
         if kind in ("offload", "prefetch_"):
-            assert place[{"offload": "offload_wait", "prefetch_": "wait_"}[kind], at] > i
+            assert place[{"offload": "offload_wait", "prefetch_": "wait_"}[kind], name] > i
 
 
 @pytest.mark.parametrize("kind", ["offload_wait", "wait_"])

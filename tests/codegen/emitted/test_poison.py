@@ -64,6 +64,14 @@ def test_the_backward_fills_what_it_is_the_last_to_read():
     ]
 
 
+def test_a_slice_on_the_host_is_filled_when_it_has_come_back_for_the_last_time():
+    first, again, other = (
+        f"torch.ops.memo.wait_.default({of})" for of in ("a, lease, 0", "b, lease, 0", "c, lease, 64")
+    )
+    lines = poisoned([first, other, again], [], 0)
+    assert lines == [first, other, "poison_host(c, lease, 64)", again, "poison_host(b, lease, 0)"]
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 )

@@ -53,9 +53,10 @@ def with_a_view(x, weight):
     """A view of an operand is a result as well, which is written before results that lie over operands."""
     a, c = front(x, weight)
     c = c @ weight
-    result = torch.exp(torch.tanh(a) + c + cumsum(c, 0))
+    bent = torch.tanh(a)
+    result = torch.exp(bent + c + cumsum(c, 0))
     view = torch.ops.aten.unsqueeze.default(a, 1)
-    return result, torch.tanh(view) * result.unsqueeze(1), cumsum(view, 0)
+    return result, torch.tanh(view) * result.unsqueeze(1) * bent.unsqueeze(1), cumsum(view, 0)
 
 
 def with_a_sum(x, weight):

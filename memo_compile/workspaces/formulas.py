@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from memo_compile.passes.fx.facts import MATMULS, schema_name
+from memo_compile.passes.analysis.token_axis import is_tensor
+from memo_compile.passes.fx.facts import MATMULS, nbytes, schema_name
 from memo_compile.passes.fx.heads import adds_up, head_slices
 from memo_compile.passes.transforms.tile_bodies import LOW
 from memo_compile.passes.transforms.tiles import program_in
@@ -38,6 +40,8 @@ def by_formula(node: fx.Node, *, measure: bool = True) -> int | None:
         return _cudnn_backward(node.args[1])
     if name == "aten::_scaled_dot_product_efficient_attention_backward":
         return _efficient_backward_on_cuda(node.args[0], node.args[1], node.args[3])
+    if name.startswith("_c10d_functional::"):
+        return _of_gloo(node)
     if name == "memo::add_rows_":
         return _bytes(node.args[1].meta["val"])  # type: ignore[union-attr]
     if name == "memo::tiled_":
@@ -90,6 +94,32 @@ def _cudnn_backward(query: Any) -> int:
     """cuDNN's fused backward on Hopper, measured: queries' gradients summed in float32, beside two sums a row."""
     q: torch.Tensor = query.meta["val"]  # (batch, heads, rows, head)
     return 4 * q.numel() + 8 * q.numel() // int(q.shape[3])
+
+
+def _of_gloo(node: fx.Node) -> int | None:
+    """torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, measured: gathers and scatters go through a dense copy.
+
+    It lies there from the start to the wait at the latest, and is told of both. None on other devices.
+    """
+    op = schema_name(node).removeprefix("_c10d_functional::")
+    first: Any = node.args[0]
+    given: list[fx.Node] = list(first) if isinstance(first, (list, tuple)) else [first]
+    if op == "wait_tensor":
+        started = given[0].all_input_nodes[0] if given[0].target is operator.getitem else given[0]
+        begun = schema_name(started).startswith("_c10d_functional::") and started is not node
+        return _of_gloo(started) if begun else None
+    if not all(is_tensor(n) and n.meta["val"].device.type == "cpu" for n in given):
+        return None
+    results = node.meta["val"]
+    read, made = sum(map(nbytes, given)), sum(map(_bytes, results if isinstance(results, (list, tuple)) else [results]))
+    taken = {
+        "all_gather_into_tensor": made,
+        "all_gather_into_tensor_coalesced": 2 * made,
+        "reduce_scatter_tensor": read,
+        "reduce_scatter_tensor_coalesced": read,
+        "all_reduce_coalesced": read,
+    }
+    return taken.get(op, 0)
 
 
 def _copied(gradient: Any) -> int:

@@ -1,8 +1,11 @@
 """Scratch of kernels that allocate for themselves, by the formulas of their sources."""
 
+import operator
+
 import pytest
 import torch
 
+from bench.fuzzing.special import group as group_of_one
 from memo_compile import measure_peak
 from memo_compile.runtime.ops import register
 from memo_compile.workspaces.formulas import by_formula
@@ -146,3 +149,48 @@ def on_cpu(op, *tensors):
 
 def test_other_kernels_have_none():
     assert by_formula(node_of(torch.ops.aten.mm.default, (8, 8), (8, 8))) == 0
+
+
+functional = torch.ops._c10d_functional
+COLLECTIVES = {
+    "a gather": (functional.all_gather_into_tensor, lambda x, group: (x, 1, group)),
+    "gathers": (functional.all_gather_into_tensor_coalesced, lambda x, group: ([x, x], 1, group)),
+    "a scatter": (functional.reduce_scatter_tensor, lambda x, group: (x, "sum", 1, group)),
+    "scatters": (functional.reduce_scatter_tensor_coalesced, lambda x, group: ([x, x], "sum", 1, group)),
+    "a sum": (functional.all_reduce, lambda x, group: (x, "sum", group)),
+    "sums": (functional.all_reduce_coalesced, lambda x, group: ([x, x], "sum", group)),
+    "an exchange": (functional.all_to_all_single, lambda x, group: (x, [64], [64], group)),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_what_gloo_copies_is_told_of_a_collectives_start_and_of_its_wait(name):
+    op, arguments = COLLECTIVES[name]
+    group, x = group_of_one(), torch.randn(64, 32)
+
+    def call():
+        results = op(*arguments(x, group))
+        several = isinstance(results, list)
+        return [functional.wait_tensor(r) for r in results] if several else functional.wait_tensor(results)
+
+    call()
+    results = call()
+    graph = torch.fx.Graph()
+    given = graph.placeholder("x")
+    given.meta["val"] = torch.empty_like(x, device="cpu")
+    started = graph.call_function(op.default, arguments(given, group))
+    started.meta["val"] = results
+    first = graph.call_function(operator.getitem, (started, 0)) if isinstance(results, list) else started
+    first.meta["val"] = results[0] if isinstance(results, list) else results
+    wait = graph.call_function(functional.wait_tensor.default, (first,))
+    made = sum(r.nbytes for r in (results if isinstance(results, list) else [results]))
+    del results
+    started.meta["val"] = [torch.empty_like(x)] * 2 if first is not started else torch.empty_like(x)
+    assert by_formula(started) == by_formula(wait) == measure_peak(call) - made
+
+
+def test_a_wait_for_what_is_given_takes_nothing_that_is_known():
+    graph = torch.fx.Graph()
+    given = graph.placeholder("x")
+    given.meta["val"] = torch.empty(4)
+    assert by_formula(graph.call_function(functional.wait_tensor.default, (given,))) is None

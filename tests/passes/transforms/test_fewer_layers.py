@@ -60,7 +60,7 @@ def looked_at(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("hf-llama", marks=pytest.mark.grid)])
 def test_a_few_layers_tell_to_the_byte_what_all_hold(name, looked_at, monkeypatch):
     few = planned(MODELS[name], tokens)
     assert looked_at[0] < looked_at[1] < looked_at[2] / 2, "three layers, four, and then the plan's own graphs"

@@ -131,10 +131,11 @@ def _chosen(p: Prepared, limits: Limits, host: int, watch: Watch) -> _Choice:
         decision = rounding.all_offloaded(problem, time_limit=limits.time_limit)
     else:
         problem, decision, fits = best_of(view, limits)
-        if fits and p.fused and limits.objective == "time":  # op by op nothing is compiled
+        if fits and p.fused and limits.objective == "time" and not problem.again:  # op by op nothing is compiled
             decision = with_equal_layers(problem, decision, _layers_of(p), time_limit=limits.time_limit)
     residency = {a.name: replace(decision.residency[a.name], axis=view.axes[a.name]) for a in problem.activations}
-    overlap = fits and (everything or limits.objective == "time")
+    # What comes more than once does so where it is needed: it would stay in memory else.
+    overlap = fits and not problem.again and (everything or limits.objective == "time")
     sliced = carry_out(p, residency, overlap=overlap, host_budget=limits.host_in_all, watch=watch)
     return _Choice(problem, decision, residency, overlap, sliced)
 

@@ -15,6 +15,7 @@ from memo_compile.planning.problem import Limits, View, problems_of, view_of
 
 log = logger(__name__)
 
+WORTH = 0.02  # of a peak: what is gained at least where values come from the host more than once
 CLOSE = 3e-4  # of the step: how near to the bound an answer ends the search for a better set of anchors
 
 
@@ -35,8 +36,11 @@ def least_peak(p: Prepared, limits: Limits, free: frozenset[str] = frozenset()) 
     return min(found)
 
 
-def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.Decision, bool]:
+def best_of(view: View, limits: Limits, *, again: bool = True) -> tuple[residency.Problem, residency.Decision, bool]:
     """The best answer over all sets of anchors, and whether it keeps the budget.
+
+    Args:
+        again: whether the smallest may be one in which values come from the host more than once.
 
     Raises:
         SolverOutOfTime: no answer for any set within `limits.time_limit` seconds for each program.
@@ -49,23 +53,21 @@ def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.De
         return rounding.smallest_peak(problem, time_limit=limits.time_limit)
 
     def fastest(
-        problems: Sequence[residency.Problem], budget: int | None, like: residency.Problem | None = None
+        problems: Sequence[residency.Problem], budget: int | None, unpulled: residency.Problem | None = unpulled
     ) -> tuple[residency.Problem, residency.Decision] | None:
         # Whether anything fits is asked first, and only when it comes to it: it is told much sooner than what is best.
         roomy = (replace(p, budget=budget) for p in problems if budget is None or peak(p) <= budget)
-        bound = replace(unpulled, budget=budget) if unpulled else None
-        bound = again(bound) if bound is not None and like is not None and like.again else bound
-        return _fastest(bound, roomy, limits.time_limit)
+        return _fastest(replace(unpulled, budget=budget) if unpulled else None, roomy, limits.time_limit)
 
     if limits.objective == "time":
         found = fastest(once, view.problem.budget)
         if found is not None:
             return (*found, True)
-    problems = [way for problem in once for way in _ways(problem)]
-    smallest = min(problems, key=peak)
+    twice = [way for problem in once if again for way in _ways(problem)[1:]]
+    smallest = min((*once, *twice), key=lambda p: peak(p) / (1.0 if p.again else 1 + WORTH))
     try:
-        alike = [p for p in problems if p.again == smallest.again]
-        found = fastest(alike, int(rounding.slightly_more(peak(smallest))), smallest)
+        problems, bound = (twice, None) if smallest.again else (once, unpulled)
+        found = fastest(problems, int(rounding.slightly_more(peak(smallest))), bound)
     except SolverOutOfTime as late:
         log.warning("the smallest plan is not the fastest of such: %s", late)
         found = None
@@ -76,19 +78,17 @@ def best_of(view: View, limits: Limits) -> tuple[residency.Problem, residency.De
 
 
 def _ways(problem: residency.Problem) -> list[residency.Problem]:
-    """The problem in which what is offloaded comes more than once, where that helps; and as it is, where the host may
-    have no room for so much.
+    """The problem, and that in which what is offloaded comes more than once, where something may and the host has room.
+
+    Then all of that is offloaded: other rows of it would have to stay, or be made again.
     """
-    if not any(a.unread and a.can_offload for a in problem.activations):
+    comes = {a.name for a in problem.activations if a.unread and a.can_offload}
+    if not comes or sum(a.bytes for a in problem.activations if a.name in comes) > problem.host_budget:
         return [problem]
-    roomy = sum(a.bytes for a in problem.activations) <= problem.host_budget
-    return [again(problem)] if roomy else [again(problem), problem]
-
-
-def again(problem: residency.Problem) -> residency.Problem:
-    """The problem in which what is offloaded comes more than once. None of that is recomputed: rows would be twice."""
-    activations = (replace(a, recompute_seconds=None if a.unread else a.recompute_seconds) for a in problem.activations)
-    return replace(problem, activations=tuple(activations), again=True)
+    activations = (
+        replace(a, recompute_seconds=None, can_stay=False) if a.name in comes else a for a in problem.activations
+    )
+    return [problem, replace(problem, activations=tuple(activations), again=True)]
 
 
 def _fastest(

@@ -66,6 +66,7 @@ def schedule_of(lines: Sequence[str]) -> Schedule:
     taken: dict[str, int] = {}
     views: dict[str, View] = {}
     prefetch_buffers: list[EarlyPrefetch] = []
+    begun = set[int]()
     count = 0
     for target, call in _calls(lines):
         size = prefetch_buffer_size(call)
@@ -75,16 +76,15 @@ def schedule_of(lines: Sequence[str]) -> Schedule:
             views[target] = view
         elif ast.unparse(call.func) == PREFETCH:
             count += 1
-            buffer = _name(call.args[0])
-            if buffer is not None and buffer in views and views[buffer].segment in taken:
+            buffer, offset = _name(call.args[0]), ast.literal_eval(call.args[2])
+            first = offset not in begun
+            begun.add(offset)
+            if first and buffer is not None and buffer in views and views[buffer].segment in taken:
                 view = views[buffer]
                 shape, stride, start, place = view.shape, view.stride, 0, call.args[0]
                 if isinstance(place, ast.Call):  # reinterpret_tensor(buffer, shape, stride, start)
                     shape, stride, start = (ast.literal_eval(a) for a in place.args[1:4])
                 dtype = getattr(torch, view.dtype.rsplit(".", 1)[1])
-                offset = ast.literal_eval(call.args[2])
-                if any(offset == early.offset for early in prefetch_buffers):
-                    continue
                 prefetch_buffers.append(
                     EarlyPrefetch(
                         buffer=buffer,

@@ -109,7 +109,9 @@ def join_of(mark: fx.Node) -> fx.Node | None:
         (reader,) = reader.users
     if reader is None or reader.target is not torch.ops.aten.cat.default:
         return None
-    return reader if base_of(parts_of(reader)[0]) is mark else None
+    first, *others = map(base_of, parts_of(reader))
+    alike = reader.meta["val"].dtype == mark.meta["val"].dtype
+    return reader if first is mark and mark not in others and alike else None
 
 
 def base_of(part: fx.Node) -> fx.Node:

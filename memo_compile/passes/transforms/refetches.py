@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from memo_compile.passes.fx.facts import is_view_of, readers_of, storage_of, writes_in_place
-from memo_compile.passes.transforms.prefetches import base_of, join_of, parts_of
+from memo_compile.passes.transforms.prefetches import join_of
 from memo_compile.passes.transforms.slices import fetch
 from memo_compile.passes.transforms.tiles import places_of, program_in
 from memo_compile.passes.transforms.transfers import size_of
@@ -33,7 +33,7 @@ def fetch_again(backward: fx.GraphModule, live: Sequence[int], least: int = 0) -
     nodes = list(backward.graph.nodes)
     for mark, gaps in _gaps_to_leave(nodes, live, least).items():
         for gap in reversed(gaps):
-            _come_again(mark, [r for r in _reading(_whole(mark)) if r >= gap], gap)
+            _come_again(mark, [r for r in _reading(mark) if r >= gap], gap)
     backward.graph.lint()
     backward.recompile()
     return backward
@@ -42,8 +42,10 @@ def fetch_again(backward: fx.GraphModule, live: Sequence[int], least: int = 0) -
 def _gaps_to_leave(nodes: Sequence[fx.Node], live: Sequence[int], least: int) -> Mapping[fx.Node, list[fx.Node]]:
     """For values that are to come again, the readers before which they do; none where too little is gained."""
     position = {n: i for i, n in enumerate(nodes)}
-    marks = [n for n in nodes if n.target is fetch and _may_be_put_together_again(n)]
-    gaps = [(size_of(_whole(n)), *gap, n) for n in marks for gap in _unread(_whole(n), position)]
+    marks = [
+        n for n in nodes if n.target is fetch and join_of(n) is None
+    ]  # other rows would have to stay, or be made again
+    gaps = [(size_of(n), *gap, n) for n in marks for gap in _unread(n, position)]
     held, found = list(live), dict[fx.Node, list[fx.Node]]()
     while gaps and max(held) > least:
         widest = held.index(max(held))
@@ -71,17 +73,6 @@ def _unread(value: fx.Node, position: Mapping[fx.Node, int]) -> list[tuple[int, 
     return [(a + 1, b) for a, b in pairwise(at) if b > a + 1]
 
 
-def _whole(mark: fx.Node) -> fx.Node:
-    """The value of which the mark is a slice, or all."""
-    return join_of(mark) or mark
-
-
-def _may_be_put_together_again(mark: fx.Node) -> bool:
-    """Whether all rows but the mark's were kept: they are there still."""
-    join = join_of(mark)
-    return join is None or all(base_of(part) is mark or base_of(part).op == "placeholder" for part in parts_of(join))
-
-
 def _reading(value: fx.Node) -> list[fx.Node]:
     """What reads a value or views of it, and is no view itself."""
     return [r for r in readers_of(value) if not is_view_of(r)]
@@ -102,20 +93,20 @@ def _is_changed(value: fx.Node) -> bool:
 
 def _come_again(mark: fx.Node, readers: Collection[fx.Node], first: fx.Node) -> None:
     """Let readers, of which this is the first, read a fetch of their own."""
-    graph, whole = mark.graph, _whole(mark)
-    made: dict[fx.Node, fx.Node] = {}
-
-    def anew(node: fx.Node) -> fx.Node:
-        if storage_of(node) not in (whole, mark):
-            return node
-        if node not in made:
-            made[node] = graph.node_copy(node, anew)
-        return made[node]
-
+    graph = mark.graph
     with graph.inserting_before(first):
-        for reader in readers:
+        again = graph.node_copy(mark)
+    for reader in readers:  # each with views of its own: what else these read may stand as late as their reader
+        made = {mark: again}
+
+        def anew(node: fx.Node, made: dict[fx.Node, fx.Node] = made) -> fx.Node:
+            if storage_of(node) is mark and node not in made:
+                made[node] = graph.node_copy(node, anew)
+            return made.get(node, node)
+
+        with graph.inserting_before(reader):
             for value in reader.all_input_nodes:
                 reader.replace_input_with(value, anew(value))
     for node in reversed(list(graph.nodes)):
-        if not node.users and is_view_of(node) and storage_of(node) is whole:
+        if not node.users and is_view_of(node) and storage_of(node) is mark:
             graph.erase_node(node)

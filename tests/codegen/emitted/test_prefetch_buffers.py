@@ -23,3 +23,13 @@ def test_of_a_slice_that_comes_twice_the_first_may_be_early_and_both_count():
     schedule = schedule_of([*landing(0, 0), *landing(1, 64), *landing(2, 0)])
     assert [e.buffer for e in schedule.early] == ["buf0", "buf1"]
     assert schedule.count == 3
+
+
+def test_where_the_first_lies_beside_others_the_second_is_not_early():
+    lines = landing(1, 0)
+    shared = [
+        "memo_arena_0 = empty_strided_cpu((128, ), (1, ), torch.uint8)",
+        "buf0 = alloc_from_pool(memo_arena_0, 0, torch.float64, (8, ), (1, ))",
+        "torch.ops.memo.prefetch_.default(buf0, lease, 0)",
+    ]
+    assert schedule_of([*shared, *lines]).early == ()

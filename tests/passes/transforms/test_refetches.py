@@ -183,3 +183,35 @@ def test_where_a_budget_has_room_for_all_nothing_comes_twice():
     step(compiled)
     after = memo_compile.transfer_stats()
     assert after.copies_in - before.copies_in == after.copies_out - before.copies_out
+
+
+def test_rows_that_were_kept_beside_it_let_it_come_once():
+    """They would have to stay in between, and lie beside the whole before."""
+    b = Backward()
+    kept = b.input("kept", WIDE)
+    whole = b.op(aten.cat.default, [b.mark, kept], 0)
+    begun = b.op(aten.sum.default, b.op(aten.sin.default, whole))
+    wide = b.op(aten.tanh.default, b.op(aten.exp.default, b.op(aten.cos.default, b.x)))
+    ended = b.op(aten.sum.default, b.op(aten.sin.default, whole))
+    assert len(marks(again(b.returning(begun, b.op(aten.sum.default, wide), ended)))) == 1
+
+
+def test_what_a_later_reader_looks_at_may_be_made_as_late():
+    def sized(b):
+        first = plainly(b)
+        return b.op(aten.mul.Tensor, first, b.op(aten.as_strided.default, b.mark, [1, 8], [8, 1]))
+
+    gm = again(read_twice(plainly, sized))
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    (view,) = gm.graph.find_nodes(op="call_function", target=aten.as_strided.default)
+    (product,) = gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    assert order[view] == order[product] - 1
+
+
+def test_a_value_joined_with_itself_lands_in_a_place_of_its_own():
+    b = Backward()
+    twice = b.op(aten.cat.default, [b.mark, b.mark], 0)
+    gm = schedule_prefetches(b.returning(b.op(aten.sum.default, twice)), lambda _: 1e-3, 1e9, overlap=False)
+    (cat,) = gm.graph.find_nodes(op="call_function", target=aten.cat.default)
+    (copy,) = gm.graph.find_nodes(op="call_function", target=torch.ops.memo.prefetch_.default)
+    assert cat.args[0] == [copy.args[0], copy.args[0]]
